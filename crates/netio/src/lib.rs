@@ -1,0 +1,1 @@
+//! netio (being written).
