@@ -1,1 +1,53 @@
-//! esp (being written).
+//! ESP in tunnel mode (RFC 4303) without I/O: [`Shard`] is one worker's whole
+//! logic. It never reads a clock, opens a socket, draws randomness or
+//! allocates per packet; time and fences are arguments.
+//!
+//! ```text
+//! worker loop:
+//!   for each command:  shard.apply(command)
+//!   while shard.flush(now, fences, batch) > 0: write(batch)
+//!   read the TUN into a batch;    shard.outbound(now, fences, batch);  write(batch)
+//!   read the socket into a batch; shard.inbound(now, fences, batch);   write(batch)
+//!   while let Some(report) = shard.poll_report(now): send it to control
+//!   sleep until a descriptor is ready, a command comes, or shard.next_wakeup()
+//!
+//! write(batch), by slot.verdict():
+//!   Send    → the endpoint's socket      Deliver → the TUN
+//!   Steer   → the pair link              Held, Drop → nothing
+//! ```
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`batch`] | buffers, allocated once; verdicts |
+//! | [`command`], [`report`] | the two queues between control and worker |
+//! | [`shard`] | composition: what happens to a packet, in order |
+//! | `sa` | sequence numbers, IVs, leases and terms of one SA; seal and open |
+//! | [`replay`] | the inbound window (RFC 6479) |
+//! | `policy` | which SA an outbound packet belongs to |
+//! | `endpoint` | owner, held, steering, idle |
+//! | `table`, `queue`, `ecn` | SAs by SPI; held packets; RFC 6040 |
+//! | [`reason`] | why packets are dropped, and counters |
+
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
+pub mod batch;
+pub mod command;
+mod ecn;
+mod endpoint;
+mod policy;
+mod queue;
+pub mod reason;
+pub mod replay;
+pub mod report;
+mod sa;
+pub mod shard;
+mod table;
+
+pub use batch::{Batch, Direction, HEADROOM, SLOT_LEN, Slot, TAILROOM, Verdict};
+pub use command::{
+    Command, CommandError, Counters, INITIAL_CEILING, LEASE_MIN, Policy, Sa, ceiling_for,
+};
+pub use reason::{Reason, Stats};
+pub use replay::Window;
+pub use report::{Expiry, Report, SaStats, Snapshot, Tops};
+pub use shard::{Config, Shard};

@@ -1,1 +1,25 @@
-//! netio (being written).
+//! What the kernel does for Tandem: TUN, UDP and packet sockets, addresses, routes and rules,
+//! ARP and neighbour discovery, the clock, wake-ups, priorities and privileges.
+//!
+//! This is the only crate with `unsafe`; every block says why it is sound. It holds no policy:
+//! who may send, own or answer is decided by its callers and passed in (a predicate, a deadline).
+//! Parsers of what arrives from a network are total: junk gives `None`, never a panic.
+//!
+//! Where things are: [`clock`] time and timers · [`tun`] the interface that carries inner packets
+//! and virtual addresses · [`udp`] batched datagrams · [`arp`] who answers for a virtual address ·
+//! [`route`] netlink · [`wake`] epoll, eventfd and the command queue · [`host`] what on the host
+//! would break us · [`sched`] priority and privileges.
+#![cfg_attr(not(test), deny(clippy::indexing_slicing))]
+
+pub mod arp;
+pub mod clock;
+pub mod host;
+pub mod route;
+pub mod sched;
+pub mod tun;
+pub mod udp;
+pub mod wake;
+
+mod sys;
+
+pub use route::Prefix;

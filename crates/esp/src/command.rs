@@ -1,0 +1,234 @@
+//! What the control thread tells a shard. Commands are applied in order and
+//! never dropped (architecture.md, "Control and workers").
+
+use core::net::SocketAddr;
+use core::time::Duration;
+
+use crypto::Secret;
+use crypto::aead::AeadAlg;
+use wire::id::{ConnectionId, EndpointId, EspSpi, Term};
+use wire::ts::TrafficSelector;
+
+use crate::replay::Window;
+
+/// Least size of a lease of sequence numbers (ha.md, "ESP counters").
+pub const LEASE_MIN: u64 = 1 << 20;
+
+/// The ceiling that both instances give a fresh SA without asking: its record
+/// is committed before its first use, and stands for this first lease.
+pub const INITIAL_CEILING: u64 = 1 + LEASE_MIN;
+
+/// The ceiling to ask for, when an SA stands at `next_seq` and sends
+/// `rate_per_s` packets a second: max(2^20, 2 s of traffic) numbers more.
+#[must_use]
+pub const fn ceiling_for(next_seq: u64, rate_per_s: u64) -> u64 {
+    let two_seconds = rate_per_s.saturating_mul(2);
+    let lease = if two_seconds > LEASE_MIN { two_seconds } else { LEASE_MIN };
+    let ceiling = next_seq.saturating_add(lease);
+    if ceiling > crate::sa::SEQ_END { crate::sa::SEQ_END } else { ceiling }
+}
+
+/// A pair of ESP SAs, one each way, as IKE negotiated them.
+#[derive(Debug)]
+pub struct Sa {
+    /// Where it was negotiated.
+    pub endpoint: EndpointId,
+    /// Which connection it belongs to.
+    pub connection: ConnectionId,
+    /// Our SPI, by the layout of [`wire::id::SpiLayout`]. Names the pair in
+    /// all commands and reports.
+    pub spi_in: EspSpi,
+    /// The peer's SPI.
+    pub spi_out: EspSpi,
+    /// Algorithm of both directions.
+    pub alg: AeadAlg,
+    /// Key ‖ salt for what we receive.
+    pub keymat_in: Secret,
+    /// Key ‖ salt for what we send.
+    pub keymat_out: Secret,
+    /// What our side's addresses, protocols and ports may be.
+    pub local_ts: Vec<TrafficSelector>,
+    /// What the peer's side's may be.
+    pub remote_ts: Vec<TrafficSelector>,
+    /// Our outer address and UDP port.
+    pub local: SocketAddr,
+    /// The peer's outer address and UDP port.
+    pub remote: SocketAddr,
+    /// In UDP (RFC 3948), or else as IP protocol 50.
+    pub udp_encap: bool,
+    /// First outbound sequence number if this instance owns the endpoint when
+    /// it installs the SA: 1 for a fresh one. A later owner starts at the
+    /// ceiling instead.
+    pub next_seq: u64,
+    /// All outbound numbers below this one may have been used by whoever
+    /// owned the endpoint. [`INITIAL_CEILING`] for a fresh one.
+    pub ceiling: u64,
+    /// Term in which the keys were made. 2^14 terms later they are reported
+    /// for replacement, long before IVs could repeat.
+    pub born: Term,
+}
+
+/// What the operator configured to be protected, whether an SA is up or not.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    /// The endpoint whose SA would carry it.
+    pub endpoint: EndpointId,
+    /// The connection that would carry it.
+    pub connection: ConnectionId,
+    /// The child within the connection, in the caller's numbering.
+    pub child: u16,
+    /// Our side.
+    pub local_ts: Vec<TrafficSelector>,
+    /// The peer's side.
+    pub remote_ts: Vec<TrafficSelector>,
+}
+
+/// Exact counters of one SA at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counters {
+    /// The SA.
+    pub spi_in: EspSpi,
+    /// The first outbound sequence number not used yet; 2^32 when all are.
+    pub next_seq: u64,
+    /// The ceiling that the owner holds acknowledged.
+    pub ceiling: u64,
+    /// The inbound window.
+    pub window: Window,
+}
+
+/// An order to the shard.
+#[derive(Debug)]
+pub enum Command {
+    /// Replaces all configured policies.
+    Policies(Vec<Policy>),
+    /// Installs an SA; it opens at once and seals after
+    /// [`Command::UseOutbound`]. If an SA with the same SPIs and keys is there
+    /// already, only its addresses and selectors change: counters go on.
+    Install(Box<Sa>),
+    /// Seals with this SA from now on, wherever it and others match alike.
+    UseOutbound {
+        /// The SA.
+        spi_in: EspSpi,
+    },
+    /// Forgets an SA.
+    Remove {
+        /// The SA.
+        spi_in: EspSpi,
+    },
+    /// This instance owns the endpoint. In a new term every SA goes on at its
+    /// ceiling + `seq_jump`, or at the counters of a [`Command::Resume`] for
+    /// this term; in the term it had, exactly where it stopped. Ends a hold.
+    Own {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// The term; never lower than one seen before.
+        term: Term,
+        /// Distance from the ceiling, for takeovers in doubt (ha.md: 2^24
+        /// after silence without a witness, 2^28 when unsynced).
+        seq_jump: u64,
+        /// Obey leases from the first packet on.
+        obey_leases: bool,
+    },
+    /// Switches obedience to leases. Switching on takes effect when all
+    /// counters are below their ceilings, which
+    /// [`Report::Obeying`](crate::Report::Obeying) tells; until then, every SA
+    /// that is not reports [`Report::LeaseLow`](crate::Report::LeaseLow). All
+    /// window tops are reported anew.
+    ObeyLeases {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// On or off.
+        on: bool,
+    },
+    /// Stops sealing and opening for the endpoint and queues its packets;
+    /// answered by [`Report::Held`](crate::Report::Held).
+    Hold {
+        /// The endpoint.
+        endpoint: EndpointId,
+    },
+    /// Ends a hold in the same term: the queue is worked off in order.
+    Release {
+        /// The endpoint.
+        endpoint: EndpointId,
+    },
+    /// The endpoint is not ours (any more); answered by
+    /// [`Report::Disowned`](crate::Report::Disowned).
+    Disown {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// Steer its packets to the other instance, the queued ones first;
+        /// otherwise drop them.
+        steer: bool,
+    },
+    /// Queues what arrives directly for the endpoint until then, while steered
+    /// packets pass, so that order within a flow is kept after a switchover.
+    HoldDirect {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// End of the hold, on the clock of `now`.
+        until: Duration,
+    },
+    /// The other instance knows that numbers below `ceiling` may be in use.
+    /// Ceilings never go down.
+    Lease {
+        /// The SA.
+        spi_in: EspSpi,
+        /// The new ceiling: the first number that may not be used.
+        ceiling: u64,
+    },
+    /// Exact counters from a grant. Good for that term alone, so that those of
+    /// a switchover that came to nothing are never used later.
+    Resume {
+        /// The term that the grant is for.
+        term: Term,
+        /// The counters.
+        counters: Box<Counters>,
+    },
+    /// The owner's streamed window top: this instance will refuse everything
+    /// at or below it.
+    Window {
+        /// The SA.
+        spi_in: EspSpi,
+        /// The top.
+        top: u32,
+    },
+    /// Asks for a [`Report::Snapshot`](crate::Report::Snapshot).
+    Query {
+        /// Given back in the answer.
+        token: u64,
+    },
+}
+
+/// Why a command changed nothing. All but [`CommandError::UnknownSa`], which
+/// can be a race between removal and a lease, are bugs of the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// No SA has this SPI.
+    #[error("no SA with inbound SPI {0}")]
+    UnknownSa(EspSpi),
+    /// The SPI is not one of ours, or beyond the shard's table.
+    #[error("inbound SPI {0} is outside the layout")]
+    BadSpi(EspSpi),
+    /// Another SA still sits in this SPI's slot.
+    #[error("the slot of inbound SPI {0} is taken by {1}")]
+    SlotTaken(EspSpi, EspSpi),
+    /// The key material does not fit the algorithm.
+    #[error("key material of {0}: {1}")]
+    Key(EspSpi, crypto::Error),
+    /// More endpoints than the shard was made for.
+    #[error("endpoint {0} does not exist")]
+    UnknownEndpoint(EndpointId),
+    /// A term below one that the endpoint already had.
+    #[error("term {got} for endpoint {endpoint} after term {had}")]
+    StaleTerm {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// Its term so far.
+        had: Term,
+        /// The one in the command.
+        got: Term,
+    },
+    /// The endpoint is not owned, so it cannot be held.
+    #[error("endpoint {0} is not owned")]
+    NotOwner(EndpointId),
+}

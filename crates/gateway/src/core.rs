@@ -1,0 +1,592 @@
+//! The gateway: inputs, and the pump that carries every consequence to the outputs.
+//!
+//! An IKE message's path:
+//!
+//! ```text
+//!  handle_ike ─► serves? ─► ike ─► Transition ─┬─ Install, Remove ─────────────► Output::Shard
+//!                  │ no                        ├─ puts, deletes ─► pair.append ─► Output::Pair(Frame)
+//!                  ▼                           └─ transmits, UseOutbound ─► Held{position}
+//!        inbox, steer, or drop                                                │ Event::Acked
+//!                                                  Output::Ike, Output::Shard ◄┘
+//! ```
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use wire::id::{ConnectionId, EndpointId, EspSpi, IkeSpi, Term};
+
+use crate::config::Config;
+use crate::endpoint::{Datagram, Endpoint, INBOX, Part, STEER_QUIET};
+use crate::face::{Answer, Output, Request};
+use crate::held::Release;
+use crate::peer_message::{self, Ceiling, Side, Top};
+use crate::spi::SpiPool;
+
+/// How often the shards are asked for their counters (liveness hints, status).
+const QUERY_EVERY: Duration = Duration::from_secs(1);
+
+/// What a gateway is given once, at its start.
+pub struct Start {
+    /// The validated configuration.
+    pub config: Config,
+    /// Randomness for IKE: keys, nonces, SPIs.
+    pub rng: Box<dyn crypto::Rng + Send>,
+    /// Randomness of this boot: lineages, SPI generations.
+    pub seed: u64,
+    /// What the term file of each endpoint holds.
+    pub terms: Vec<Option<Term>>,
+    /// What `tandem status` calls this build.
+    pub release: String,
+}
+
+/// One instance's control plane. See the crate's documentation for the drain rule.
+pub struct Gateway {
+    pub(crate) config: Config,
+    pub(crate) pair: ha::Pair,
+    rng: Box<dyn crypto::Rng + Send>,
+    spis: SpiPool,
+    pub(crate) endpoints: Vec<Endpoint>,
+    pub(crate) outputs: VecDeque<Output>,
+    pub(crate) release: String,
+    pub(crate) started: Duration,
+    next_query: Duration,
+    /// The newest counters of the shards.
+    pub(crate) snapshot: Option<Box<esp::Snapshot>>,
+    /// Requests for status that wait for fresh counters.
+    pub(crate) waiting: Vec<u64>,
+    pub(crate) counters: Counts,
+}
+
+/// Totals for `tandem status`.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) ike_drops: BTreeMap<&'static str, u64>,
+    pub(crate) changes: BTreeMap<&'static str, u64>,
+}
+
+/// Why a gateway could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The pair protocol refuses the configuration.
+    #[error("pair: {0}")]
+    Pair(#[from] ha::ConfigError),
+}
+
+impl Gateway {
+    /// A gateway that owns nothing yet. Drain its outputs, then keep its times.
+    ///
+    /// # Errors
+    /// What `ha` refuses in the configuration; [`Config::new`] has checked the rest.
+    pub fn new(start: Start, now: Duration) -> Result<Self, StartError> {
+        let Start { config, rng, seed, terms, release } = start;
+        let terms: Vec<Option<ha::Term>> = terms.into_iter().map(|term| term.map(|term| ha::Term(term.0))).collect();
+        let pair = ha::Pair::new(crate::pair_config::of(&config), now, seed, &terms)?;
+        let endpoints = config
+            .endpoints
+            .iter()
+            .map(|endpoint| Endpoint::new(endpoint.id, endpoint.name.clone(), ike::Endpoint::new(config.ike_endpoint(endpoint.id))))
+            .collect();
+        let mut gateway = Self {
+            spis: SpiPool::new(config.local, 1, seed),
+            config,
+            pair,
+            rng,
+            endpoints,
+            outputs: VecDeque::new(),
+            release,
+            started: now,
+            next_query: now,
+            snapshot: None,
+            waiting: Vec::new(),
+            counters: Counts::default(),
+        };
+        let policies = crate::pair_config::policies(&gateway.config);
+        gateway.outputs.push_back(Output::Shard(esp::Command::Policies(policies)));
+        gateway.pump(now);
+        Ok(gateway)
+    }
+
+    /// The next thing to do.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When [`Gateway::handle_turn`] must be called at the latest.
+    pub fn poll_timeout(&self) -> Duration {
+        let mut next = self.pair.poll_timeout().unwrap_or(Duration::MAX).min(self.next_query);
+        for endpoint in &self.endpoints {
+            match &endpoint.part {
+                Part::Owner { .. } => next = next.min(endpoint.ike.poll_timeout().unwrap_or(Duration::MAX)),
+                Part::Steering { last } => next = next.min(*last + STEER_QUIET),
+                Part::Shadow | Part::Holding { .. } => {}
+            }
+        }
+        next
+    }
+
+    /// An IKE message that came to one of our ports, without the non-ESP marker, or, with `steered`, from the other
+    /// instance over the pair link.
+    pub fn handle_ike(
+        &mut self,
+        now: Duration,
+        endpoint: EndpointId,
+        from: SocketAddr,
+        to: SocketAddr,
+        bytes: &[u8],
+        steered: bool,
+    ) {
+        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
+        match &mut e.part {
+            Part::Holding { inbox, .. } => {
+                if inbox.len() < INBOX {
+                    inbox.push_back(Datagram { from, to, bytes: bytes.to_vec() });
+                } else {
+                    self.count_ike_drop("switchover queue full");
+                }
+            }
+            Part::Steering { last } if !steered => {
+                *last = now;
+                self.outputs.push_back(Output::SteerIke { endpoint, from, to, bytes: bytes.to_vec() });
+            }
+            Part::Owner { .. } if now < e.valid_until => {
+                let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+                if let Err(reason) = e.ike.handle_datagram(&mut cx, from, to, bytes) {
+                    let reason = reason.reason();
+                    self.count_ike_drop(reason);
+                }
+            }
+            Part::Owner { .. } => self.count_ike_drop("outside the fence"),
+            Part::Shadow | Part::Steering { .. } => self.count_ike_drop("not the owner"),
+        }
+        self.pump(now);
+    }
+
+    /// A heartbeat that `link` authenticated.
+    pub fn handle_heartbeat(&mut self, now: Duration, link: u8, bytes: &[u8]) {
+        self.pair.handle_heartbeat(now, ha::LinkId(link), bytes);
+        self.pump(now);
+    }
+
+    /// A frame of the pair's stream.
+    pub fn handle_frame(&mut self, now: Duration, bytes: &[u8]) {
+        self.pair.handle_frame(now, bytes);
+        self.pump(now);
+    }
+
+    /// The pair's stream stands, over this link.
+    pub fn handle_stream_up(&mut self, now: Duration, link: u8) {
+        self.pair.handle_stream_up(now, ha::LinkId(link));
+        self.pump(now);
+    }
+
+    /// The pair's stream ended; with `goodbye`, the other instance stopped on purpose.
+    pub fn handle_stream_down(&mut self, now: Duration, goodbye: bool) {
+        self.pair.handle_stream_down(now, goodbye);
+        self.pump(now);
+    }
+
+    /// How a probe of the other's pair port ended.
+    pub fn handle_probe_result(&mut self, now: Duration, link: u8, probe: ha::Probe) {
+        self.pair.handle_probe_result(now, ha::LinkId(link), probe);
+        self.pump(now);
+    }
+
+    /// The endpoint's WAN interface works, or does not.
+    pub fn handle_uplink(&mut self, now: Duration, endpoint: EndpointId, up: bool) {
+        self.pair.handle_uplink(now, ha::EndpointId(endpoint.0), up);
+        self.pump(now);
+    }
+
+    /// A reservation is on disk.
+    pub fn handle_reserved(&mut self, now: Duration, endpoint: EndpointId, up_to: Term) {
+        self.pair.handle_reserved(now, ha::EndpointId(endpoint.0), ha::Term(up_to.0));
+        self.pump(now);
+    }
+
+    /// The control loop has drained its sockets: timers run, the fence moves. Call it after every batch of inputs
+    /// and at the latest when [`Gateway::poll_timeout`] passes.
+    pub fn handle_turn(&mut self, now: Duration) {
+        self.pair.handle_turn(now);
+        self.pump(now);
+        for index in 0..self.endpoints.len() {
+            let Some(e) = self.endpoints.get_mut(index) else { continue };
+            if e.serves(now) && e.ike.poll_timeout().is_some_and(|due| due <= now) {
+                let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+                e.ike.handle_timeout(&mut cx);
+            }
+            if let Part::Steering { last } = e.part
+                && now >= last + STEER_QUIET
+            {
+                let endpoint = e.id;
+                e.part = Part::Shadow;
+                self.outputs.push_back(Output::Shard(esp::Command::Disown { endpoint, steer: false }));
+                self.outputs.push_back(Output::Addresses { endpoint, present: false });
+            }
+        }
+        if now >= self.next_query {
+            self.next_query = now + QUERY_EVERY;
+            self.outputs.push_back(Output::Shard(esp::Command::Query { token: 0 }));
+        }
+        self.pump(now);
+    }
+
+    /// Something was steered by a worker: the endpoint is not quiet yet.
+    pub fn note_steered(&mut self, now: Duration, endpoint: EndpointId) {
+        if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
+            && let Part::Steering { last } = &mut e.part
+        {
+            *last = now;
+        }
+    }
+
+    /// Stops on purpose: endpoints go to the other instance, then the link closes with a goodbye.
+    pub fn goodbye(&mut self, now: Duration) {
+        self.pair.goodbye(now);
+        self.pump(now);
+    }
+
+    /// A command of an operator; the answer comes as [`Output::Answer`] with the ticket.
+    pub fn handle_request(&mut self, now: Duration, ticket: u64, request: &Request) {
+        let answer = match request {
+            Request::Status => {
+                self.waiting.push(ticket);
+                self.outputs.push_back(Output::Shard(esp::Command::Query { token: 1 }));
+                None
+            }
+            Request::Failover { endpoint } => Some(self.failover(now, endpoint.as_deref())),
+            Request::Up { connection } => {
+                Some(self.on_connection(now, connection, "is being brought up", |e, cx, id| e.initiate(cx, id)))
+            }
+            Request::Down { connection } => {
+                Some(self.on_connection(now, connection, "is being taken down", |e, cx, id| e.terminate_connection(cx, id)))
+            }
+            Request::Rekey { connection, ike, children } => {
+                let (ike, children) = (*ike, *children);
+                Some(self.on_connection(now, connection, "is being rekeyed", move |e, cx, id| {
+                    e.rekey_connection(cx, id, ike, children)
+                }))
+            }
+        };
+        if let Some(answer) = answer {
+            self.outputs.push_back(Output::Answer { ticket, answer });
+        }
+        self.pump(now);
+    }
+
+    fn failover(&mut self, now: Duration, name: Option<&str>) -> Answer {
+        let mine: Vec<usize> = match name {
+            Some(name) => match self.endpoints.iter().position(|e| e.name == name) {
+                Some(index) => vec![index],
+                None => {
+                    let known: Vec<&str> = self.endpoints.iter().map(|e| e.name.as_str()).collect();
+                    return Answer::Refused(format!("no endpoint is named {name:?}; there is: {}", known.join(", ")));
+                }
+            },
+            None => (0..self.endpoints.len()).filter(|i| self.endpoints.get(*i).is_some_and(Endpoint::owns)).collect(),
+        };
+        if mine.is_empty() {
+            return Answer::Refused("this instance owns no endpoint; ask the other instance".into());
+        }
+        let mut begun = Vec::new();
+        for index in mine {
+            let Some(e) = self.endpoints.get(index) else { continue };
+            match self.pair.switchover(now, e.ha_id()) {
+                Ok(()) => begun.push(e.name.clone()),
+                Err(error) => return Answer::Refused(format!("{}: {error}", e.name)),
+            }
+        }
+        Answer::Done(format!("{}: handing over to the other instance", begun.join(", ")))
+    }
+
+    fn on_connection(
+        &mut self,
+        now: Duration,
+        name: &str,
+        done: &str,
+        mut act: impl FnMut(&mut ike::Endpoint, &mut ike::Context<'_>, ConnectionId) -> Result<(), ike::CommandError>,
+    ) -> Answer {
+        let Some((index, connection)) =
+            self.config.connections.iter().enumerate().find(|(_, connection)| connection.ike.name == name)
+        else {
+            let known: Vec<&str> = self.config.connections.iter().map(|c| c.ike.name.as_str()).collect();
+            return Answer::Refused(format!("no connection is named {name:?}; there is: {}", known.join(", ")));
+        };
+        let id = ConnectionId(index as u16);
+        let mut served = 0;
+        for endpoint in connection.endpoints.clone() {
+            let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { continue };
+            if !e.serves(now) {
+                continue;
+            }
+            served += 1;
+            let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+            if let Err(error) = act(&mut e.ike, &mut cx, id) {
+                return Answer::Refused(format!("{name}: {error}"));
+            }
+        }
+        match served {
+            0 => Answer::Refused(format!("{name}: this instance does not own its endpoint; ask the other instance")),
+            _ => Answer::Done(format!("{name} {done}")),
+        }
+    }
+
+    /// What a worker's shard reported.
+    pub fn handle_report(&mut self, now: Duration, report: esp::Report) {
+        match report {
+            esp::Report::LeaseLow { spi_in, next_seq, ceiling: _, rate_per_s } => {
+                self.ask_lease(now, spi_in, next_seq, rate_per_s);
+            }
+            esp::Report::Obeying { endpoint } => {
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
+                    && let Part::Owner { sync: Some(sync) } = &mut e.part
+                {
+                    sync.obeying = true;
+                }
+                self.confirm_sync(now, endpoint);
+            }
+            esp::Report::Windows(tops) => self.stream_tops(now, tops.as_slice()),
+            esp::Report::Held { endpoint, counters, .. } => {
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
+                    && let Part::Holding { counters: slot, .. } = &mut e.part
+                {
+                    *slot = Some(counters);
+                }
+                self.grant(now, endpoint);
+            }
+            esp::Report::Disowned { endpoint, counters, .. } => self.yield_counters(now, endpoint, &counters),
+            esp::Report::Expiring { spi_in, why, .. } => {
+                tracing::info!(%spi_in, ?why, "Child SA is used up and will be rekeyed");
+                self.with_sa(now, spi_in, |ike, cx| ike.rekey_child(cx, spi_in));
+            }
+            esp::Report::NoSa { endpoint, connection, child } => {
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
+                    && e.serves(now)
+                {
+                    let name = self
+                        .config
+                        .connection(connection)
+                        .and_then(|c| c.ike.children.get(usize::from(child)))
+                        .map(|child| child.name.clone());
+                    let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+                    e.ike.acquire(&mut cx, connection, name.as_deref());
+                }
+            }
+            esp::Report::PeerMoved { spi_in, from, .. } => {
+                self.with_sa(now, spi_in, |ike, cx| ike.peer_moved(cx, spi_in, from));
+            }
+            esp::Report::Snapshot(snapshot) => self.take_snapshot(now, snapshot),
+        }
+        self.pump(now);
+    }
+
+    fn with_sa(&mut self, now: Duration, spi_in: EspSpi, act: impl Fn(&mut ike::Endpoint, &mut ike::Context<'_>) -> bool) {
+        for e in &mut self.endpoints {
+            if e.serves(now) {
+                let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+                if act(&mut e.ike, &mut cx) {
+                    return;
+                }
+            }
+        }
+        tracing::debug!(%spi_in, "report about a Child SA that is gone");
+    }
+
+    fn take_snapshot(&mut self, now: Duration, snapshot: Box<esp::Snapshot>) {
+        for sa in &snapshot.sas {
+            if let (Some(e), Some(last_in)) = (self.endpoints.get_mut(usize::from(sa.endpoint.0)), sa.last_in) {
+                e.ike.note_inbound(sa.spi_in, last_in);
+            }
+            if let (Some(e), Some(last_out)) = (self.endpoints.get_mut(usize::from(sa.endpoint.0)), sa.last_out) {
+                e.ike.note_outbound(sa.spi_in, last_out);
+            }
+        }
+        let fresh = snapshot.token == 1;
+        self.snapshot = Some(snapshot);
+        if fresh {
+            for ticket in std::mem::take(&mut self.waiting) {
+                let answer = Answer::Status(Box::new(crate::view::status(self, now)));
+                self.outputs.push_back(Output::Answer { ticket, answer });
+            }
+        }
+    }
+
+    /// Carries every consequence to the outputs: `ha`'s events, IKE's transitions, and what these cause in turn.
+    pub(crate) fn pump(&mut self, now: Duration) {
+        loop {
+            let mut idle = true;
+            while let Some(event) = self.pair.poll_event() {
+                idle = false;
+                self.handle_pair_event(now, event);
+            }
+            for index in 0..self.endpoints.len() {
+                idle &= !self.step_ike(now, index);
+            }
+            if idle {
+                break;
+            }
+        }
+        while let Some(transmit) = self.pair.poll_transmit() {
+            self.outputs.push_back(Output::Pair(transmit));
+        }
+    }
+
+    /// Appends what IKE decided; `false` if there was nothing.
+    fn step_ike(&mut self, now: Duration, index: usize) -> bool {
+        let Some(e) = self.endpoints.get_mut(index) else { return false };
+        let mut moved = false;
+        while let Some(transition) = e.ike.poll_transition() {
+            moved = true;
+            let ike::Transition { puts, deletes, children, transmits } = transition;
+            let mut release = Release { transmits, use_outbound: Vec::new() };
+            for op in children {
+                install(&mut self.outputs, &mut self.spis, e, op, Some(&mut release.use_outbound));
+            }
+            if !puts.is_empty() || !deletes.is_empty() {
+                let batch = ha::Batch {
+                    puts: puts.into_iter().map(|(spi, value)| (spi.0, value)).collect(),
+                    deletes: deletes.into_iter().map(|spi: IkeSpi| spi.0).collect(),
+                };
+                match self.pair.append(now, e.ha_id(), batch) {
+                    Ok(position) => e.position = position.0,
+                    Err(error) => {
+                        // Without its record the step must not become visible to the peer.
+                        tracing::error!(endpoint = e.name, %error, "a record could not be appended; its datagrams are withheld");
+                        continue;
+                    }
+                }
+            }
+            e.held.push(e.position, release);
+        }
+        while let Some(event) = e.ike.poll_event() {
+            moved = true;
+            match event {
+                ike::Event::KeyLog(line) => self.outputs.push_back(Output::KeyLog(line)),
+                ike::Event::Failed(failure) => {
+                    tracing::warn!(endpoint = e.name, "{failure}");
+                    if let Some(connection) = &failure.connection {
+                        e.last_error.insert(connection.clone(), (failure.to_string(), now));
+                    }
+                }
+                event @ ike::Event::Retransmitting { .. } => tracing::warn!(endpoint = e.name, "{event}"),
+                event => tracing::info!(endpoint = e.name, "{event}"),
+            }
+        }
+        self.release(index) || moved
+    }
+
+    /// Lets go what is committed.
+    pub(crate) fn release(&mut self, index: usize) -> bool {
+        let Some(e) = self.endpoints.get_mut(index) else { return false };
+        let mut released = false;
+        while let Some(release) = e.held.pop(e.committed) {
+            released = true;
+            for spi_in in release.use_outbound {
+                self.outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in }));
+            }
+            for ike::Transmit { from, to, bytes } in release.transmits {
+                self.outputs.push_back(Output::Ike { endpoint: e.id, from, to, bytes });
+            }
+        }
+        released
+    }
+
+    fn ask_lease(&mut self, now: Duration, spi_in: EspSpi, next_seq: u64, rate_per_s: u64) {
+        for index in 0..self.endpoints.len() {
+            let Some(e) = self.endpoints.get_mut(index) else { continue };
+            if !e.owns() {
+                continue;
+            }
+            if let Some(ceiling) = e.leases.ask(spi_in, next_seq, rate_per_s) {
+                self.say_ceilings(now, index, vec![ceiling]);
+            }
+        }
+    }
+
+    /// Tells the shadow about ceilings; they count when it has acknowledged them.
+    pub(crate) fn say_ceilings(&mut self, now: Duration, index: usize, ceilings: Vec<Ceiling>) {
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        let bytes = peer_message::encode(&Side::Ceilings(ceilings.clone()));
+        match self.pair.send_side(now, e.ha_id(), ha::SideKind::Acked, bytes) {
+            Some(id) => e.leases.sent(id, ceilings),
+            // Solo: nobody to tell, and leases are not obeyed.
+            None => e.leases.void(),
+        }
+    }
+
+    fn stream_tops(&mut self, now: Duration, tops: &[(EspSpi, u32)]) {
+        for e in self.endpoints.iter_mut().filter(|e| e.owns()) {
+            let list: Vec<Top> = tops
+                .iter()
+                .filter(|(spi_in, _)| e.leases.knows(*spi_in))
+                .map(|(spi_in, top)| Top { spi_in: spi_in.0, top: *top })
+                .collect();
+            if !list.is_empty() {
+                let bytes = peer_message::encode(&Side::Tops(list));
+                self.pair.send_side(now, e.ha_id(), ha::SideKind::Unacked, bytes);
+            }
+        }
+    }
+
+    pub(crate) fn context(&mut self, now: Duration) -> (ike::Context<'_>, &mut Vec<Endpoint>) {
+        (ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis }, &mut self.endpoints)
+    }
+
+    /// Child SAs that came in a record: into the shards of a shadow.
+    pub(crate) fn install_shadow(&mut self, index: usize, ops: Vec<ike::ChildOp>) {
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        for op in ops {
+            if let ike::ChildOp::Install(child) = &op {
+                self.spis.adopt(child.spi_in);
+            }
+            install(&mut self.outputs, &mut self.spis, e, op, None);
+        }
+    }
+
+    fn count_ike_drop(&mut self, reason: &'static str) {
+        *self.counters.ike_drops.entry(reason).or_default() += 1;
+    }
+}
+
+/// One change of what the shards hold. With `later`, outbound use waits there for commitment; a shadow needs no wait,
+/// since its shard seals nothing.
+fn install(
+    outputs: &mut VecDeque<Output>,
+    spis: &mut SpiPool,
+    e: &mut Endpoint,
+    op: ike::ChildOp,
+    later: Option<&mut Vec<EspSpi>>,
+) {
+    match op {
+        ike::ChildOp::Install(child) => {
+            let ceiling = e.leases.install(child.spi_in);
+            let sa = esp::Sa {
+                endpoint: e.id,
+                connection: child.connection,
+                spi_in: child.spi_in,
+                spi_out: child.spi_out,
+                alg: child.alg,
+                keymat_in: child.keymat_in,
+                keymat_out: child.keymat_out,
+                local_ts: child.local_ts,
+                remote_ts: child.remote_ts,
+                local: child.local,
+                remote: child.remote,
+                udp_encap: child.udp_encap,
+                next_seq: 1,
+                ceiling,
+                born: child.born,
+            };
+            outputs.push_back(Output::Shard(esp::Command::Install(Box::new(sa))));
+        }
+        ike::ChildOp::UseOutbound { spi_in } => match later {
+            Some(later) => later.push(spi_in),
+            None => outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in })),
+        },
+        ike::ChildOp::Remove { spi_in } => {
+            e.leases.remove(spi_in);
+            spis.release(spi_in);
+            outputs.push_back(Output::Shard(esp::Command::Remove { spi_in }));
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! The validated configuration in the words of `ha` and `esp`.
+
+use wire::id::ConnectionId;
+
+use crate::config::Config;
+
+/// What `ha` is told.
+pub(crate) fn of(config: &Config) -> ha::Config {
+    let local = config.instance_name(config.local);
+    let peer = config.pair.as_ref().map_or("", |pair| config.instance_name(pair.peer));
+    let mut out = ha::Config::new(local, config.local, peer);
+    out.endpoints = config
+        .endpoints
+        .iter()
+        .map(|e| ha::EndpointConfig { name: e.name.clone(), home_is_me: e.home == config.local })
+        .collect();
+    let digest = config.digest();
+    out.config_digest = u64::from_be_bytes(*digest.first_chunk().unwrap_or(&[0; 8]));
+    match &config.pair {
+        None => {
+            out.lone = true;
+            out.links = 0;
+        }
+        Some(pair) => {
+            out.links = u8::try_from(pair.links.len()).unwrap_or(u8::MAX);
+            out.heartbeat = pair.timers.heartbeat;
+            out.dead_after = pair.timers.dead_after;
+            out.fence_after = pair.timers.fence_after;
+            out.boot_wait = pair.timers.boot_wait;
+        }
+    }
+    out
+}
+
+/// What must never leave in clear, whether a tunnel is up or not: every child of every connection at its endpoints.
+pub(crate) fn policies(config: &Config) -> Vec<esp::Policy> {
+    let mut policies = Vec::new();
+    for (index, connection) in config.connections.iter().enumerate() {
+        for endpoint in &connection.endpoints {
+            for (child, spec) in connection.ike.children.iter().enumerate() {
+                policies.push(esp::Policy {
+                    endpoint: *endpoint,
+                    connection: ConnectionId(index as u16),
+                    child: child as u16,
+                    local_ts: spec.local_ts.clone(),
+                    remote_ts: spec.remote_ts.clone(),
+                });
+            }
+        }
+    }
+    policies
+}

@@ -1,0 +1,316 @@
+//! What `ha` decides, carried out: acquisitions, switchovers, shadows, healing.
+//!
+//! The order within each is ha.md's ("Takeover, in order", "Switchover, in order"); `ha` emits its events in that
+//! order and the outputs keep it.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use wire::id::{EndpointId, EspSpi, IkeSpi, Term};
+
+use crate::core::Gateway;
+use crate::endpoint::{Part, Sync};
+use crate::face::Output;
+use crate::peer_message::{self, Counters, ExactSa, Side};
+
+/// Direct arrivals wait at least this long after a switchover while steered packets pass (ha.md).
+const HOLD_DIRECT: Duration = Duration::from_millis(2);
+
+impl Gateway {
+    pub(crate) fn handle_pair_event(&mut self, now: Duration, event: ha::Event) {
+        match event {
+            ha::Event::Own(own) => self.own(now, own),
+            ha::Event::Hold { endpoint } => self.hold(endpoint),
+            ha::Event::Resume { endpoint } => self.resume(now, endpoint),
+            ha::Event::StandDown { endpoint, why, counters_wanted } => {
+                self.stand_down(now, endpoint, why, counters_wanted);
+            }
+            ha::Event::Apply { endpoint, id, position, batch } => self.apply(now, endpoint, id, position, batch),
+            ha::Event::Acked { endpoint, position } => {
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+                    e.committed = e.committed.max(position.0);
+                    self.release(usize::from(endpoint.0));
+                    self.grant(now, EndpointId(endpoint.0));
+                }
+            }
+            ha::Event::Side { endpoint, bytes } => self.side(endpoint, &bytes.0),
+            ha::Event::SideAcked { endpoint, id } => {
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+                    for ceiling in e.leases.acked(id) {
+                        let spi_in = EspSpi(ceiling.spi_in);
+                        self.outputs.push_back(Output::Shard(esp::Command::Lease { spi_in, ceiling: ceiling.ceiling }));
+                    }
+                    self.confirm_sync(now, EndpointId(endpoint.0));
+                }
+            }
+            ha::Event::Mode { endpoint, mode } => self.mode(now, endpoint, mode),
+            ha::Event::Quiet { endpoint, until } => {
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+                    e.ike.quiet_until(until);
+                }
+            }
+            ha::Event::Fence { endpoint, valid_until } => {
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+                    e.valid_until = valid_until;
+                    self.outputs.push_back(Output::Fence { endpoint: e.id, valid_until });
+                }
+            }
+            ha::Event::Reserve { endpoint, up_to } => {
+                self.outputs.push_back(Output::Reserve { endpoint: EndpointId(endpoint.0), up_to: Term(up_to.0) });
+            }
+            ha::Event::Announce { endpoint } => {
+                self.outputs.push_back(Output::Announce { endpoint: EndpointId(endpoint.0) });
+            }
+            ha::Event::Notify { endpoint, state, term } => {
+                let state = match state {
+                    ha::HookState::Master => "MASTER",
+                    ha::HookState::Backup => "BACKUP",
+                    ha::HookState::Fault => "FAULT",
+                };
+                self.outputs.push_back(Output::Notify { endpoint: EndpointId(endpoint.0), state, term: Term(term.0) });
+            }
+            ha::Event::Handover { endpoint, tail, counters } => self.handover(now, endpoint, tail, &counters.0),
+            ha::Event::Contact(true) => tracing::info!("in contact with the other instance"),
+            ha::Event::Contact(false) => tracing::warn!("contact with the other instance is lost"),
+            ha::Event::Warning(warning @ ha::Warning::DigestMismatch { .. }) => tracing::error!("{warning}"),
+            ha::Event::Warning(warning) => tracing::warn!("{warning}"),
+        }
+    }
+
+    fn own(&mut self, now: Duration, own: ha::Own) {
+        let rtt = self.pair.status().rtt.unwrap_or_default();
+        let Some(e) = self.endpoints.get_mut(usize::from(own.endpoint.0)) else { return };
+        let endpoint = e.id;
+        let term = Term(own.term.0);
+        let (kind, granted) = match &own.how {
+            ha::How::Boot => ("start", None),
+            ha::How::ProvenDeath => ("takeover", None),
+            ha::How::Silence => ("takeover after silence", None),
+            ha::How::Grant(payload) => ("switchover", peer_message::decode::<Counters>(&payload.0)),
+            ha::How::Heal => ("heal", None),
+            ha::How::Resume => ("switchover taken back", None),
+            ha::How::Free => ("found free", None),
+        };
+        tracing::info!(endpoint = e.name, %term, how = kind, synced = own.synced, "this instance is the owner");
+        *self.counters.changes.entry(kind).or_default() += 1;
+        if let ha::How::Grant(_) = own.how {
+            let Some(granted) = granted else {
+                // Authenticated, so it is a bug of the other release. Without exact counters the SAs start at their
+                // ceilings, which is always safe.
+                tracing::error!(endpoint = e.name, "the grant's counters cannot be read; going on above the ceilings");
+                self.finish_own(now, own);
+                return;
+            };
+            for exact in &granted.sas {
+                e.leases.raise(EspSpi(exact.spi_in), exact.ceiling);
+                if let Some(counters) = exact.counters() {
+                    let resume = esp::Command::Resume { term, counters: Box::new(counters) };
+                    self.outputs.push_back(Output::Shard(resume));
+                }
+            }
+            let until = now + HOLD_DIRECT.max(rtt * 2);
+            self.outputs.push_back(Output::Shard(esp::Command::HoldDirect { endpoint, until }));
+        }
+        self.finish_own(now, own);
+    }
+
+    fn finish_own(&mut self, now: Duration, own: ha::Own) {
+        let index = usize::from(own.endpoint.0);
+        let term = Term(own.term.0);
+        let (mut cx, endpoints) = self.context(now);
+        let Some(e) = endpoints.get_mut(index) else { return };
+        let inbox = match std::mem::replace(&mut e.part, Part::Owner { sync: None }) {
+            Part::Holding { inbox, .. } => inbox,
+            _ => VecDeque::new(),
+        };
+        e.term = term;
+        e.owes_counters = false;
+        e.leases.void();
+        let doubt = if own.synced { ike::Doubt::None } else { ike::Doubt::InDoubt };
+        if let Some(until) = own.quiet_until {
+            e.ike.quiet_until(until);
+        }
+        e.ike.activate(&mut cx, term, doubt);
+        for datagram in inbox {
+            // A refusal is counted when it comes from the network; here the peer repeats itself anyway.
+            let _ = e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
+        }
+        let endpoint = e.id;
+        self.outputs.push_back(Output::Shard(esp::Command::Own {
+            endpoint,
+            term,
+            seq_jump: own.seq_jump,
+            obey_leases: own.obey_leases,
+        }));
+        self.outputs.push_back(Output::Addresses { endpoint, present: true });
+    }
+
+    fn hold(&mut self, endpoint: ha::EndpointId) {
+        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
+        e.part = Part::Holding { inbox: VecDeque::new(), counters: None, granted: false };
+        self.outputs.push_back(Output::Shard(esp::Command::Hold { endpoint: e.id }));
+    }
+
+    /// Hands the final counters to `ha` once the workers have stopped and nothing waits for commitment, so that every
+    /// datagram that was decided here also left from here.
+    pub(crate) fn grant(&mut self, now: Duration, endpoint: EndpointId) {
+        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
+        let ha_id = e.ha_id();
+        let Part::Holding { counters: Some(counters), granted, .. } = &mut e.part else { return };
+        if *granted || !e.held.is_empty() {
+            return;
+        }
+        *granted = true;
+        let payload = Counters { sas: counters.iter().map(ExactSa::of).collect() };
+        self.pair.final_counters(now, ha_id, ha::Opaque(peer_message::encode(&payload)));
+    }
+
+    fn resume(&mut self, now: Duration, endpoint: ha::EndpointId) {
+        let index = usize::from(endpoint.0);
+        let (mut cx, endpoints) = self.context(now);
+        let Some(e) = endpoints.get_mut(index) else { return };
+        let Part::Holding { inbox, .. } = std::mem::replace(&mut e.part, Part::Owner { sync: None }) else { return };
+        tracing::warn!(endpoint = e.name, "the other instance refused the switchover; this one goes on");
+        for datagram in inbox {
+            let _ = e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
+        }
+        let endpoint = e.id;
+        self.outputs.push_back(Output::Shard(esp::Command::Release { endpoint }));
+    }
+
+    fn stand_down(&mut self, now: Duration, endpoint: ha::EndpointId, why: ha::Why, counters_wanted: bool) {
+        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
+        let endpoint = e.id;
+        let steer = why == ha::Why::Granted;
+        tracing::info!(endpoint = e.name, ?why, "this instance is no longer the owner");
+        e.ike.deactivate();
+        for spi_in in e.held.abandon() {
+            self.outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in }));
+        }
+        e.leases.void();
+        e.owes_counters = counters_wanted;
+        let part = if steer { Part::Steering { last: now } } else { Part::Shadow };
+        let inbox = match std::mem::replace(&mut e.part, part) {
+            Part::Holding { inbox, .. } => inbox,
+            _ => VecDeque::new(),
+        };
+        self.outputs.push_back(Output::Shard(esp::Command::Disown { endpoint, steer }));
+        if steer {
+            for d in inbox {
+                self.outputs.push_back(Output::SteerIke { endpoint, from: d.from, to: d.to, bytes: d.bytes });
+            }
+        } else {
+            self.outputs.push_back(Output::Addresses { endpoint, present: false });
+        }
+    }
+
+    /// The loser of a split tells the winner where its SAs stand.
+    pub(crate) fn yield_counters(&mut self, now: Duration, endpoint: EndpointId, counters: &[esp::Counters]) {
+        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
+        if std::mem::take(&mut e.owes_counters) {
+            let payload = Counters { sas: counters.iter().map(ExactSa::of).collect() };
+            self.pair.final_counters(now, ha::EndpointId(endpoint.0), ha::Opaque(peer_message::encode(&payload)));
+        }
+    }
+
+    fn apply(&mut self, now: Duration, endpoint: ha::EndpointId, id: ha::ApplyId, position: ha::Position, batch: ha::Batch) {
+        let index = usize::from(endpoint.0);
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        let puts = batch.puts.into_iter().map(|(key, value)| (IkeSpi(key), value)).collect();
+        let deletes = batch.deletes.into_iter().map(IkeSpi).collect();
+        e.position = position.0;
+        e.committed = position.0;
+        match e.ike.apply(now, puts, deletes) {
+            Ok(ops) => {
+                self.install_shadow(index, ops);
+                // The shards' queue is ordered, so an `Own` that follows finds these SAs: they count as installed.
+                self.pair.applied(now, endpoint, id);
+            }
+            // Unapplied, so unacknowledged: the owner will run solo rather than trust this shadow.
+            Err(error) => tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used"),
+        }
+    }
+
+    fn side(&mut self, endpoint: ha::EndpointId, bytes: &[u8]) {
+        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
+        match peer_message::decode::<Side>(bytes) {
+            Some(Side::Ceilings(list)) => {
+                for said in list {
+                    let spi_in = EspSpi(said.spi_in);
+                    let ceiling = e.leases.raise(spi_in, said.ceiling);
+                    self.outputs.push_back(Output::Shard(esp::Command::Lease { spi_in, ceiling }));
+                }
+            }
+            Some(Side::Tops(list)) => {
+                for said in list {
+                    let spi_in = EspSpi(said.spi_in);
+                    self.outputs.push_back(Output::Shard(esp::Command::Window { spi_in, top: said.top }));
+                }
+            }
+            None => tracing::warn!(endpoint = e.name, "a side message of the other instance cannot be read"),
+        }
+    }
+
+    fn mode(&mut self, now: Duration, endpoint: ha::EndpointId, mode: ha::Mode) {
+        let index = usize::from(endpoint.0);
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        let id = e.id;
+        e.mode = mode;
+        match mode {
+            ha::Mode::Solo => {
+                tracing::warn!(endpoint = e.name, "running solo: a second failure would lose the tunnels");
+                e.leases.void();
+                if let Part::Owner { sync } = &mut e.part {
+                    *sync = None;
+                }
+                self.outputs.push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on: false }));
+            }
+            ha::Mode::Syncing(sync_id) => {
+                if let Part::Owner { sync } = &mut e.part {
+                    *sync = Some(Sync { id: sync_id, obeying: false });
+                }
+                for ceilings in e.leases.say_all() {
+                    self.say_ceilings(now, index, ceilings);
+                }
+                self.outputs.push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on: true }));
+            }
+            ha::Mode::Synced => tracing::info!(endpoint = e.name, "the other instance can take over at any moment"),
+        }
+    }
+
+    /// `ha` learns that the shadow knows every ceiling, and that the shard obeys them.
+    pub(crate) fn confirm_sync(&mut self, now: Duration, endpoint: EndpointId) {
+        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
+        let settled = e.leases.settled();
+        let ha_id = e.ha_id();
+        if let Part::Owner { sync } = &mut e.part
+            && let Some(ready) = *sync
+            && ready.obeying
+            && settled
+        {
+            *sync = None;
+            self.pair.confirm_ceilings(now, ha_id, ready.id);
+        }
+    }
+
+    /// The winner of a split takes over what the loser did meanwhile (ha.md, "Split brain without a witness").
+    fn handover(&mut self, now: Duration, endpoint: ha::EndpointId, tail: Vec<ha::TailItem>, counters: &[u8]) {
+        let index = usize::from(endpoint.0);
+        let (mut cx, endpoints) = self.context(now);
+        let Some(e) = endpoints.get_mut(index) else { return };
+        let (mut puts, mut deletes) = (Vec::new(), Vec::new());
+        for item in tail.into_iter().filter(|item| !item.touched) {
+            match item.value {
+                Some(value) => puts.push((IkeSpi(item.key), value)),
+                None => deletes.push(IkeSpi(item.key)),
+            }
+        }
+        if let Err(error) = e.ike.adopt(&mut cx, puts, deletes) {
+            tracing::error!(endpoint = e.name, %error, "the other instance's tail cannot be used");
+        }
+        let exact = peer_message::decode::<Counters>(counters).unwrap_or_default();
+        for counters in exact.sas.iter().filter_map(ExactSa::counters) {
+            self.outputs.push_back(Output::Shard(esp::Command::CatchUp { counters: Box::new(counters) }));
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The inbound ESP SPIs of one instance.
+//!
+//! Every inbound SPI that this instance hands out names its place in a worker's table, so that the lookup of a
+//! received datagram is an array index ([`wire::id::SpiLayout`]). The pool never gives a slot out twice while it
+//! is in use, and when a slot returns its generation moves on, so that a late datagram for the old SA misses.
+//!
+//! SPIs that the *other* instance chose carry the other's index bit and live in the other half of every table:
+//! a takeover adopts them without translation, and this pool never sees them.
+
+use std::collections::VecDeque;
+
+use wire::id::{EspSpi, SpiLayout};
+
+/// Most SAs that this instance may have negotiated at once, per worker (the slot field is 16 bits wide).
+const SLOTS_PER_WORKER: u32 = 1 << 16;
+/// Slots rest this long in the free queue, in allocations, before they are used again while fresh ones remain.
+const REST: usize = 64;
+
+/// Hands out inbound SPIs; one per gateway.
+#[derive(Debug)]
+pub struct SpiPool {
+    instance: u8,
+    workers: u8,
+    next_worker: u8,
+    first_generation: u16,
+    /// Per worker: the next slot that was never used.
+    fresh: Vec<u32>,
+    /// Per worker: returned places with the generation they will carry next, oldest first.
+    resting: Vec<VecDeque<SpiLayout>>,
+}
+
+impl SpiPool {
+    /// `seed` spreads the first generation of a boot, so that SAs of an earlier life of this instance are missed
+    /// with high probability even before their peers notice.
+    pub fn new(instance: u8, workers: u8, seed: u64) -> Self {
+        let count = usize::from(workers.max(1));
+        Self {
+            instance,
+            workers: workers.max(1),
+            next_worker: 0,
+            first_generation: (seed % u64::from(SpiLayout::MAX_GENERATION)) as u16 + 1,
+            fresh: vec![0; count],
+            resting: vec![VecDeque::new(); count],
+        }
+    }
+
+    /// An SPI on the workers in turn; `None` when every slot of every worker is in use.
+    pub fn allocate(&mut self) -> Option<EspSpi> {
+        for _ in 0..self.workers {
+            let worker = self.next_worker;
+            self.next_worker = (self.next_worker + 1) % self.workers;
+            let index = usize::from(worker);
+            let fresh = self.fresh.get_mut(index)?;
+            let resting = self.resting.get_mut(index)?;
+            let exhausted = *fresh >= SLOTS_PER_WORKER;
+            if (resting.len() > REST || exhausted)
+                && let Some(place) = resting.pop_front()
+            {
+                return Some(place.spi());
+            }
+            if !exhausted {
+                let slot = *fresh as u16;
+                *fresh += 1;
+                return SpiLayout::new(self.instance, self.first_generation, worker, slot).map(SpiLayout::spi);
+            }
+        }
+        None
+    }
+
+    /// Marks an SPI that this instance chose in an earlier life (it came back in a snapshot) as in use.
+    pub fn adopt(&mut self, spi: EspSpi) {
+        let Some(place) = self.ours(spi) else { return };
+        let index = usize::from(place.worker());
+        let (Some(fresh), Some(resting)) = (self.fresh.get_mut(index), self.resting.get_mut(index)) else { return };
+        while *fresh <= u32::from(place.slot()) {
+            if let Some(skipped) =
+                SpiLayout::new(self.instance, self.first_generation, place.worker(), *fresh as u16)
+                && *fresh < u32::from(place.slot())
+            {
+                resting.push_back(skipped);
+            }
+            *fresh += 1;
+        }
+        resting.retain(|resting| resting.slot() != place.slot());
+    }
+
+    /// Returns an SPI; foreign and unknown ones are ignored, so a double release is harmless.
+    pub fn release(&mut self, spi: EspSpi) {
+        let Some(place) = self.ours(spi) else { return };
+        let index = usize::from(place.worker());
+        let (Some(fresh), Some(resting)) = (self.fresh.get(index), self.resting.get_mut(index)) else { return };
+        if u32::from(place.slot()) >= *fresh || resting.iter().any(|resting| resting.slot() == place.slot()) {
+            return;
+        }
+        resting.push_back(place.next_generation());
+    }
+
+    fn ours(&self, spi: EspSpi) -> Option<SpiLayout> {
+        SpiLayout::of(spi).filter(|place| place.instance() == self.instance)
+    }
+}
+
+impl ike::SpiAllocator for SpiPool {
+    fn allocate(&mut self) -> Option<EspSpi> {
+        SpiPool::allocate(self)
+    }
+
+    fn release(&mut self, spi: EspSpi) {
+        SpiPool::release(self, spi);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn place(spi: EspSpi) -> (u8, u16) {
+        let layout = SpiLayout::of(spi).unwrap();
+        (layout.worker(), layout.slot())
+    }
+
+    #[test]
+    fn never_hands_out_a_place_twice_and_changes_generation() {
+        let mut pool = SpiPool::new(1, 2, 7);
+        let mut live = BTreeSet::new();
+        let mut ever = BTreeSet::new();
+        for round in 0..2_000 {
+            let spi = pool.allocate().unwrap();
+            assert!(!spi.is_reserved(), "RFC 4303 §2.1: 0-255 are reserved");
+            assert_eq!(SpiLayout::of(spi).unwrap().instance(), 1);
+            assert!(live.insert(place(spi)), "a place in use was handed out again");
+            assert!(ever.insert(spi), "an SPI came back while its generation is fresh");
+            if round % 3 != 0 {
+                pool.release(spi);
+                pool.release(spi);
+                live.remove(&place(spi));
+            }
+        }
+    }
+
+    #[test]
+    fn adopted_spis_are_in_use() {
+        let mut pool = SpiPool::new(0, 1, 0);
+        let old = SpiLayout::new(0, 900, 0, 5).unwrap().spi();
+        pool.adopt(old);
+        for _ in 0..200 {
+            assert_ne!(place(pool.allocate().unwrap()).1, 5);
+        }
+        pool.release(old);
+        assert!((0..200).any(|_| place(pool.allocate().unwrap()).1 == 5));
+    }
+}

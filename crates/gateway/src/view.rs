@@ -1,0 +1,215 @@
+//! `tandem status`: what the machines know, in the stable shape of [`crate::status`].
+
+use std::time::Duration;
+
+use wire::id::EspSpi;
+
+use crate::core::Gateway;
+use crate::endpoint::{Endpoint, Part};
+use crate::status::{
+    ChildState, ChildStatus, Contact, Counters, EndpointStatus, IkeStatus, LastError, LinkStatus, Mode, Nat, PairStatus,
+    Role, Status, TunnelState, TunnelStatus,
+};
+
+pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
+    let config = &gateway.config;
+    let pair = gateway.pair.status();
+    let digest = config.digest();
+    Status {
+        instance: config.instance_name(config.local).to_owned(),
+        index: config.local,
+        release: gateway.release.clone(),
+        uptime_s: now.saturating_sub(gateway.started).as_secs(),
+        config_digest: digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
+        pair: config.pair.as_ref().map(|_| pair_status(gateway, &pair)),
+        endpoints: gateway.endpoints.iter().map(|e| endpoint_status(gateway, e, &pair, now)).collect(),
+        tunnels: tunnels(gateway, now),
+        counters: counters(gateway),
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn pair_status(gateway: &Gateway, pair: &ha::Status) -> PairStatus {
+    let Some(config) = &gateway.config.pair else { return PairStatus::default() };
+    let dead_after = config.timers.dead_after;
+    let contact = match (pair.contact, pair.heard_ago) {
+        (true, _) => Contact::TwoWay,
+        (false, Some(ago)) if ago < dead_after => Contact::OneWay,
+        _ => Contact::None,
+    };
+    PairStatus {
+        peer: gateway.config.instance_name(config.peer).to_owned(),
+        peer_release: pair.release.map(|release| release.to_string()),
+        contact,
+        refused: (pair.joined && !pair.compatible)
+            .then(|| "the configurations or releases do not agree: nothing is replicated (see the log)".to_owned()),
+        links: config
+            .links
+            .iter()
+            .enumerate()
+            .map(|(index, link)| {
+                let seen = pair.links.iter().find(|seen| usize::from(seen.link.0) == index);
+                let heard = seen.and_then(|seen| seen.heard_ago);
+                LinkStatus {
+                    local: link.local.to_string(),
+                    remote: link.remote.to_string(),
+                    up: heard.is_some_and(|ago| ago < dead_after),
+                    stream: pair.stream_link.is_some_and(|stream| usize::from(stream.0) == index),
+                    rtt_us: pair.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+                    last_heard_ms: heard.map(millis),
+                }
+            })
+            .collect(),
+    }
+}
+
+fn endpoint_status(gateway: &Gateway, e: &Endpoint, pair: &ha::Status, now: Duration) -> EndpointStatus {
+    let config = &gateway.config;
+    let spec = config.endpoint(e.id);
+    let seen = pair.endpoints.iter().find(|seen| seen.endpoint == e.ha_id());
+    let local = config.instance_name(config.local).to_owned();
+    let role = match (&e.part, seen.map(|seen| seen.role)) {
+        (Part::Owner { .. } | Part::Holding { .. }, _) => Role::Owner,
+        (Part::Steering { .. }, _) => Role::Steering,
+        (Part::Shadow, Some(ha::Role::Shadow { .. } | ha::Role::Yielding)) => Role::Shadow,
+        (Part::Shadow, _) => Role::None,
+    };
+    let mode = match seen.map(|seen| seen.role) {
+        Some(ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering | ha::Role::Shadow { synced: true }) => Mode::Synced,
+        Some(ha::Role::Owner(ha::Mode::Syncing(_)) | ha::Role::Shadow { synced: false }) => Mode::Syncing,
+        _ => Mode::Solo,
+    };
+    let owner = if role == Role::Owner {
+        Some(local)
+    } else {
+        let peer = config.pair.as_ref().map(|pair| config.instance_name(pair.peer).to_owned());
+        peer.filter(|_| seen.is_some_and(|seen| seen.peer_owns))
+    };
+    EndpointStatus {
+        name: e.name.clone(),
+        address: spec.map(|spec| spec.wan.address.to_string()).unwrap_or_default(),
+        home: spec.map(|spec| config.instance_name(spec.home).to_owned()).unwrap_or_default(),
+        owner,
+        role,
+        term: seen.map_or(0, |seen| seen.term.0),
+        mode,
+        position: seen.map_or(0, |seen| seen.position.0),
+        acked_position: seen.filter(|_| role == Role::Owner).map(|seen| seen.acked.0),
+        fence_ms_left: (role == Role::Owner).then(|| millis(e.valid_until.saturating_sub(now))),
+        uplink: seen.map(|seen| seen.uplink),
+    }
+}
+
+fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {
+    let mut out = Vec::new();
+    for connection in &gateway.config.connections {
+        for endpoint in &connection.endpoints {
+            let Some(e) = gateway.endpoints.get(usize::from(endpoint.0)) else { continue };
+            let name = &connection.ike.name;
+            let ike = e.ike.status(now);
+            // The newest SA that is furthest stands for the tunnel; the children of all are listed.
+            let mut sas: Vec<&ike::IkeStatus> =
+                ike.ike_sas.iter().filter(|sa| sa.connection.as_deref() == Some(name)).collect();
+            sas.sort_by_key(|sa| (state_of(sa.state) != TunnelState::Established, sa.age));
+            let first = sas.first();
+            out.push(TunnelStatus {
+                connection: name.clone(),
+                endpoint: e.name.clone(),
+                state: first.map_or(TunnelState::Down, |sa| state_of(sa.state)),
+                ike: first.map(|sa| ike_status(sa)),
+                children: sas.iter().flat_map(|sa| &sa.children).map(|child| child_status(gateway, child)).collect(),
+                last_error: e.last_error.get(name).map(|(text, at)| LastError {
+                    text: text.clone(),
+                    age_s: now.saturating_sub(*at).as_secs(),
+                }),
+            });
+        }
+    }
+    out
+}
+
+fn state_of(state: &str) -> TunnelState {
+    match state {
+        "connecting" => TunnelState::Connecting,
+        "established" | "rekeying" => TunnelState::Established,
+        "deleting" | "closed" => TunnelState::Closing,
+        _ => TunnelState::Down,
+    }
+}
+
+fn ike_status(sa: &ike::IkeStatus) -> IkeStatus {
+    let (spi_i, spi_r) = if sa.initiator { (sa.spi, sa.peer_spi) } else { (sa.peer_spi, sa.spi) };
+    IkeStatus {
+        spi_i: spi_i.to_string(),
+        spi_r: spi_r.to_string(),
+        role: if sa.initiator { "initiator" } else { "responder" }.to_owned(),
+        age_s: sa.age.as_secs(),
+        rekey_in_s: sa.rekey_in.map(|left| left.as_secs()),
+        algs: sa.suite.clone().unwrap_or_default(),
+        local: sa.local.to_string(),
+        local_id: sa.local_id.clone().unwrap_or_default(),
+        remote: sa.remote.to_string(),
+        remote_id: sa.remote_id.clone().unwrap_or_default(),
+        nat: match sa.nat {
+            (false, false) => Nat::None,
+            (true, false) => Nat::Local,
+            (false, true) => Nat::Remote,
+            (true, true) => Nat::Both,
+        },
+    }
+}
+
+fn child_status(gateway: &Gateway, child: &ike::ChildStatus) -> ChildStatus {
+    let stats = stats_of(gateway, child.spi_in);
+    ChildStatus {
+        name: child.name.clone(),
+        spi_in: child.spi_in.to_string(),
+        spi_out: child.spi_out.to_string(),
+        state: match child.state {
+            "installed" => ChildState::Installed,
+            "rekeying" => ChildState::Rekeying,
+            "retired" => ChildState::Rekeyed,
+            "deleting" => ChildState::Closing,
+            _ => ChildState::Installing,
+        },
+        udp_encap: child.udp_encap,
+        algs: child.suite.clone(),
+        age_s: child.age.as_secs(),
+        rekey_in_s: child.rekey_in.map(|left| left.as_secs()),
+        bytes_in: stats.map_or(0, |s| s.bytes_in),
+        bytes_out: stats.map_or(0, |s| s.bytes_out),
+        packets_in: stats.map_or(0, |s| s.packets_in),
+        packets_out: stats.map_or(0, |s| s.packets_out),
+        seq_out: stats.map(|s| s.next_seq),
+        seq_ceiling: stats.map(|s| s.ceiling),
+        seq_in: stats.map(|s| u64::from(s.top)),
+        local_ts: child.local_ts.iter().map(ToString::to_string).collect(),
+        remote_ts: child.remote_ts.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn stats_of(gateway: &Gateway, spi_in: EspSpi) -> Option<&esp::SaStats> {
+    gateway.snapshot.as_ref()?.sas.iter().find(|sa| sa.spi_in == spi_in)
+}
+
+fn counters(gateway: &Gateway) -> Counters {
+    let mut out = Counters {
+        changes: gateway.counters.changes.iter().map(|(kind, n)| ((*kind).to_owned(), *n)).collect(),
+        ike_drops: gateway.counters.ike_drops.iter().map(|(kind, n)| ((*kind).to_owned(), *n)).collect(),
+        ..Counters::default()
+    };
+    if let Some(snapshot) = &gateway.snapshot {
+        let stats = &snapshot.stats;
+        out.packets_in = stats.packets_in;
+        out.packets_out = stats.packets_out;
+        out.bytes_in = stats.bytes_in;
+        out.bytes_out = stats.bytes_out;
+        out.steered_out = stats.steered_out;
+        out.steered_in = stats.steered_in;
+        out.drops = stats.drops().filter(|(_, n)| *n > 0).map(|(why, n)| (why.to_string(), n)).collect();
+    }
+    out
+}

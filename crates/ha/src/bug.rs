@@ -1,0 +1,42 @@
+//! Deliberate mistakes, one or more for each invariant, which the simulation must catch. Without
+//! the feature `bugs` (and outside this crate's own tests) none of them can be switched on.
+
+/// One deliberate mistake.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bug {
+    /// Correct behaviour.
+    #[default]
+    None,
+    /// Invariant 1: a new term is not above those that a restart may have used.
+    TermReuse,
+    /// Invariant 1: a term of the other's parity is taken.
+    TermParity,
+    /// Invariant 2: a lease counts as acknowledged when it is sent.
+    LeaseBeforeAck,
+    /// Invariant 3: the owner's fence ignores echoes.
+    FenceByTurnAlone,
+    /// Invariant 3: after a late turn the fence opens without listening.
+    FenceWithoutListening,
+    /// Invariant 3: the fence stays open while a grant is under way.
+    FenceOpenInGrant,
+    /// Invariant 3: a late grant is accepted although it was refused.
+    GrantAfterRefusal,
+    /// Invariant 3: a higher term of one's own lineage does not end ownership.
+    IgnoreHigherTerm,
+    /// Invariants 4 and 5: a record counts as committed when it is sent.
+    CommitBeforeAck,
+    /// Invariants 4 and 5: the shadow acknowledges what its workers have not installed.
+    AckBeforeApply,
+    /// Invariant 4: the owner goes solo without the shadow knowing that it is out of sync.
+    SoloBeforeEcho,
+    /// Invariant 4: a new owner goes on acknowledging the old log.
+    OldLogAcked,
+    /// Invariant 5: an empty instance that boots takes a living one's endpoint.
+    EmptyBeatsLiving,
+    /// Invariant 5: the winner after a split takes no new term.
+    HealInOldTerm,
+    /// Invariant 7: a put is lost at the shadow.
+    PutLost,
+    /// Invariant 7: a difference of digests is ignored (together with [`Bug::PutLost`]).
+    DigestIgnored,
+}

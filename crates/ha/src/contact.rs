@@ -1,0 +1,475 @@
+//! Contact with the other instance: what was heard, what was echoed, and when it counts as dead.
+//!
+//! ```text
+//!             first heartbeat                 silence on every link for dead_after
+//!  unknown ─────────────────────► alive ───────────────────────────────────► dead (Silence)
+//!                                  │ ▲                                             │
+//!                                  │ └──────────── any fresh heartbeat ────────────┤
+//!                                  │                                               │
+//!                                  └──────────────────────────────────────► dead (Proven)
+//!                 stream ended without goodbye, and refused on every link that carried
+//!                 a heartbeat within dead_after, and no heartbeat since the asking;
+//!                 or a goodbye; or a hello from a new process
+//! ```
+//! Contact is two-way: every heartbeat echoes the send time of the newest one heard. Death is
+//! judged only in [`Contact::judge`], which runs when all sockets were drained, so that what
+//! waited in a socket's buffer is heard first. A turn that comes late by more than an interval
+//! means that we, not the other, were away: silence is then counted afresh for `dead_after`.
+//!
+//! Heartbeats are numbered. On each link the number must grow (a copy or an old one is dropped);
+//! claims are taken only from the newest over all links, so that a slow link never takes back what
+//! a fast one said. A heartbeat names the boots of both ends: one from, or for, an earlier process
+//! is dropped.
+
+use crate::codec::{Claim, Heartbeat};
+use crate::config::Config;
+use crate::event::Probe;
+use crate::types::LinkId;
+use core::time::Duration;
+
+/// Why the other counts as dead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Death {
+    Proven,
+    Silence,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+enum Asked {
+    #[default]
+    Never,
+    /// Under way since.
+    At(Duration),
+    /// Asked at this time, refused.
+    Refused(Duration),
+    /// Not refused; ask again at this time, and then wait twice as long.
+    Again(Duration),
+}
+
+/// One link's share.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Link {
+    pub(crate) heard_at: Option<Duration>,
+    number: u64,
+    pub(crate) accepted: u64,
+    pub(crate) replayed: u64,
+    asked: Asked,
+    pause: Duration,
+}
+
+/// What is known of the other's present process.
+#[derive(Clone, Debug)]
+pub(crate) struct Peer {
+    pub(crate) boot: u64,
+    pub(crate) claims: Vec<Claim>,
+    /// Number of the newest heartbeat heard, its send time on the other's clock, our receipt.
+    number: u64,
+    newest_sent: u64,
+    newest_at: Duration,
+    /// Newest receipt on any link.
+    pub(crate) heard_at: Option<Duration>,
+    /// Send time of our newest heartbeat that it echoed, nanoseconds.
+    pub(crate) echoed: u64,
+    /// Heartbeats sent (on its clock) before this are leftovers of a process proven dead.
+    leftovers: u64,
+    /// It said goodbye.
+    gone: bool,
+}
+
+/// What a heartbeat changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// Dropped.
+    Nothing,
+    /// A sign of life, with claims older than what we know.
+    Life,
+    /// A sign of life with the newest claims.
+    Claims,
+}
+
+pub(crate) struct Contact {
+    /// Drawn at our start.
+    pub(crate) boot: u64,
+    pub(crate) links: Vec<Link>,
+    pub(crate) peer: Option<Peer>,
+    pub(crate) alive: bool,
+    pub(crate) death: Option<Death>,
+    /// A heartbeat of ours was echoed since our start.
+    pub(crate) met: bool,
+    /// Last thing heard of the other in any way: restarts the boot wait.
+    pub(crate) sign_at: Duration,
+    /// The stream ended without goodbye, at this time.
+    pub(crate) stream_lost: Option<Duration>,
+    pub(crate) rtt: Option<Duration>,
+    last_turn: Duration,
+    pub(crate) listen_until: Duration,
+    next_number: u64,
+    last_sent: u64,
+}
+
+fn nanos(d: Duration) -> u64 {
+    u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl Contact {
+    pub(crate) fn new(boot: u64, links: u8, now: Duration) -> Contact {
+        Contact {
+            boot,
+            links: vec![Link::default(); usize::from(links)],
+            peer: None,
+            alive: false,
+            death: None,
+            met: false,
+            sign_at: now,
+            stream_lost: None,
+            rtt: None,
+            last_turn: now,
+            listen_until: now,
+            next_number: 1,
+            last_sent: 0,
+        }
+    }
+
+    pub(crate) fn claim(&self, id: u64) -> Option<&Claim> {
+        self.peer.as_ref()?.claims.iter().find(|claim| claim.id == id)
+    }
+
+    /// Send time of our newest heartbeat that was echoed.
+    pub(crate) fn echoed_at(&self) -> Option<Duration> {
+        self.peer.as_ref().filter(|p| p.echoed > 0).map(|p| Duration::from_nanos(p.echoed))
+    }
+
+    pub(crate) fn heard_at(&self) -> Option<Duration> {
+        self.peer.as_ref()?.heard_at
+    }
+
+    /// A mark between what was sent and what will be: see [`Contact::echoed_since`].
+    pub(crate) fn mark(&self) -> u64 {
+        self.last_sent
+    }
+
+    /// Whether the other has echoed a heartbeat sent after the mark.
+    pub(crate) fn echoed_since(&self, mark: u64) -> bool {
+        self.peer.as_ref().is_some_and(|peer| peer.echoed > mark)
+    }
+
+    /// Whether our heartbeats reach the other: contact is two-way.
+    pub(crate) fn echoed_lately(&self, now: Duration, dead_after: Duration) -> bool {
+        self.alive && self.echoed_at().is_some_and(|sent| now < sent + dead_after)
+    }
+
+    /// A hello from a process: true if it is not the one we knew.
+    pub(crate) fn greet(&mut self, now: Duration, boot: u64, claims: Vec<Claim>) -> bool {
+        self.sign_at = now;
+        if let Some(peer) = &mut self.peer
+            && peer.boot == boot
+        {
+            return false;
+        }
+        let known = self.peer.is_some();
+        if self.alive {
+            self.alive = false;
+            self.death = Some(Death::Proven);
+        } else if known {
+            self.death = Some(Death::Proven);
+        }
+        for link in &mut self.links {
+            *link = Link { accepted: link.accepted, replayed: link.replayed, ..Link::default() };
+        }
+        self.peer = Some(Peer {
+            boot,
+            claims,
+            number: 0,
+            newest_sent: 0,
+            newest_at: now,
+            heard_at: None,
+            echoed: 0,
+            leftovers: 0,
+            gone: false,
+        });
+        known
+    }
+
+    /// An authenticated heartbeat.
+    pub(crate) fn hear(&mut self, now: Duration, link: LinkId, heartbeat: Heartbeat) -> Heard {
+        let (Some(peer), Some(link)) =
+            (self.peer.as_mut(), self.links.get_mut(usize::from(link.0)))
+        else {
+            return Heard::Nothing;
+        };
+        if heartbeat.boot != peer.boot || heartbeat.to != self.boot || peer.gone {
+            return Heard::Nothing;
+        }
+        if heartbeat.number <= link.number || heartbeat.sent_at < peer.leftovers {
+            link.replayed += 1;
+            return Heard::Nothing;
+        }
+        link.number = heartbeat.number;
+        link.accepted += 1;
+        link.heard_at = Some(now);
+        peer.heard_at = Some(now);
+        self.sign_at = now;
+        // Only what we really sent can be echoed.
+        if heartbeat.echo > peer.echoed && heartbeat.echo <= self.last_sent {
+            peer.echoed = heartbeat.echo;
+            self.met = true;
+            let sample = now
+                .saturating_sub(Duration::from_nanos(heartbeat.echo))
+                .saturating_sub(Duration::from_nanos(heartbeat.held));
+            self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
+        }
+        self.alive = true;
+        self.death = None;
+        if heartbeat.number <= peer.number {
+            return Heard::Life;
+        }
+        peer.number = heartbeat.number;
+        peer.newest_sent = peer.newest_sent.max(heartbeat.sent_at);
+        peer.newest_at = now;
+        peer.claims = heartbeat.claims;
+        Heard::Claims
+    }
+
+    /// The other said goodbye: it owns nothing any more, and what it sent earlier is void.
+    pub(crate) fn goodbye(&mut self) {
+        if let Some(peer) = &mut self.peer {
+            peer.gone = true;
+            self.alive = false;
+            self.death = Some(Death::Proven);
+        }
+    }
+
+    /// The stream is up: nothing is lost any more.
+    pub(crate) fn stream_up(&mut self, now: Duration) {
+        self.sign_at = now;
+        self.stream_lost = None;
+        for link in &mut self.links {
+            link.asked = Asked::Never;
+        }
+    }
+
+    pub(crate) fn probe_result(&mut self, now: Duration, link: LinkId, result: Probe, most: Duration) {
+        let Some(link) = self.links.get_mut(usize::from(link.0)) else { return };
+        let Asked::At(asked) = link.asked else { return };
+        if result == Probe::Refused {
+            link.asked = Asked::Refused(asked);
+        } else {
+            // A killed process closes its descriptors one by one: ask again soon, then less often.
+            link.pause = (link.pause * 2).clamp(Duration::from_millis(1), most);
+            link.asked = Asked::Again(now + link.pause);
+        }
+    }
+
+    /// Which links to probe now: those that carried a heartbeat within `dead_after`, while the
+    /// stream is lost and the other not yet judged.
+    pub(crate) fn probes(&mut self, now: Duration, config: &Config) -> Vec<LinkId> {
+        let mut out = Vec::new();
+        if self.stream_lost.is_none() || !self.alive {
+            return out;
+        }
+        let heard_at = self.heard_at().unwrap_or_default();
+        for (n, link) in self.links.iter_mut().enumerate() {
+            if link.heard_at.is_none_or(|heard| now >= heard + config.dead_after) {
+                continue;
+            }
+            let due = match link.asked {
+                Asked::Never => true,
+                Asked::At(asked) => now >= asked + config.dead_after,
+                Asked::Refused(asked) => asked < heard_at,
+                Asked::Again(at) => now >= at,
+            };
+            if due {
+                link.asked = Asked::At(now);
+                out.push(LinkId(u8::try_from(n).unwrap_or(u8::MAX)));
+            }
+        }
+        out
+    }
+
+    /// A turn whose sockets were drained: is the other dead? Returns a new judgement, if any.
+    pub(crate) fn judge(&mut self, now: Duration, config: &Config) -> Option<Death> {
+        if now > self.last_turn + config.heartbeat * 2 {
+            self.listen_until = now + config.dead_after;
+        }
+        self.last_turn = now;
+        let peer = self.peer.as_mut().filter(|_| self.alive)?;
+        let heard_at = peer.heard_at?;
+        let mut refused = 0;
+        let proven = self.stream_lost.is_some()
+            && self.links.iter().filter(|l| l.heard_at.is_some_and(|h| now < h + config.dead_after)).all(
+                |link| {
+                    refused += 1;
+                    matches!(link.asked, Asked::Refused(asked) if asked >= heard_at)
+                },
+            )
+            && refused > 0;
+        let death = if proven {
+            let since = nanos(now.saturating_sub(peer.newest_at));
+            peer.leftovers = peer.newest_sent.saturating_add(since);
+            Death::Proven
+        } else if now >= heard_at + config.dead_after && now >= self.listen_until {
+            Death::Silence
+        } else {
+            return None;
+        };
+        self.alive = false;
+        self.death = Some(death);
+        Some(death)
+    }
+
+    /// When [`Contact::judge`] or [`Contact::probes`] may next have something to say.
+    pub(crate) fn timeout(&self, config: &Config) -> Option<Duration> {
+        if !self.alive {
+            return None;
+        }
+        let silence = (self.heard_at()? + config.dead_after).max(self.listen_until);
+        let again = self.links.iter().filter(|_| self.stream_lost.is_some()).filter_map(|link| {
+            if let Asked::Again(at) = link.asked { Some(at) } else { None }
+        });
+        again.chain([silence]).min()
+    }
+
+    /// Numbers a heartbeat and fills in what contact needs. The same number goes out on all links.
+    pub(crate) fn stamp(&mut self, now: Duration, heartbeat: &mut Heartbeat) -> bool {
+        let Some(peer) = &self.peer else { return false };
+        self.last_sent = nanos(now).max(self.last_sent.saturating_add(1));
+        heartbeat.boot = self.boot;
+        heartbeat.to = peer.boot;
+        heartbeat.number = self.next_number;
+        heartbeat.sent_at = self.last_sent;
+        heartbeat.echo = peer.newest_sent;
+        heartbeat.held = nanos(now.saturating_sub(peer.newest_at));
+        self.next_number += 1;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn config() -> Config {
+        Config { links: 2, ..Config::new("a", 0, "b") }
+    }
+
+    fn contact() -> Contact {
+        let mut contact = Contact::new(7, 2, ms(1000));
+        assert!(!contact.greet(ms(1000), 9, Vec::new()));
+        contact
+    }
+
+    fn heartbeat(number: u64, echo: u64) -> Heartbeat {
+        Heartbeat { boot: 9, to: 7, number, sent_at: number * 1_000_000, echo, ..Heartbeat::default() }
+    }
+
+    fn run(contact: &mut Contact, from: u64, to: u64) -> Option<(u64, Death)> {
+        (from..=to).step_by(5).find_map(|t| Some((t, contact.judge(ms(t), &config())?)))
+    }
+
+    #[test]
+    fn copies_old_ones_and_strangers_are_dropped() {
+        let mut c = contact();
+        assert_eq!(c.hear(ms(1001), LinkId(0), heartbeat(5, 0)), Heard::Claims);
+        assert_eq!(c.hear(ms(1002), LinkId(0), heartbeat(5, 0)), Heard::Nothing);
+        assert_eq!(c.hear(ms(1002), LinkId(0), heartbeat(4, 0)), Heard::Nothing);
+        // The other link is slower: a sign of life, but no news.
+        assert_eq!(c.hear(ms(1003), LinkId(1), heartbeat(4, 0)), Heard::Life);
+        let stranger = Heartbeat { boot: 8, ..heartbeat(6, 0) };
+        assert_eq!(c.hear(ms(1004), LinkId(0), stranger), Heard::Nothing);
+        let for_another = Heartbeat { to: 6, ..heartbeat(6, 0) };
+        assert_eq!(c.hear(ms(1004), LinkId(0), for_another), Heard::Nothing);
+        assert_eq!(c.hear(ms(1004), LinkId(2), heartbeat(6, 0)), Heard::Nothing, "no such link");
+        assert_eq!(c.links[0].replayed, 2);
+    }
+
+    #[test]
+    fn only_what_was_sent_is_echoed() {
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(1, 5_000_000_000_000));
+        assert_eq!(c.echoed_at(), None);
+        let mut ours = Heartbeat::default();
+        assert!(c.stamp(ms(1002), &mut ours));
+        c.hear(ms(1006), LinkId(0), Heartbeat { held: 1_000_000, ..heartbeat(2, ours.sent_at) });
+        assert_eq!(c.echoed_at(), Some(ms(1002)));
+        assert_eq!(c.rtt, Some(ms(3)));
+        assert!(c.met);
+    }
+
+    #[test]
+    fn silence_counts_on_every_link_and_from_receipt() {
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(1, 0));
+        c.hear(ms(1030), LinkId(1), heartbeat(2, 0));
+        assert_eq!(run(&mut c, 1005, 1400), Some((1130, Death::Silence)));
+    }
+
+    #[test]
+    fn a_late_turn_listens_again_before_it_judges() {
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(1, 0));
+        assert_eq!(c.judge(ms(1010), &config()), None);
+        assert_eq!(c.judge(ms(1300), &config()), None, "we were away");
+        assert_eq!(run(&mut c, 1305, 1600), Some((1400, Death::Silence)));
+        // Late by no more than an interval is on time.
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(1, 0));
+        for t in [1040, 1080] {
+            assert_eq!(c.judge(ms(t), &config()), None);
+        }
+        assert_eq!(c.judge(ms(1119), &config()), Some(Death::Silence));
+    }
+
+    #[test]
+    fn proven_death_needs_both_signs_on_every_live_link() {
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(1, 0));
+        c.hear(ms(1002), LinkId(1), heartbeat(1, 0));
+        assert!(c.probes(ms(1003), &config()).is_empty(), "the stream is up");
+        c.stream_lost = Some(ms(1005));
+        assert_eq!(c.probes(ms(1005), &config()), vec![LinkId(0), LinkId(1)]);
+        c.probe_result(ms(1006), LinkId(0), Probe::Refused, ms(20));
+        assert_eq!(c.judge(ms(1006), &config()), None, "one link is missing");
+        // A heartbeat that was under way: ask again, everywhere.
+        c.hear(ms(1006), LinkId(1), heartbeat(2, 0));
+        c.probe_result(ms(1007), LinkId(1), Probe::Refused, ms(20));
+        assert_eq!(c.judge(ms(1007), &config()), None, "asked before the heartbeat");
+        assert_eq!(c.probes(ms(1007), &config()), vec![LinkId(0), LinkId(1)]);
+        c.probe_result(ms(1008), LinkId(0), Probe::Refused, ms(20));
+        c.probe_result(ms(1008), LinkId(1), Probe::Accepted, ms(20));
+        assert_eq!(c.judge(ms(1008), &config()), None);
+        assert_eq!(c.probes(ms(1009), &config()), vec![LinkId(1)], "asked again after 1 ms");
+        c.probe_result(ms(1010), LinkId(1), Probe::Refused, ms(20));
+        assert_eq!(c.judge(ms(1010), &config()), Some(Death::Proven));
+        // What the dead process had sent arrives late and changes nothing …
+        assert_eq!(c.hear(ms(1011), LinkId(0), heartbeat(3, 0)), Heard::Nothing);
+        // … but a process that goes on sending lives.
+        assert_eq!(c.hear(ms(1040), LinkId(0), heartbeat(40, 0)), Heard::Claims);
+        assert!(c.alive);
+    }
+
+    #[test]
+    fn a_link_without_heartbeats_proves_nothing() {
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(1, 0));
+        c.stream_lost = Some(ms(1002));
+        assert_eq!(c.probes(ms(1002), &config()), vec![LinkId(0)]);
+        c.probe_result(ms(1003), LinkId(0), Probe::Unknown, ms(20));
+        assert_eq!(run(&mut c, 1005, 1200), Some((1105, Death::Silence)));
+    }
+
+    #[test]
+    fn a_new_process_proves_the_death_of_the_old_one() {
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(50, 0));
+        assert!(c.greet(ms(1002), 10, Vec::new()));
+        assert_eq!((c.alive, c.death), (false, Some(Death::Proven)));
+        // Its numbers start afresh; the old process's heartbeats are dropped.
+        assert_eq!(c.hear(ms(1003), LinkId(0), heartbeat(51, 0)), Heard::Nothing);
+        let new = Heartbeat { boot: 10, ..heartbeat(1, 0) };
+        assert_eq!(c.hear(ms(1004), LinkId(0), new), Heard::Claims);
+    }
+}

@@ -1,0 +1,212 @@
+//! The fence of one owned endpoint: until when anything may be sent for it (ha.md, "The fence").
+//!
+//! ```text
+//!                     echo fresh ──────────────► rule 1: newest echoed send time + fence_after
+//!   owner, each turn  echo ageing, nothing heard ► rule 2: this turn + fence_after
+//!                     echo ageing, still heard ──► rule 1 goes on, and the fence closes …
+//!                                                 … unless the other's uplink is dead (rule 4): as 2
+//!   a turn that comes after valid_until ─────────► rule 3: rule 2 extends nothing until dead_after
+//!                                                  was listened through
+//! ```
+//! Rule 1 is safe because the other judges us by the receipt of that same heartbeat, which came no
+//! earlier than its sending, and waits `dead_after`, which exceeds `fence_after` by an interval: so
+//! much that clocks may differ by 10 % each. Rule 2 keeps a lone survivor alive and is where,
+//! without a witness, a full partition may have two senders. The value is computed afresh each
+//! turn and may go down: whoever hears the other again without being echoed falls back to rule 1.
+//! Rule 5 (a higher term ends ownership) is in `ownership`.
+
+use core::time::Duration;
+
+/// What a turn knows about the other instance.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct View {
+    /// The turn, after its sockets were drained.
+    pub(crate) now: Duration,
+    /// No pair is configured.
+    pub(crate) lone: bool,
+    /// Last authenticated heartbeat on any link.
+    pub(crate) heard_at: Option<Duration>,
+    /// Send time of our newest heartbeat that the other has echoed.
+    pub(crate) echoed_at: Option<Duration>,
+    /// The other was judged dead and was not heard since.
+    pub(crate) dead: bool,
+    /// That judgement rests on proof.
+    pub(crate) proven: bool,
+    /// The other reports a dead uplink for this endpoint, so it will not take over by silence.
+    pub(crate) other_cannot_take: bool,
+}
+
+/// The configured times.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    pub(crate) heartbeat: Duration,
+    pub(crate) dead_after: Duration,
+    pub(crate) fence_after: Duration,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Fence {
+    valid_until: Duration,
+    /// The first turn that found the fence closed.
+    closed_at: Option<Duration>,
+    opened: bool,
+}
+
+impl Fence {
+    pub(crate) fn valid_until(&self) -> Duration {
+        self.valid_until
+    }
+
+    /// Ownership ended, or is being handed over.
+    pub(crate) fn close(&mut self) {
+        *self = Fence::default();
+    }
+
+    /// A turn of the owner's control loop that drained its sockets.
+    pub(crate) fn turn(&mut self, view: View, times: Times) -> Duration {
+        let now = view.now;
+        if self.opened && now >= self.valid_until && self.closed_at.is_none() {
+            self.closed_at = Some(now);
+        }
+        let by_echo = view.echoed_at.map_or(Duration::ZERO, |sent| sent + times.fence_after);
+        let hears = !view.dead
+            && view.heard_at.is_some_and(|heard| now < heard + times.heartbeat * 2);
+        let echo_ageing =
+            view.echoed_at.is_none_or(|sent| now >= sent + times.fence_after - times.heartbeat);
+        let out_of_contact = view.dead || (!hears && echo_ageing);
+        let by_turn_applies = out_of_contact || (hears && echo_ageing && view.other_cannot_take);
+        let listened = match self.closed_at {
+            None => true,
+            Some(_) if view.lone || view.proven => true,
+            Some(closed) => {
+                let since = match view.heard_at {
+                    Some(heard) if !hears => closed.max(heard),
+                    _ => closed,
+                };
+                now >= since + times.dead_after
+            }
+        };
+        let by_turn = if view.lone || (by_turn_applies && listened) {
+            now + times.fence_after
+        } else {
+            Duration::ZERO
+        };
+        self.valid_until = by_echo.max(by_turn);
+        if self.valid_until > now {
+            self.opened = true;
+            self.closed_at = None;
+        }
+        self.valid_until
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMES: Times = Times {
+        heartbeat: Duration::from_millis(20),
+        dead_after: Duration::from_millis(100),
+        fence_after: Duration::from_millis(80),
+    };
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn view(now: u64, heard: u64, echoed: u64) -> View {
+        View {
+            now: ms(now),
+            lone: false,
+            heard_at: Some(ms(heard)),
+            echoed_at: Some(ms(echoed)),
+            dead: false,
+            proven: false,
+            other_cannot_take: false,
+        }
+    }
+
+    #[test]
+    fn rule_1_in_contact_the_newest_echoed_send_time_counts() {
+        let mut fence = Fence::default();
+        assert_eq!(fence.turn(view(1000, 999, 990), TIMES), ms(1070));
+        // The same echo twice extends nothing.
+        assert_eq!(fence.turn(view(1010, 1009, 990), TIMES), ms(1070));
+        assert_eq!(fence.turn(view(1020, 1019, 1010), TIMES), ms(1090));
+    }
+
+    #[test]
+    fn rule_1_an_owner_that_hears_but_is_not_echoed_closes() {
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        for now in (1010..1400).step_by(10) {
+            assert_eq!(fence.turn(view(now, now - 1, 990), TIMES), ms(1070));
+        }
+    }
+
+    #[test]
+    fn rule_2_losing_contact_alone_never_stops_an_owner() {
+        let mut fence = Fence::default();
+        for now in (1000..2000).step_by(10) {
+            let until = fence.turn(view(now, 1000, 1000), TIMES);
+            assert!(until > ms(now + 10), "closed at {now}");
+        }
+        // Out of contact begins with an echo of fence_after − interval and two silent intervals.
+        let mut fence = Fence::default();
+        assert_eq!(fence.turn(view(1059, 1000, 1000), TIMES), ms(1080));
+        assert_eq!(fence.turn(view(1060, 1000, 1000), TIMES), ms(1140));
+        assert_eq!(fence.turn(view(1070, 1031, 1000), TIMES), ms(1080), "heard within two intervals");
+    }
+
+    #[test]
+    fn rule_3_a_turn_after_valid_until_extends_nothing_until_it_listened() {
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        // SIGSTOP from 1001 to 3000: nothing heard, nothing echoed.
+        assert!(fence.turn(view(3000, 999, 990), TIMES) <= ms(3000));
+        assert!(fence.turn(view(3050, 999, 990), TIMES) <= ms(3050));
+        assert!(fence.turn(view(3099, 999, 990), TIMES) <= ms(3099));
+        assert_eq!(fence.turn(view(3100, 999, 990), TIMES), ms(3180));
+        // Two late turns in a row start the listening once.
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        fence.turn(view(3000, 3000, 990), TIMES);
+        assert!(fence.turn(view(3099, 3000, 990), TIMES) <= ms(3099));
+        assert_eq!(fence.turn(view(3100, 3000, 990), TIMES), ms(3180));
+        // A fresh echo proves that the other heard us after the pause, and follows: open at once.
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        fence.turn(view(3000, 3000, 990), TIMES);
+        assert_eq!(fence.turn(view(3004, 3004, 3001), TIMES), ms(3081));
+    }
+
+    #[test]
+    fn rule_4_not_echoed_but_the_other_reports_a_dead_uplink() {
+        let mut fence = Fence::default();
+        for now in (1000..1400).step_by(10) {
+            let cannot = View { other_cannot_take: true, ..view(now, now, 1000) };
+            assert!(fence.turn(cannot, TIMES) > ms(now + 10), "closed at {now}");
+        }
+        // Its uplink came back: rule 1 again, which has long run out.
+        assert!(fence.turn(view(1400, 1400, 1000), TIMES) <= ms(1400));
+    }
+
+    #[test]
+    fn hearing_again_without_an_echo_takes_back_what_rule_2_gave() {
+        let mut fence = Fence::default();
+        assert_eq!(fence.turn(view(1070, 1000, 1000), TIMES), ms(1150));
+        assert_eq!(fence.turn(view(1090, 1089, 1000), TIMES), ms(1080));
+    }
+
+    #[test]
+    fn proof_opens_at_once_and_a_lone_owner_needs_nobody() {
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        let proven = View { dead: true, proven: true, ..view(1200, 1190, 990) };
+        assert_eq!(fence.turn(proven, TIMES), ms(1280));
+        let mut fence = Fence::default();
+        let lone = View { lone: true, heard_at: None, echoed_at: None, ..view(5, 5, 5) };
+        assert_eq!(fence.turn(lone, TIMES), ms(85));
+        assert_eq!(fence.turn(View { now: ms(9000), ..lone }, TIMES), ms(9080));
+    }
+}

@@ -1,0 +1,748 @@
+//! Child SAs: negotiation in IKE_AUTH and CREATE_CHILD_SA, both roles
+//! (RFC 7296 §1.3.1, §1.3.3, §2.9, §2.17), and the rules of simultaneous
+//! rekeying (§2.8.1, §2.25.1).
+//!
+//! A Child SA here has two marks. `state`: Live → Doomed (we delete it) →
+//! Retired (still receives for 5 s) → gone. `outbound`: 0 while it only
+//! receives; of all Child SAs of one name the highest number sends. Whoever
+//! asked for a rekeying sends on the new one at once; whoever answered waits
+//! for the Delete of the old one, or for the first packet on the new (§2.8).
+
+use core::time::Duration;
+
+use crypto::dh::{Ephemeral, Group};
+use wire::{
+    id::EspSpi,
+    ike::{
+        ExchangeType, GroupId, KeyExchange, MessageBuilder, Notify, NotifyType, Payload, Payloads,
+        Proposal, ProtocolId, SealedBuilder,
+    },
+    ts::{TrafficSelector, narrow},
+};
+
+use crate::{
+    config::{ChildConfig, ConnectionConfig, Start, Timers},
+    error::{Error, Refusal},
+    event::{Event, Failure, Selectors, Side, What},
+    keys::{IkeKeys, Key},
+    proposal::{self, EspProposal, choose_esp, offers},
+    record::{Bytes, Stamp},
+    state::{
+        Child, ChildRival, ChildState, Eph, Established, Fate, IkeSa, NewChild, Phase, Task,
+        Wanted,
+    },
+    step::{self, Step},
+};
+
+/// How long a deleted Child SA still receives (ha.md).
+pub(crate) const LINGER: Duration = Duration::from_secs(5);
+/// Key exchange groups tried for one Child SA.
+const MAX_ROUNDS: u8 = 3;
+
+/// The nonces of the exchange that makes a Child SA.
+#[derive(Clone, Copy)]
+pub(crate) struct Nonces<'a> {
+    pub(crate) ni: &'a [u8],
+    pub(crate) nr: &'a [u8],
+}
+
+impl Nonces<'_> {
+    /// RFC 7296 §2.8.1: compared octet by octet, a shorter one being lower:
+    /// which is how slices compare.
+    pub(crate) fn lowest(&self) -> &[u8] {
+        self.ni.min(self.nr)
+    }
+}
+
+/// What a responder agreed to.
+pub(crate) struct Made {
+    pub(crate) child: Child,
+    proposals: Vec<Proposal>,
+    public: Option<(Group, Vec<u8>)>,
+    tsi: Vec<TrafficSelector>,
+    tsr: Vec<TrafficSelector>,
+}
+
+/// When to rekey, and when to delete at the latest.
+pub(crate) fn lifetime(step: &mut Step<'_, '_>, timers: &Timers, time: Duration) -> (Stamp, Stamp) {
+    if time.is_zero() {
+        let never = step.now().after(Duration::MAX);
+        return (never, never);
+    }
+    let rekey = step.jittered(time, timers.jitter_percent);
+    let over = time.saturating_mul(u32::from(timers.overtime_percent)) / 100;
+    (step.now().after(rekey), step.now().after(time.saturating_add(over)))
+}
+
+/// Adds SA, \[KE,\] TSi, TSr of an offer. Nonce and notifies are the caller's.
+pub(crate) fn push_offer(
+    builder: &mut SealedBuilder,
+    config: &ChildConfig,
+    new: &NewChild,
+    exchange: bool,
+) {
+    builder.push(&Payload::Sa(proposal::esp_payload(&config.esp_proposals, new.spi_in, exchange)));
+    if exchange {
+        builder.push(&Payload::Nonce(&new.nonce));
+        push_ke(builder, new.eph.as_ref());
+    }
+    builder
+        .push(&Payload::TsI(new.local_ts.clone()))
+        .push(&Payload::TsR(new.remote_ts.clone()));
+}
+
+pub(crate) fn push_ke(builder: &mut SealedBuilder, eph: Option<&Eph>) {
+    let key = eph.and_then(|e| Ephemeral::from_secret_bytes(e.group, e.secret.expose()).ok());
+    if let Some(key) = key {
+        let group = GroupId(key.group().transform_id());
+        builder.push(&Payload::Ke(KeyExchange { group, data: &key.public() }));
+    }
+}
+
+/// Adds what answers the offer that led to `made`. In CREATE_CHILD_SA the nonce
+/// goes between SA and KE, and is the caller's: `push_answer_with`.
+pub(crate) fn push_answer(builder: &mut SealedBuilder, made: &Made) {
+    push_answer_with(builder, made, None);
+}
+
+fn push_answer_with(builder: &mut SealedBuilder, made: &Made, nonce: Option<&[u8]>) {
+    builder.push(&Payload::Sa(made.proposals.clone()));
+    if let Some(nonce) = nonce {
+        builder.push(&Payload::Nonce(nonce));
+    }
+    if let Some((group, public)) = &made.public {
+        builder.push(&Payload::Ke(KeyExchange {
+            group: GroupId(group.transform_id()),
+            data: public,
+        }));
+    }
+    builder.push(&Payload::TsI(made.tsi.clone())).push(&Payload::TsR(made.tsr.clone()));
+}
+
+/// Which of our children an offer means, and what remains of its selectors
+/// (RFC 7296 §2.9). An exact match wins, then one that contains the
+/// initiator's first selectors, which may come from a packet; then one that is
+/// not up yet.
+fn select<'a>(
+    conn: &'a ConnectionConfig,
+    only: Option<&str>,
+    live: impl Fn(&str) -> bool,
+    tsi: &[TrafficSelector],
+    tsr: &[TrafficSelector],
+) -> Option<(&'a ChildConfig, Vec<TrafficSelector>, Vec<TrafficSelector>)> {
+    let first_in = |narrowed: &[TrafficSelector], offered: &[TrafficSelector]| {
+        offered.first().is_some_and(|f| narrowed.iter().any(|n| n.contains(f)))
+    };
+    let mut best = None;
+    let mut best_score = 0;
+    for config in conn.children.iter().filter(|c| only.is_none_or(|name| name == c.name)) {
+        let remote = narrow(tsi, &config.remote_ts);
+        let local = narrow(tsr, &config.local_ts);
+        if remote.is_empty() || local.is_empty() {
+            continue;
+        }
+        let exact = remote == config.remote_ts && local == config.local_ts;
+        let first = first_in(&remote, tsi) && first_in(&local, tsr);
+        let score = 1 + u8::from(exact) * 4 + u8::from(first) * 2 + u8::from(!live(&config.name));
+        if score > best_score {
+            best_score = score;
+            best = Some((config, local, remote));
+        }
+    }
+    best
+}
+
+/// Agrees to an offered Child SA, or says why not.
+pub(crate) fn accept(
+    step: &mut Step<'_, '_>,
+    sa: &IkeSa,
+    conn: &ConnectionConfig,
+    keys: &IkeKeys,
+    payloads: &Payloads<'_>,
+    nonces: Nonces<'_>,
+    rekeyed: Option<(&str, bool)>,
+) -> Result<Made, Refusal> {
+    let (Some(proposals), Some(tsi), Some(tsr)) =
+        (payloads.sa(), payloads.ts_i(), payloads.ts_r())
+    else {
+        return Err(Refusal::syntax());
+    };
+    if sa.children().len() >= step.limits().children_per_ike {
+        return Err(Refusal::new(NotifyType::NO_ADDITIONAL_SAS));
+    }
+    // In IKE_AUTH there is no key exchange (RFC 7296 §1.2).
+    let exchange = sa.established().is_some();
+    let fail = |step: &mut Step<'_, '_>, child: Option<&str>, what, sent, expected| {
+        step.event(Event::Failed(Failure {
+            connection: Some(conn.name.clone()),
+            child: child.map(str::to_owned),
+            peer: sa.path.remote,
+            what,
+            sender: Side::Peer,
+            sent,
+            expected,
+        }));
+    };
+    let live = |name: &str| sa.established().is_some_and(|e| e.has_live(name));
+    let only = rekeyed.map(|(name, _)| name);
+    let Some((config, local_ts, remote_ts)) = select(conn, only, live, tsi, tsr) else {
+        let ours: Vec<String> = conn
+            .children
+            .iter()
+            .map(|c| format!("{} === {}", Selectors(&c.remote_ts), Selectors(&c.local_ts)))
+            .collect();
+        let sent = format!("TSi {} === TSr {}", Selectors(tsi), Selectors(tsr));
+        fail(step, only, What::Selectors, sent, format!("part of {}", ours.join(" or ")));
+        return Err(Refusal::new(NotifyType::TS_UNACCEPTABLE));
+    };
+    let theirs = offers(proposals, ProtocolId::ESP);
+    let ke = payloads.ke().filter(|_| exchange);
+    let sent_group = ke.and_then(|ke| Group::from_transform_id(ke.group.0));
+    let chosen = choose_esp(&config.esp_proposals, &theirs, sent_group, exchange)
+        .and_then(|(offer, suite)| Some((offer, suite, offer.spi.esp()?)));
+    let Some((offer, suite, spi_out)) = chosen else {
+        let ours: Vec<String> = config.esp_proposals.iter().map(EspProposal::to_string).collect();
+        let sent = format!("esp_proposals {}", proposal::describe(proposals));
+        fail(step, Some(&config.name), What::EspProposal, sent, ours.join(", "));
+        return Err(Refusal::new(NotifyType::NO_PROPOSAL_CHOSEN));
+    };
+    let mut public = None;
+    let mut shared = None;
+    if let Some(group) = suite.group {
+        let Some(ke) = ke.filter(|_| sent_group == Some(group)) else {
+            // RFC 7296 §1.3: name the group we want.
+            let mut refusal = Refusal::new(NotifyType::INVALID_KE_PAYLOAD);
+            refusal.data = group.transform_id().to_be_bytes().to_vec();
+            return Err(refusal);
+        };
+        let eph = Ephemeral::generate(group, step.cx.rng);
+        // security.md 6: a refused value ends the exchange, not the IKE SA.
+        shared = match eph.agree(ke.data) {
+            Ok(shared) => Some(shared),
+            Err(_) => return Err(Refusal::new(NotifyType::NO_PROPOSAL_CHOSEN)),
+        };
+        public = Some((group, eph.public()));
+    }
+    let child_keys = keys
+        .child(suite.aead, shared.as_ref(), nonces.ni, nonces.nr)
+        .map_err(|_| Refusal::temporary())?;
+    let spi_in = step.new_esp_spi().map_err(|_| Refusal::new(NotifyType::NO_ADDITIONAL_SAS))?;
+    let child = make(step, conn, Agreed {
+        name: &config.name,
+        spi_in,
+        spi_out,
+        suite,
+        key_in: child_keys.to_responder,
+        key_out: child_keys.to_initiator,
+        local_ts: local_ts.clone(),
+        remote_ts: remote_ts.clone(),
+    });
+    Ok(Made {
+        child,
+        proposals: proposal::esp_answer(offer.number, suite, spi_in),
+        public,
+        tsi: remote_ts,
+        tsr: local_ts,
+    })
+}
+
+/// All that both sides agreed on.
+struct Agreed<'a> {
+    name: &'a str,
+    spi_in: EspSpi,
+    spi_out: EspSpi,
+    suite: proposal::EspSuite,
+    key_in: Key,
+    key_out: Key,
+    local_ts: Vec<TrafficSelector>,
+    remote_ts: Vec<TrafficSelector>,
+}
+
+fn make(step: &mut Step<'_, '_>, conn: &ConnectionConfig, agreed: Agreed<'_>) -> Child {
+    let (rekey_at, expires_at) = lifetime(step, &conn.timers, conn.timers.child_rekey);
+    Child {
+        name: agreed.name.to_owned(),
+        spi_in: agreed.spi_in,
+        spi_out: agreed.spi_out,
+        aead: agreed.suite.aead,
+        group: agreed.suite.group,
+        key_in: agreed.key_in,
+        key_out: agreed.key_out,
+        local_ts: agreed.local_ts,
+        remote_ts: agreed.remote_ts,
+        since: step.now(),
+        rekey_at,
+        expires_at,
+        outbound: 0,
+        state: ChildState::Live,
+        term: step.term,
+        replaces: None,
+    }
+}
+
+/// Tells the person (and, if asked for, tshark) about a new Child SA.
+pub(crate) fn announce(
+    step: &mut Step<'_, '_>,
+    sa: &IkeSa,
+    conn: &ConnectionConfig,
+    child: &Child,
+) {
+    step.log_child_keys(&sa.path, child);
+    step.event(Event::ChildUp {
+        connection: conn.name.clone(),
+        child: child.name.clone(),
+        spi_in: child.spi_in,
+        spi_out: child.spi_out,
+        suite: child.suite(),
+        local_ts: child.local_ts.clone(),
+        remote_ts: child.remote_ts.clone(),
+        rekeyed: child.replaces,
+    });
+}
+
+/// Asks for a Child SA. `rekeys` names the one it is to replace.
+pub(crate) fn request(
+    step: &mut Step<'_, '_>,
+    sa: &IkeSa,
+    conn: &ConnectionConfig,
+    name: &str,
+    rekeys: Option<EspSpi>,
+) -> Result<Option<(Vec<u8>, Task)>, Error> {
+    let Some(config) = conn.children.iter().find(|c| c.name == name) else { return Ok(None) };
+    let group = config.esp_proposals.first().and_then(|p| p.groups.first()).copied();
+    let spi_in = step.new_esp_spi()?;
+    let nonce = step.nonce().into();
+    let eph = group.map(|group| ephemeral(step, group));
+    let new = NewChild {
+        name: name.to_owned(),
+        spi_in,
+        nonce,
+        eph,
+        rekeys,
+        rival: None,
+        rounds: 0,
+        // RFC 7296 §2.9.2: all of our policy, which contains what is in use.
+        local_ts: config.local_ts.clone(),
+        remote_ts: config.remote_ts.clone(),
+    };
+    send(step, sa, config, new).map(Some)
+}
+
+pub(crate) fn ephemeral(step: &mut Step<'_, '_>, group: Group) -> Eph {
+    let key = Ephemeral::generate(group, step.cx.rng);
+    Eph { group, secret: Key::new(key.to_secret_bytes()) }
+}
+
+fn send(
+    step: &mut Step<'_, '_>,
+    sa: &IkeSa,
+    config: &ChildConfig,
+    new: NewChild,
+) -> Result<(Vec<u8>, Task), Error> {
+    let established = sa.established().ok_or(Error::Internal("child of no IKE SA"))?;
+    let id = established.send_next;
+    let mut builder =
+        MessageBuilder::sealed(&step::header(sa, ExchangeType::CREATE_CHILD_SA, false, id));
+    if let Some(old) = new.rekeys {
+        // RFC 7296 §1.3.3: the SPI the sender of the notify receives with.
+        builder.push(&Payload::Notify(Notify::about(NotifyType::REKEY_SA, old, &[])));
+    }
+    push_offer(&mut builder, config, &new, true);
+    let bytes = step.seal(sa.spi, sa.initiator, &established.keys, builder)?;
+    Ok((bytes, Task::Child(new)))
+}
+
+/// Answers CREATE_CHILD_SA for a Child SA, new or rekeyed.
+pub(crate) fn answer(
+    step: &mut Step<'_, '_>,
+    sa: &mut IkeSa,
+    conn: &ConnectionConfig,
+    payloads: &Payloads<'_>,
+    reply: &mut SealedBuilder,
+) -> Result<(), Refusal> {
+    let established = sa.established().ok_or_else(Refusal::syntax)?;
+    // RFC 7296 §2.25.2: while the IKE SA is rekeyed or closed.
+    if established.fate != Fate::Live
+        || matches!(established.task(), Some(Task::Rekey(_) | Task::DeleteIke))
+    {
+        return Err(Refusal::temporary());
+    }
+    let ni = payloads.nonce().ok_or_else(Refusal::syntax)?;
+    let mut replaces = None;
+    if let Some(notify) = payloads.notify(NotifyType::REKEY_SA) {
+        let spi_out = notify.spi.esp().ok_or_else(Refusal::syntax)?;
+        let old = established.children.iter().find(|c| c.spi_out == spi_out && !c.is_retired());
+        let Some(old) = old else {
+            // RFC 7296 §2.25.1, §2.25: with the SPI of the notify.
+            reply.push(&Payload::Notify(Notify::about(
+                NotifyType::CHILD_SA_NOT_FOUND,
+                spi_out,
+                &[],
+            )));
+            return Ok(());
+        };
+        // RFC 7296 §2.25.1: while we close it.
+        if old.state == ChildState::Doomed {
+            return Err(Refusal::temporary());
+        }
+        replaces = Some((old.name.clone(), old.spi_in));
+    }
+    let nr = step.nonce();
+    let nonces = Nonces { ni, nr: &nr };
+    let keys = established.keys.clone();
+    let only = replaces.as_ref().map(|(name, _)| (name.as_str(), true));
+    let made = accept(step, sa, conn, &keys, payloads, nonces, only)?;
+    push_answer_with(reply, &made, Some(&nr));
+
+    let mut child = made.child;
+    child.replaces = replaces.map(|(_, spi_in)| spi_in);
+    if child.replaces.is_none() {
+        child.outbound = step.next_outbound(sa);
+    }
+    announce(step, sa, conn, &child);
+    let Phase::Established(established) = &mut sa.phase else { return Err(Refusal::syntax()) };
+    // RFC 7296 §2.8.1: note a simultaneous rekeying; the nonces decide when
+    // our own response is here.
+    if let Some(Task::Child(own)) = established.request.as_mut().map(|r| &mut r.task) {
+        if own.rekeys.is_some() && own.rekeys == child.replaces {
+            own.rival = Some(ChildRival {
+                spi_in: child.spi_in,
+                nonce: nonces.lowest().into(),
+            });
+        }
+    }
+    established.unwant(&child.name);
+    established.children.push(child);
+    Ok(())
+}
+
+/// Acts on the response to our request for a Child SA, in IKE_AUTH or
+/// CREATE_CHILD_SA. `nonces` are those of the exchange.
+pub(crate) fn finish(
+    step: &mut Step<'_, '_>,
+    sa: &mut IkeSa,
+    conn: &ConnectionConfig,
+    new: NewChild,
+    payloads: &Payloads<'_>,
+    nonces: Nonces<'_>,
+) -> Result<(), Error> {
+    let established = sa.established().ok_or(Error::Internal("child of no IKE SA"))?;
+    let keys = established.keys.clone();
+    if payloads.sa().is_none() {
+        return refused(step, sa, conn, new, payloads);
+    }
+    let child = match conclude(step, conn, &keys, &new, payloads, nonces) {
+        Ok(child) => child,
+        Err((what, sent, expected)) => {
+            // The peer holds a Child SA that we cannot use.
+            step.event(Event::Failed(Failure {
+                connection: Some(conn.name.clone()),
+                child: Some(new.name.clone()),
+                peer: sa.path.remote,
+                what,
+                sender: Side::Peer,
+                sent,
+                expected,
+            }));
+            let now = step.now();
+            if let Phase::Established(established) = &mut sa.phase {
+                established.orphans.push(new.spi_in);
+                postpone(established, conn, &new, now);
+            }
+            return Ok(());
+        }
+    };
+    settle(step, sa, conn, &new, child, nonces);
+    Ok(())
+}
+
+/// Checks the answer against our offer and makes the Child SA of it.
+fn conclude(
+    step: &mut Step<'_, '_>,
+    conn: &ConnectionConfig,
+    keys: &IkeKeys,
+    new: &NewChild,
+    payloads: &Payloads<'_>,
+    nonces: Nonces<'_>,
+) -> Result<Child, (What, String, String)> {
+    let exchange = !new.nonce.is_empty();
+    let (Some(proposals), Some(tsi), Some(tsr)) =
+        (payloads.sa(), payloads.ts_i(), payloads.ts_r())
+    else {
+        return Err((
+            What::Protocol,
+            "an answer without SA, TSi or TSr".to_owned(),
+            "all three".to_owned(),
+        ));
+    };
+    // RFC 7296 §2.9: the answer is a subset of what we proposed.
+    let within = |narrowed: &[TrafficSelector], offered: &[TrafficSelector]| {
+        !narrowed.is_empty() && narrowed.iter().all(|n| offered.iter().any(|o| o.contains(n)))
+    };
+    if !within(tsi, &new.local_ts) || !within(tsr, &new.remote_ts) {
+        return Err((
+            What::Selectors,
+            format!("TSi {} === TSr {}", Selectors(tsi), Selectors(tsr)),
+            format!("part of {} === {}", Selectors(&new.local_ts), Selectors(&new.remote_ts)),
+        ));
+    }
+    let config = conn.children.iter().find(|c| c.name == new.name);
+    let ours = config.map(|c| c.esp_proposals.as_slice()).unwrap_or_default();
+    let theirs = offers(proposals, ProtocolId::ESP);
+    let sent_group = new.eph.as_ref().map(|e| e.group);
+    let chosen = match (proposals.as_slice(), theirs.as_slice()) {
+        ([_], [offer]) if offer.is_single() => {
+            choose_esp(ours, &theirs, sent_group, exchange)
+                .filter(|(_, suite)| suite.group.is_none() || suite.group == sent_group)
+                .and_then(|(_, suite)| Some((suite, offer.spi.esp()?)))
+        }
+        _ => None,
+    };
+    let Some((suite, spi_out)) = chosen else {
+        let ours: Vec<String> = ours.iter().map(EspProposal::to_string).collect();
+        return Err((What::EspProposal, proposal::describe(proposals), ours.join(", ")));
+    };
+    let shared = match (suite.group, &new.eph) {
+        (Some(group), Some(eph)) => {
+            let agreed = payloads
+                .ke()
+                .filter(|ke| ke.group.0 == group.transform_id())
+                .zip(Ephemeral::from_secret_bytes(eph.group, eph.secret.expose()).ok())
+                .and_then(|(ke, own)| own.agree(ke.data).ok());
+            let Some(shared) = agreed else {
+                return Err((
+                    What::Group,
+                    "no usable KE payload".to_owned(),
+                    "a value of the group chosen".to_owned(),
+                ));
+            };
+            Some(shared)
+        }
+        _ => None,
+    };
+    let child_keys = keys
+        .child(suite.aead, shared.as_ref(), nonces.ni, nonces.nr)
+        .map_err(|e| (What::Protocol, e.to_string(), String::new()))?;
+    Ok(make(step, conn, Agreed {
+        name: &new.name,
+        spi_in: new.spi_in,
+        spi_out,
+        suite,
+        key_in: child_keys.to_initiator,
+        key_out: child_keys.to_responder,
+        local_ts: tsi.clone(),
+        remote_ts: tsr.clone(),
+    }))
+}
+
+/// Puts a Child SA of ours in place, and decides a simultaneous rekeying
+/// (RFC 7296 §2.8.1).
+fn settle(
+    step: &mut Step<'_, '_>,
+    sa: &mut IkeSa,
+    conn: &ConnectionConfig,
+    new: &NewChild,
+    mut child: Child,
+    nonces: Nonces<'_>,
+) {
+    let outbound = step.next_outbound(sa);
+    child.replaces = new.rekeys;
+    let Phase::Established(established) = &mut sa.phase else { return };
+    established.unwant(&new.name);
+    established.refused_since = None;
+    let rival = new.rival.as_ref().filter(|rival| {
+        established.child(rival.spi_in).is_some_and(|c| c.state == ChildState::Live)
+    });
+    // The SA with the lowest of the four nonces is closed by whoever asked for
+    // it; without a living rival ours survives in any case.
+    if rival.is_some_and(|rival| nonces.lowest() < &rival.nonce[..]) {
+        child.state = ChildState::Doomed;
+        announce(step, sa, conn, &child);
+        let Phase::Established(established) = &mut sa.phase else { return };
+        established.children.push(child);
+        return;
+    }
+    child.outbound = outbound;
+    if let Some(old) = new.rekeys.and_then(|spi| established.child_mut(spi)) {
+        // RFC 7296 §2.8: who rekeyed deletes the old one.
+        if old.state == ChildState::Live {
+            old.state = ChildState::Doomed;
+        }
+    } else {
+        child.replaces = None;
+    }
+    announce(step, sa, conn, &child);
+    let Phase::Established(established) = &mut sa.phase else { return };
+    established.children.push(child);
+}
+
+/// The peer said no to a Child SA.
+fn refused(
+    step: &mut Step<'_, '_>,
+    sa: &mut IkeSa,
+    conn: &ConnectionConfig,
+    new: NewChild,
+    payloads: &Payloads<'_>,
+) -> Result<(), Error> {
+    let error = payloads.error();
+    let kind = error.map_or(NotifyType::INVALID_SYNTAX, |e| e.kind);
+    let now = step.now();
+
+    if kind == NotifyType::INVALID_KE_PAYLOAD && new.rounds < MAX_ROUNDS && !new.nonce.is_empty() {
+        let config = conn.children.iter().find(|c| c.name == new.name);
+        let group = error
+            .and_then(|e| <[u8; 2]>::try_from(e.data).ok())
+            .and_then(|id| Group::from_transform_id(u16::from_be_bytes(id)))
+            .filter(|g| config.is_some_and(|c| c.esp_proposals.iter().any(|p| p.groups.contains(g))))
+            .filter(|g| new.eph.as_ref().is_none_or(|e| e.group != *g));
+        if let (Some(group), Some(config)) = (group, config) {
+            // RFC 7296 §1.3: again with the group the peer wants.
+            let nonce = step.nonce().into();
+            let eph = Some(ephemeral(step, group));
+            let rounds = new.rounds + 1;
+            let rekeys = new.rekeys.filter(|spi| {
+                sa.established().is_some_and(|e| e.child(*spi).is_some_and(|c| !c.is_retired()))
+            });
+            if new.rekeys.is_none() || rekeys.is_some() {
+                let (bytes, task) =
+                    send(step, sa, config, NewChild { nonce, eph, rounds, rekeys, ..new })?;
+                crate::established::sent(step, sa, bytes, task);
+                return Ok(());
+            }
+        }
+    }
+    if kind != NotifyType::TEMPORARY_FAILURE && kind != NotifyType::CHILD_SA_NOT_FOUND {
+        let config = conn.children.iter().find(|c| c.name == new.name);
+        let proposals = config.map(|c| {
+            c.esp_proposals.iter().map(EspProposal::to_string).collect::<Vec<_>>().join(", ")
+        });
+        let selectors =
+            format!("TSi {} === TSr {}", Selectors(&new.local_ts), Selectors(&new.remote_ts));
+        let (what, sent) = match kind {
+            NotifyType::TS_UNACCEPTABLE => (What::Selectors, selectors),
+            NotifyType::NO_PROPOSAL_CHOSEN => {
+                (What::EspProposal, format!("esp_proposals {}", proposals.unwrap_or_default()))
+            }
+            _ => (What::Refused, selectors),
+        };
+        step.event(Event::Failed(Failure {
+            connection: Some(conn.name.clone()),
+            child: Some(new.name.clone()),
+            peer: sa.path.remote,
+            what,
+            sender: Side::Us,
+            sent,
+            expected: format!("the peer only says {kind}"),
+        }));
+    }
+    let Phase::Established(established) = &mut sa.phase else { return Ok(()) };
+    match kind {
+        NotifyType::CHILD_SA_NOT_FOUND => {
+            // RFC 7296 §2.25: forget ours and make a new one, unless the peer's
+            // own rekeying already did (§2.8.1, second sequence).
+            if let Some(old) = new.rekeys {
+                remove(step, sa, conn, old);
+            }
+            if let Phase::Established(established) = &mut sa.phase {
+                if !established.has_live(&new.name) {
+                    want(established, &new.name, now, 0);
+                }
+            }
+        }
+        NotifyType::NO_ADDITIONAL_SAS if new.rekeys.is_some() => {
+            // RFC 7296 §1.3: the peer cannot rekey; the IKE SA is made anew
+            // before the Child SA expires.
+            established.rekey_at = established.expires_at;
+            postpone(established, conn, &new, now);
+        }
+        _ => {
+            if kind == NotifyType::TEMPORARY_FAILURE {
+                established.refused_since.get_or_insert(now);
+            }
+            postpone(established, conn, &new, now);
+        }
+    }
+    Ok(())
+}
+
+/// Tries again later: RFC 7296 §2.25 forbids at once.
+fn postpone(established: &mut Established, conn: &ConnectionConfig, new: &NewChild, now: Stamp) {
+    if let Some(old) = new.rekeys.and_then(|spi| established.child_mut(spi)) {
+        old.rekey_at = now.after(Duration::from_secs(10));
+        return;
+    }
+    let start = conn.children.iter().find(|c| c.name == new.name).map(|c| c.start);
+    if start == Some(Start::Initiate) && !established.has_live(&new.name) {
+        let tries = established.wanted.iter().find(|w| w.name == new.name).map_or(0, |w| w.tries);
+        let pause = conn.timers.retry.saturating_mul(1 << tries.min(10)).min(conn.timers.retry_max);
+        want(established, &new.name, now.after(pause), tries.saturating_add(1));
+    } else {
+        established.unwant(&new.name);
+    }
+}
+
+/// Wishes for a child.
+pub(crate) fn want(established: &mut Established, name: &str, at: Stamp, tries: u8) {
+    established.unwant(name);
+    established.wanted.push(Wanted { name: name.to_owned(), at, tries });
+}
+
+/// Takes a Child SA out, because one side deleted it. Its successor sends from
+/// now on; with one, it lingers to receive what is on its way (ha.md).
+pub(crate) fn remove(
+    step: &mut Step<'_, '_>,
+    sa: &mut IkeSa,
+    conn: &ConnectionConfig,
+    spi_in: EspSpi,
+) {
+    let outbound = step.next_outbound(sa);
+    let until = step.now().after(LINGER);
+    let Phase::Established(established) = &mut sa.phase else { return };
+    let Some(old) = established.child(spi_in) else { return };
+    if old.is_retired() {
+        return;
+    }
+    let name = old.name.clone();
+    let others = established
+        .children
+        .iter_mut()
+        .filter(|c| c.spi_in != spi_in && c.name == name && c.state == ChildState::Live);
+    // The successor is what replaces it, else the youngest.
+    let successor = others.max_by_key(|c| (c.replaces == Some(spi_in), c.outbound, c.since));
+    let lingers = successor.is_some();
+    if let Some(successor) = successor {
+        if successor.replaces == Some(spi_in) {
+            successor.replaces = None;
+        }
+        if successor.outbound == 0 {
+            successor.outbound = outbound;
+        }
+    }
+    if lingers {
+        if let Some(old) = established.child_mut(spi_in) {
+            old.state = ChildState::Retired(until);
+        }
+    } else {
+        established.children.retain(|c| c.spi_in != spi_in);
+    }
+    step.event(Event::ChildDown { connection: conn.name.clone(), child: name, spi_in });
+}
+
+/// The first packet came in on a Child SA that only received: the peer is
+/// ready (RFC 7296 §2.8).
+pub(crate) fn heard(step: &Step<'_, '_>, sa: &mut IkeSa, spi_in: EspSpi) -> bool {
+    let outbound = step.next_outbound(sa);
+    let Phase::Established(established) = &mut sa.phase else { return false };
+    match established.child_mut(spi_in) {
+        Some(child) if child.outbound == 0 && child.state == ChildState::Live => {
+            child.outbound = outbound;
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Nonces of the exchange that our request `new` began.
+pub(crate) fn own_nonces<'a>(new: &'a Bytes, payloads: &Payloads<'a>) -> Option<Nonces<'a>> {
+    Some(Nonces { ni: new, nr: payloads.nonce()? })
+}

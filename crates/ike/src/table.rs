@@ -1,0 +1,307 @@
+//! All IKE SAs of an endpoint with the indexes that find them, and the
+//! difference between two states in terms of the data plane.
+//!
+//! Owner and shadow both change it only through [`Table::commit`], so both
+//! derive the same [`ChildOp`]s from the same values.
+
+use core::{net::IpAddr, time::Duration};
+use std::collections::{BTreeMap, BTreeSet};
+
+use wire::id::{ConnectionId, EspSpi, IkeSpi};
+
+use crate::{
+    ChildOp, ChildSa,
+    config::{ConnectionConfig, EndpointConfig},
+    nat,
+    record::Bytes,
+    retransmit,
+    state::{Child, IkeSa, Path, Phase},
+};
+
+/// The configuration, with connections found by name and by id.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    pub(crate) config: EndpointConfig,
+    by_name: BTreeMap<String, usize>,
+    by_id: BTreeMap<ConnectionId, usize>,
+}
+
+impl Registry {
+    pub(crate) fn new(config: EndpointConfig) -> Self {
+        let index = |(n, c): (usize, &ConnectionConfig)| (c.name.clone(), n);
+        let by_name = config.connections.iter().enumerate().map(index).collect();
+        let by_id = config.connections.iter().enumerate().map(|(n, c)| (c.id, n)).collect();
+        Self { config, by_name, by_id }
+    }
+
+    pub(crate) fn named(&self, name: &str) -> Option<&ConnectionConfig> {
+        self.by_name.get(name).and_then(|n| self.config.connections.get(*n))
+    }
+
+    pub(crate) fn by_id(&self, id: ConnectionId) -> Option<&ConnectionConfig> {
+        self.by_id.get(&id).and_then(|n| self.config.connections.get(*n))
+    }
+
+    pub(crate) fn of(&self, sa: &IkeSa) -> Option<&ConnectionConfig> {
+        sa.connection.as_deref().and_then(|name| self.named(name))
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) sa: IkeSa,
+    deadline: Option<Duration>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    sas: BTreeMap<IkeSpi, Entry>,
+    /// By SHA-256 of the IKE_SA_INIT request, to recognise repetitions.
+    inits: BTreeMap<Vec<u8>, IkeSpi>,
+    by_connection: BTreeMap<String, BTreeSet<IkeSpi>>,
+    by_child: BTreeMap<EspSpi, IkeSpi>,
+    half_open: BTreeMap<IpAddr, usize>,
+    deadlines: BTreeSet<(Duration, IkeSpi)>,
+}
+
+/// Which Child SA sends for each child of a connection.
+type Senders = BTreeMap<(String, String), (u64, EspSpi)>;
+
+impl Table {
+    pub(crate) fn get(&self, spi: IkeSpi) -> Option<&IkeSa> {
+        self.sas.get(&spi).map(|entry| &entry.sa)
+    }
+
+    /// For what is not replicated: times of repetition, of the last sign of life.
+    pub(crate) fn adjust(&mut self, spi: IkeSpi, registry: &Registry, f: impl FnOnce(&mut IkeSa)) {
+        if let Some(entry) = self.sas.get_mut(&spi) {
+            f(&mut entry.sa);
+        }
+        self.rearm(spi, registry);
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &IkeSa> {
+        self.sas.values().map(|entry| &entry.sa)
+    }
+
+    pub(crate) fn of_connection<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a IkeSa> {
+        let spis = self.by_connection.get(name);
+        spis.into_iter().flatten().filter_map(|spi| self.get(*spi))
+    }
+
+    pub(crate) fn of_child(&self, spi: EspSpi) -> Option<&IkeSa> {
+        self.by_child.get(&spi).and_then(|ike| self.get(*ike))
+    }
+
+    pub(crate) fn of_init(&self, hash: &[u8]) -> Option<&IkeSa> {
+        self.inits.get(hash).and_then(|ike| self.get(*ike))
+    }
+
+    /// Half-open SAs from one address, and in all.
+    pub(crate) fn half_open(&self, from: IpAddr) -> (usize, usize) {
+        (self.half_open.get(&from).copied().unwrap_or(0), self.half_open.values().sum())
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Duration> {
+        self.deadlines.first().map(|(at, _)| *at)
+    }
+
+    pub(crate) fn due(&self, now: Duration) -> Option<IkeSpi> {
+        self.deadlines.first().filter(|(at, _)| *at <= now).map(|(_, spi)| *spi)
+    }
+
+    /// Recomputes the deadline of one SA.
+    pub(crate) fn rearm(&mut self, spi: IkeSpi, registry: &Registry) {
+        let Some(entry) = self.sas.get_mut(&spi) else { return };
+        if let Some(old) = entry.deadline.take() {
+            self.deadlines.remove(&(old, spi));
+        }
+        let conn = registry.of(&entry.sa);
+        entry.deadline = retransmit::deadline(&entry.sa, conn, &registry.config.limits);
+        if let Some(new) = entry.deadline {
+            self.deadlines.insert((new, spi));
+        }
+    }
+
+    /// Replaces values (`None` deletes) and says what the data plane must do
+    /// about it.
+    pub(crate) fn commit(
+        &mut self,
+        registry: &Registry,
+        changes: BTreeMap<IkeSpi, Option<IkeSa>>,
+    ) -> Vec<ChildOp> {
+        let mut names: BTreeSet<String> = BTreeSet::new();
+        let mut before: BTreeMap<EspSpi, Path> = BTreeMap::new();
+        for (spi, new) in &changes {
+            let old = self.get(*spi);
+            names.extend(old.into_iter().chain(new).filter_map(|sa| sa.connection.clone()));
+            for sa in old {
+                before.extend(sa.children().iter().map(|c| (c.spi_in, sa.path)));
+            }
+        }
+        let old_senders = self.senders(&names);
+        let spis: Vec<IkeSpi> = changes.keys().copied().collect();
+        // Out with all old values first: children may move from one to another.
+        for spi in &spis {
+            self.unlink(*spi);
+        }
+        for (spi, new) in changes {
+            if let Some(sa) = new {
+                self.link(spi, sa);
+                self.rearm(spi, registry);
+            }
+        }
+
+        let mut ops = Vec::new();
+        let mut moves = Vec::new();
+        for sa in spis.iter().filter_map(|spi| self.get(*spi)) {
+            for child in sa.children() {
+                match before.remove(&child.spi_in) {
+                    None => ops.extend(
+                        child_sa(registry, sa, child).map(|c| ChildOp::Install(Box::new(c))),
+                    ),
+                    Some(path) if outer(&path) != outer(&sa.path) => {
+                        let (local, remote, udp_encap) = outer(&sa.path);
+                        moves.push(ChildOp::Move { spi_in: child.spi_in, local, remote, udp_encap });
+                    }
+                    Some(_) => {}
+                }
+            }
+        }
+        let senders = self.senders(&names);
+        let used = senders.iter().filter(|(key, now)| {
+            old_senders.get(*key).is_none_or(|before| before.1 != now.1)
+        });
+        ops.extend(used.map(|(_, (_, spi_in))| ChildOp::UseOutbound { spi_in: *spi_in }));
+        ops.extend(moves);
+        ops.extend(before.into_keys().map(|spi_in| ChildOp::Remove { spi_in }));
+        ops
+    }
+
+    /// All it takes to fill an empty data plane.
+    pub(crate) fn install_all(&self, registry: &Registry) -> Vec<ChildOp> {
+        let mut ops = Vec::new();
+        for sa in self.iter() {
+            for child in sa.children() {
+                ops.extend(child_sa(registry, sa, child).map(|c| ChildOp::Install(Box::new(c))));
+            }
+        }
+        let names = self.by_connection.keys().cloned().collect();
+        let used = self.senders(&names);
+        ops.extend(used.into_values().map(|(_, spi_in)| ChildOp::UseOutbound { spi_in }));
+        ops
+    }
+
+    /// One more than any `outbound` of the connection.
+    pub(crate) fn last_outbound(&self, connection: &str) -> u64 {
+        self.of_connection(connection)
+            .flat_map(IkeSa::children)
+            .map(|c| c.outbound)
+            .max()
+            .unwrap_or(0)
+    }
+
+    fn senders(&self, names: &BTreeSet<String>) -> Senders {
+        let mut senders = Senders::new();
+        for name in names {
+            for child in self.of_connection(name).flat_map(IkeSa::children) {
+                if child.outbound == 0 || child.is_retired() {
+                    continue;
+                }
+                let best = senders.entry((name.clone(), child.name.clone())).or_default();
+                *best = (*best).max((child.outbound, child.spi_in));
+            }
+        }
+        senders
+    }
+
+    fn unlink(&mut self, spi: IkeSpi) {
+        let Some(entry) = self.sas.remove(&spi) else { return };
+        let sa = entry.sa;
+        if let Some(at) = entry.deadline {
+            self.deadlines.remove(&(at, spi));
+        }
+        if let Some(name) = &sa.connection {
+            if let Some(set) = self.by_connection.get_mut(name) {
+                set.remove(&spi);
+                if set.is_empty() {
+                    self.by_connection.remove(name);
+                }
+            }
+        }
+        for child in sa.esp_spis() {
+            if self.by_child.get(&child) == Some(&spi) {
+                self.by_child.remove(&child);
+            }
+        }
+        if let Some(hash) = init_hash(&sa) {
+            self.inits.remove(&hash);
+        }
+        if sa.is_half_open() {
+            let from = sa.path.remote.ip();
+            if let Some(count) = self.half_open.get_mut(&from) {
+                *count -= 1;
+                if *count == 0 {
+                    self.half_open.remove(&from);
+                }
+            }
+        }
+    }
+
+    fn link(&mut self, spi: IkeSpi, sa: IkeSa) {
+        if let Some(name) = &sa.connection {
+            self.by_connection.entry(name.clone()).or_default().insert(spi);
+        }
+        for child in sa.esp_spis() {
+            self.by_child.insert(child, spi);
+        }
+        if let Some(hash) = init_hash(&sa) {
+            self.inits.insert(hash, spi);
+        }
+        if sa.is_half_open() {
+            *self.half_open.entry(sa.path.remote.ip()).or_default() += 1;
+        }
+        self.sas.insert(spi, Entry { sa, deadline: None });
+    }
+
+    /// Every inbound ESP SPI in use or reserved.
+    pub(crate) fn esp_spis(&self) -> impl Iterator<Item = EspSpi> + '_ {
+        self.by_child.keys().copied()
+    }
+}
+
+/// The hash that a repeated IKE_SA_INIT request has.
+fn init_hash(sa: &IkeSa) -> Option<Vec<u8>> {
+    match &sa.phase {
+        Phase::InitAnswered(s) => Some(crypto::hash::sha256(&[&s.request]).to_vec()),
+        Phase::Established(e) => e.init_hash.as_ref().map(Bytes::to_vec),
+        _ => None,
+    }
+}
+
+/// Outer addresses of ESP.
+fn outer(path: &Path) -> (core::net::SocketAddr, core::net::SocketAddr, bool) {
+    if path.encap {
+        (nat::esp_address(path.local), nat::esp_address(path.remote), true)
+    } else {
+        (path.local, path.remote, false)
+    }
+}
+
+fn child_sa(registry: &Registry, sa: &IkeSa, child: &Child) -> Option<ChildSa> {
+    let (local, remote, udp_encap) = outer(&sa.path);
+    Some(ChildSa {
+        connection: registry.of(sa)?.id,
+        child: child.name.clone(),
+        spi_in: child.spi_in,
+        spi_out: child.spi_out,
+        aead: child.aead,
+        keymat_in: child.key_in.duplicate(),
+        keymat_out: child.key_out.duplicate(),
+        local_ts: child.local_ts.clone(),
+        remote_ts: child.remote_ts.clone(),
+        local,
+        remote,
+        udp_encap,
+    })
+}

@@ -1,0 +1,373 @@
+//! Addresses, routes, rules and links, by netlink on the tokio runtime of the caller.
+//!
+//! Everything here is idempotent: adding what is there and removing what is not both succeed.
+//! Routes and rules carry [`PROTOCOL`], so that other daemons can redistribute them and
+//! [`Netlink::purge`] finds them again after a crash.
+
+use std::io;
+use std::net::IpAddr;
+
+use futures::StreamExt;
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use rtnetlink::packet_route::route::{
+    RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
+
+mod link;
+
+pub use link::{LinkEvent, LinkMonitor, LinkState, index_of};
+
+/// Our routing protocol number (`ip route … proto 116`); free in iproute2's `rt_protos`.
+pub const PROTOCOL: u8 = 116;
+
+/// The main routing table.
+pub const MAIN_TABLE: u32 = 254;
+
+/// A metric below (= later than) every other route of the same prefix.
+pub const LAST_METRIC: u32 = u32::MAX;
+
+/// An address with a prefix length; host bits are cleared on construction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Prefix {
+    address: IpAddr,
+    length: u8,
+}
+
+impl Prefix {
+    /// `None` when `length` is above 32 or 128.
+    #[must_use]
+    pub fn new(address: IpAddr, length: u8) -> Option<Self> {
+        let address = match address {
+            IpAddr::V4(v4) => {
+                let mask = u32::MAX.checked_shl(u32::from(32_u8.checked_sub(length)?)).unwrap_or(0);
+                IpAddr::V4((u32::from(v4) & mask).into())
+            }
+            IpAddr::V6(v6) => {
+                let mask =
+                    u128::MAX.checked_shl(u32::from(128_u8.checked_sub(length)?)).unwrap_or(0);
+                IpAddr::V6((u128::from(v6) & mask).into())
+            }
+        };
+        Some(Self { address, length })
+    }
+
+    /// One address.
+    #[must_use]
+    pub fn host(address: IpAddr) -> Self {
+        Self { address, length: if address.is_ipv4() { 32 } else { 128 } }
+    }
+
+    /// The network address.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// The prefix length in bits.
+    #[must_use]
+    pub fn length(&self) -> u8 {
+        self.length
+    }
+
+    fn family(&self) -> AddressFamily {
+        if self.address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+    }
+}
+
+impl std::fmt::Display for Prefix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.address, self.length)
+    }
+}
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Straight onto an interface (index), as for the TUN.
+    Device(u32),
+    /// Through a gateway on an interface; `onlink` even when no prefix there covers it.
+    Gateway {
+        /// The next hop.
+        gateway: IpAddr,
+        /// Index of the interface.
+        interface: u32,
+        /// Take the gateway as a neighbour in any case.
+        onlink: bool,
+    },
+    /// Dropped in silence.
+    Blackhole,
+}
+
+/// A route that is ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Destination.
+    pub destination: Prefix,
+    /// Routing table; [`MAIN_TABLE`] or one of our own.
+    pub table: u32,
+    /// Where to.
+    pub target: Target,
+    /// Lower wins among routes of one prefix. IPv6 turns 0 into 1024.
+    pub metric: u32,
+    /// Source address for what the host itself sends; must be present on the host.
+    pub source: Option<IpAddr>,
+}
+
+/// What a rule does with what it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Look into this table.
+    Lookup(u32),
+    /// Drop in silence.
+    Blackhole,
+}
+
+/// A policy routing rule that is ours. All given selectors must match; at least one of `from`
+/// and `to` says which family the rule is of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Lower is earlier; the kernel's `main` rule is 32766.
+    pub priority: u32,
+    /// Source prefix.
+    pub from: Option<Prefix>,
+    /// Destination prefix.
+    pub to: Option<Prefix>,
+    /// Name of the interface packets came in by; need not exist yet.
+    pub input: Option<String>,
+    /// What to do.
+    pub action: Action,
+}
+
+/// A handle on the kernel's routing. Cheap to clone; all clones share one socket.
+#[derive(Clone, Debug)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+impl Netlink {
+    /// Opens the socket and spawns its task; must be called inside a tokio runtime.
+    pub fn open() -> io::Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// Adds a /32 or /128 address to an interface. IPv6 is usable at once (no duplicate check:
+    /// a TUN has no neighbours).
+    pub async fn add_address(&self, interface: u32, address: IpAddr) -> io::Result<()> {
+        use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags};
+        let length = Prefix::host(address).length;
+        let mut request = self.handle.address().add(interface, address, length);
+        // Without it an IPv6 address is tentative until a kernel worker has looked at it.
+        request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        accept(request.execute().await, libc::EEXIST)
+    }
+
+    /// Removes an address added by [`Netlink::add_address`].
+    pub async fn remove_address(&self, interface: u32, address: IpAddr) -> io::Result<()> {
+        let length = Prefix::host(address).length;
+        let mut request = self.handle.address().add(interface, address, length);
+        let message = std::mem::take(request.message_mut());
+        accept(self.handle.address().del(message).execute().await, libc::EADDRNOTAVAIL)
+    }
+
+    /// The addresses of an interface.
+    pub async fn addresses(&self, interface: u32) -> io::Result<Vec<IpAddr>> {
+        use rtnetlink::packet_route::address::AddressAttribute;
+        let mut all =
+            self.handle.address().get().set_link_index_filter(interface).execute().boxed();
+        let mut addresses = Vec::new();
+        while let Some(message) = all.next().await {
+            let message = message.map_err(failed)?;
+            if message.header.index != interface {
+                continue;
+            }
+            // IPv4 names the host's own address in Local, IPv6 in Address.
+            let local = message.attributes.iter().find_map(|a| match a {
+                AddressAttribute::Local(address) => Some(*address),
+                _ => None,
+            });
+            let any = message.attributes.iter().find_map(|a| match a {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            });
+            addresses.extend(local.or(any));
+        }
+        Ok(addresses)
+    }
+
+    /// Adds a route, or replaces ours of the same prefix, table and metric.
+    pub async fn set_route(&self, route: &Route) -> io::Result<()> {
+        let message = route.message()?;
+        let outcome = self.handle.route().add(message).replace().execute().await;
+        accept(outcome, libc::EEXIST)
+    }
+
+    /// Removes a route; succeeds when it is not there.
+    pub async fn remove_route(&self, route: &Route) -> io::Result<()> {
+        let message = route.message()?;
+        accept(self.handle.route().del(message).execute().await, libc::ESRCH)
+    }
+
+    /// Adds a rule; succeeds when it is there already.
+    pub async fn add_rule(&self, rule: &Rule) -> io::Result<()> {
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRule(rule.message()?));
+        request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_EXCL | NLM_F_CREATE;
+        let mut handle = self.handle.clone();
+        let mut response = handle.request(request).map_err(failed)?;
+        let mut outcome = Ok(());
+        while let Some(message) = response.next().await {
+            if let NetlinkPayload::Error(error) = message.payload
+                && error.code.is_some()
+            {
+                outcome = Err(rtnetlink::Error::NetlinkError(error));
+            }
+        }
+        accept(outcome, libc::EEXIST)
+    }
+
+    /// Removes a rule; succeeds when it is not there.
+    pub async fn remove_rule(&self, rule: &Rule) -> io::Result<()> {
+        let message = rule.message()?;
+        accept(self.handle.rule().del(message).execute().await, libc::ENOENT)
+    }
+
+    /// Removes every route and rule that carries our number: `tandem down --purge`.
+    /// Gives how many of each there were.
+    pub async fn purge(&self) -> io::Result<(usize, usize)> {
+        let ours = RouteProtocol::from(PROTOCOL);
+        let (mut routes, mut rules) = (0, 0);
+        for version in [IpVersion::V4, IpVersion::V6] {
+            let mut found = Vec::new();
+            let family = match version {
+                IpVersion::V4 => AddressFamily::Inet,
+                IpVersion::V6 => AddressFamily::Inet6,
+            };
+            let mut query = RouteMessage::default();
+            query.header.address_family = family;
+            let mut all = self.handle.route().get(query).execute().boxed();
+            while let Some(message) = all.next().await {
+                let message = message.map_err(failed)?;
+                if message.header.protocol == ours {
+                    found.push(message);
+                }
+            }
+            routes += found.len();
+            for message in found {
+                accept(self.handle.route().del(message).execute().await, libc::ESRCH)?;
+            }
+            let mut found = Vec::new();
+            let mut all = self.handle.rule().get(version).execute().boxed();
+            while let Some(message) = all.next().await {
+                let message = message.map_err(failed)?;
+                if message.attributes.contains(&RuleAttribute::Protocol(ours)) {
+                    found.push(message);
+                }
+            }
+            rules += found.len();
+            for message in found {
+                accept(self.handle.rule().del(message).execute().await, libc::ENOENT)?;
+            }
+        }
+        Ok((routes, rules))
+    }
+
+    /// The state of one interface, `None` when there is none of that name.
+    pub async fn link(&self, name: &str) -> io::Result<Option<LinkState>> {
+        link::query(&self.handle, name).await
+    }
+}
+
+impl Route {
+    fn message(&self) -> io::Result<RouteMessage> {
+        let invalid =
+            |_| io::Error::new(io::ErrorKind::InvalidInput, "route with mixed address families");
+        let builder = RouteMessageBuilder::<IpAddr>::new()
+            .destination_prefix(self.destination.address, self.destination.length)
+            .map_err(invalid)?
+            .table_id(self.table)
+            .protocol(RouteProtocol::from(PROTOCOL))
+            .priority(self.metric);
+        let mut builder = match self.target {
+            Target::Device(interface) => {
+                builder.scope(RouteScope::Link).output_interface(interface)
+            }
+            Target::Gateway { gateway, interface, onlink } => {
+                let builder =
+                    builder.gateway(gateway).map_err(invalid)?.output_interface(interface);
+                if onlink { builder.onlink() } else { builder }
+            }
+            Target::Blackhole => builder.kind(RouteType::BlackHole),
+        };
+        if let Some(source) = self.source {
+            builder.get_mut().attributes.push(RouteAttribute::PrefSource(source.into()));
+        }
+        Ok(builder.build())
+    }
+}
+
+impl Rule {
+    fn message(&self) -> io::Result<RuleMessage> {
+        let mut message = RuleMessage::default();
+        let families = (self.from.map(|p| p.family()), self.to.map(|p| p.family()));
+        message.header.family = match families {
+            (Some(from), Some(to)) if from != to => {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "rule with mixed address families",
+                ));
+            }
+            (Some(family), _) | (None, Some(family)) => family,
+            (None, None) => AddressFamily::Inet,
+        };
+        let attributes = &mut message.attributes;
+        attributes.push(RuleAttribute::Priority(self.priority));
+        attributes.push(RuleAttribute::Protocol(RouteProtocol::from(PROTOCOL)));
+        if let Some(from) = self.from {
+            message.header.src_len = from.length;
+            attributes.push(RuleAttribute::Source(from.address));
+        }
+        if let Some(to) = self.to {
+            message.header.dst_len = to.length;
+            attributes.push(RuleAttribute::Destination(to.address));
+        }
+        if let Some(input) = &self.input {
+            attributes.push(RuleAttribute::Iifname(input.clone()));
+        }
+        match self.action {
+            Action::Lookup(table) => {
+                message.header.action = RuleAction::ToTable;
+                // The attribute takes every table; the header's byte only those below 256.
+                attributes.push(RuleAttribute::Table(table));
+            }
+            Action::Blackhole => message.header.action = RuleAction::Blackhole,
+        }
+        Ok(message)
+    }
+}
+
+/// Takes one errno for success.
+fn accept(outcome: Result<(), rtnetlink::Error>, code: i32) -> io::Result<()> {
+    match outcome {
+        Ok(()) => Ok(()),
+        Err(error) => match failed(error) {
+            error if error.raw_os_error() == Some(code) => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
+fn failed(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        other => io::Error::other(other),
+    }
+}
+
+#[cfg(test)]
+mod tests;

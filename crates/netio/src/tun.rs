@@ -1,0 +1,230 @@
+//! The TUN interface: inner packets pass through it and virtual addresses live on it.
+//!
+//! It is never persistent: when the last descriptor closes, by exit or by SIGKILL, the kernel
+//! removes the interface with its addresses and routes (architecture.md, "Addresses live and die
+//! with the process").
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+use crate::sys::{check, set_nonblocking};
+
+/// One queue of a TUN interface, non-blocking, one whole packet a call.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Tun {
+    /// The plain backend: no offloads, one queue, one packet a system call (tun-tap).
+    Plain(Plain),
+}
+
+/// The backend over the crate `tun-tap`.
+#[derive(Debug)]
+pub struct Plain {
+    iface: tun_tap::Iface,
+    index: u32,
+}
+
+impl Tun {
+    /// Creates the interface `name` (at most 15 bytes). Needs CAP_NET_ADMIN and /dev/net/tun.
+    /// Errors: `AlreadyExists`-like EBUSY when another process holds the name.
+    pub fn open(name: &str) -> io::Result<Self> {
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '%', '\0']) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "interface name"));
+        }
+        let iface = tun_tap::Iface::without_packet_info(name, tun_tap::Mode::Tun)?;
+        // SAFETY: the descriptor is owned by `iface`, which outlives this borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(iface.as_raw_fd()) };
+        set_nonblocking(&fd)?;
+        let index = crate::route::index_of(iface.name())?;
+        Ok(Self::Plain(Plain { iface, index }))
+    }
+
+    /// The interface's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Plain(plain) => plain.iface.name(),
+        }
+    }
+
+    /// The kernel's interface index.
+    #[must_use]
+    pub fn index(&self) -> u32 {
+        match self {
+            Self::Plain(plain) => plain.index,
+        }
+    }
+
+    /// Reads one packet into `buffer` and gives its length; `None` when the queue is empty.
+    /// A packet longer than `buffer` is cut by the kernel: give at least the MTU.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        let Self::Plain(plain) = self;
+        loop {
+            match plain.iface.recv(buffer) {
+                Ok(length) => return Ok(Some(length)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Writes one packet. The kernel takes it or drops it, it does not wait.
+    /// Errors: EINVAL when the bytes are no IP packet, EIO while the interface is down.
+    pub fn write(&self, packet: &[u8]) -> io::Result<()> {
+        let Self::Plain(plain) = self;
+        loop {
+            match plain.iface.send(packet) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Sets MTU (bytes) and transmit queue length (packets), keeps IPv6 from inventing addresses
+    /// and soliciting routers on the interface, sets reverse-path filtering to loose, and brings
+    /// the interface up. An absent IPv6 is no error.
+    pub fn configure(&self, mtu: u32, queue_length: u32) -> io::Result<()> {
+        let name = self.name();
+        self.set_mtu(mtu)?;
+        let socket = control_socket()?;
+        let mut request = interface_request(name)?;
+        request.ifr_ifru.ifru_metric = queue_length as libc::c_int;
+        // SAFETY: a filled ifreq for an ioctl that only reads it.
+        check(unsafe {
+            libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFTXQLEN as _, &raw const request)
+        })?;
+        // Loose (2) wins over a strict "all" because the kernel takes the larger of the two.
+        for (path, value) in [
+            (format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode"), "1"),
+            (format!("/proc/sys/net/ipv6/conf/{name}/router_solicitations"), "0"),
+            (format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"), "2"),
+        ] {
+            match std::fs::write(&path, value) {
+                Ok(()) => {}
+                Err(error) => tracing::debug!(%path, %error, "sysctl not set"),
+            }
+        }
+        let mut request = interface_request(name)?;
+        // SAFETY: a filled ifreq; the kernel writes the flags into it.
+        check(unsafe {
+            libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &raw mut request)
+        })?;
+        // SAFETY: the union was just filled with flags by the call above.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+        // SAFETY: a filled ifreq for an ioctl that only reads it.
+        check(unsafe {
+            libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request)
+        })?;
+        Ok(())
+    }
+
+    /// Sets the MTU alone, in bytes.
+    pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
+        let socket = control_socket()?;
+        let mut request = interface_request(self.name())?;
+        request.ifr_ifru.ifru_mtu = mtu as libc::c_int;
+        // SAFETY: a filled ifreq for an ioctl that only reads it.
+        check(unsafe {
+            libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFMTU as _, &raw const request)
+        })?;
+        Ok(())
+    }
+}
+
+impl AsRawFd for Tun {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Plain(plain) => plain.iface.as_raw_fd(),
+        }
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is owned by `self`, which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
+    }
+}
+
+/// Any socket will do for interface ioctls.
+pub(crate) fn control_socket() -> io::Result<socket2::Socket> {
+    socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
+}
+
+/// An ifreq that holds the name and nothing else.
+pub(crate) fn interface_request(name: &str) -> io::Result<libc::ifreq> {
+    // SAFETY: ifreq is plain data for which all zeros is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "interface name too long"));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::{in_new_namespace, ip};
+    use std::net::UdpSocket;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn packets_pass_both_ways_and_the_interface_dies_with_the_descriptor() {
+        in_new_namespace(|| {
+            let tun = Tun::open("tdm0").unwrap();
+            assert_eq!(tun.name(), "tdm0");
+            assert!(Tun::open("tdm0").is_err(), "a second holder must be refused");
+            tun.configure(1380, 2000).unwrap();
+            ip("address add 10.9.0.1/32 dev tdm0");
+            ip("route add 10.9.1.0/24 dev tdm0");
+            let shown = ip("link show tdm0");
+            assert!(
+                shown.contains("mtu 1380") && shown.contains("qlen 2000") && shown.contains("UP"),
+                "{shown}"
+            );
+            assert!(!ip("-6 address show dev tdm0").contains("fe80"), "no address of its own");
+
+            let socket = UdpSocket::bind("10.9.0.1:7000").unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            let mut buffer = [0_u8; 2048];
+            assert_eq!(tun.read(&mut buffer).unwrap(), None, "nothing before anything was sent");
+            socket.send_to(b"hello", "10.9.1.7:9000").unwrap();
+            let deadline = Instant::now() + Duration::from_secs(2);
+            let length = loop {
+                if let Some(length) = tun.read(&mut buffer).unwrap() {
+                    break length;
+                }
+                assert!(Instant::now() < deadline);
+            };
+            assert_eq!(length, 20 + 8 + 5);
+            assert_eq!(&buffer[28..33], b"hello");
+            // Turn it round: addresses and ports swapped keep both checksums right.
+            let mut answer = buffer[..length].to_vec();
+            answer[12..16].copy_from_slice(&buffer[16..20]);
+            answer[16..20].copy_from_slice(&buffer[12..16]);
+            answer[20..22].copy_from_slice(&buffer[22..24]);
+            answer[22..24].copy_from_slice(&buffer[20..22]);
+            tun.write(&answer).unwrap();
+            let (size, from) = socket.recv_from(&mut buffer).unwrap();
+            assert_eq!((size, from.to_string().as_str()), (5, "10.9.1.7:9000"));
+            assert!(tun.write(&[0_u8; 20]).is_err(), "not an IP version");
+
+            drop(tun);
+            assert!(!ip("link show").contains("tdm0"));
+            assert!(!ip("route show table all").contains("10.9."));
+        });
+    }
+
+    #[test]
+    fn bad_names_are_refused() {
+        for name in ["", "sixteen-bytes-xx", "a/b", "t%d"] {
+            assert!(Tun::open(name).is_err(), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,612 @@
+//! UDP in batches: recvmmsg and sendmmsg over buffers of the caller, without allocation per call.
+//!
+//! A socket is bound to a virtual address before the address is present (IP_FREEBIND), so that a
+//! takeover opens nothing. While the address is absent the kernel refuses to send from it
+//! (EINVAL, newer ones ENETUNREACH): one more fence, counted in [`SendCounters`].
+//!
+//! Outer datagrams leave with DF clear and without path-MTU discovery (IP_PMTUDISC_DONT;
+//! RFC 4301 §8.1 leaves the choice to us): fragmentation is kept rare by the TUN's MTU, a forged
+//! ICMP cannot shrink a path, and a peer behind a silent small-MTU hop stays reachable.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::sys::{check, is_transient, set_option};
+
+/// Most datagrams in one system call.
+pub const BATCH: usize = 64;
+
+/// Socket buffers asked for, in bytes (dataplane.md).
+pub const SOCKET_BUFFER: usize = 7 << 20;
+
+/// What is known of one received datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecvMeta {
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// Bytes in the buffer that was given for it.
+    pub len: usize,
+    /// The outer IPv4 TOS or IPv6 traffic class byte (DSCP ‖ ECN); 0 unless asked for.
+    pub tos: u8,
+    /// The datagram was longer than its buffer.
+    pub truncated: bool,
+}
+
+impl RecvMeta {
+    /// A place holder to fill arrays with.
+    pub const EMPTY: Self = Self {
+        from: SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)),
+        len: 0,
+        tos: 0,
+        truncated: false,
+    };
+}
+
+/// One datagram to send.
+#[derive(Clone, Copy, Debug)]
+pub struct SendItem<'a> {
+    /// Destination, of the socket's family.
+    pub to: SocketAddr,
+    /// The UDP payload.
+    pub bytes: &'a [u8],
+    /// Outer TOS or traffic class byte.
+    pub tos: u8,
+}
+
+/// What became of datagrams that were to be sent. All but `sent` are drops.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SendCounters {
+    /// Taken by the kernel.
+    pub sent: u64,
+    /// The socket buffer was full (EAGAIN, ENOBUFS, ENOMEM).
+    pub full: u64,
+    /// No route or the network is down (ENETUNREACH, EHOSTUNREACH, ENETDOWN).
+    pub unreachable: u64,
+    /// A firewall refused (EPERM, EACCES).
+    pub refused_by_host: u64,
+    /// The address is not (yet, or any more) on this host (EINVAL, EADDRNOTAVAIL).
+    pub not_local: u64,
+    /// Larger than the kernel takes (EMSGSIZE).
+    pub too_large: u64,
+    /// A pending ICMP error consumed (ECONNREFUSED and other); the datagram was tried once more.
+    pub icmp_errors: u64,
+    /// Everything else.
+    pub other: u64,
+}
+
+/// How to open a [`BatchSocket`].
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Report the outer TOS byte of received datagrams (needed to copy ECN, RFC 6040).
+    pub recv_tos: bool,
+    /// Receive and send buffer in bytes; needs CAP_NET_ADMIN above the host's limit.
+    pub buffer_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { recv_tos: false, buffer_bytes: SOCKET_BUFFER }
+    }
+}
+
+/// A UDP socket that reads and writes in batches; owned by one worker.
+#[derive(Debug)]
+pub struct BatchSocket {
+    socket: Arc<Socket>,
+    local: SocketAddr,
+    recv_tos: bool,
+    scratch: Box<Scratch>,
+    counters: SendCounters,
+    /// Receive errors other than "nothing there" (pending ICMP errors, mostly).
+    receive_errors: u64,
+}
+
+/// The same socket for the control thread's few datagrams.
+#[derive(Clone, Debug)]
+pub struct UdpSender {
+    socket: Arc<Socket>,
+    local: SocketAddr,
+}
+
+/// Room for one TOS control message, aligned as the kernel wants it.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+/// CMSG_SPACE(sizeof(int)).
+const CONTROL: usize = 24;
+
+/// The headers of a batch. The pointers inside are set and used within one call only.
+struct Scratch {
+    names: [libc::sockaddr_storage; BATCH],
+    vectors: [libc::iovec; BATCH],
+    controls: [Control; BATCH],
+    messages: [libc::mmsghdr; BATCH],
+}
+
+// SAFETY: the raw pointers in `vectors` and `messages` are rewritten at the start of every call
+// and never read by anything but that call's system call; between calls they are dead.
+unsafe impl Send for Scratch {}
+
+impl std::fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Scratch")
+    }
+}
+
+impl Scratch {
+    fn new() -> Box<Self> {
+        // SAFETY: all fields are plain C data for which all zeros is a valid value.
+        Box::new(unsafe { std::mem::zeroed() })
+    }
+}
+
+/// Opens a UDP socket bound to `local`, which need not be an address of this host yet.
+/// The socket is non-blocking. Errors: EADDRINUSE when another process holds the port without
+/// sharing it; EACCES below port 1024 without CAP_NET_BIND_SERVICE.
+fn open(local: SocketAddr, options: Options) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(local), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    // Beside an IKE daemon that holds the wildcard port and shares it, the more specific bind wins.
+    socket.set_reuse_address(true)?;
+    // An int option even for IPv6 sockets.
+    set_option(&socket, libc::IPPROTO_IP, libc::IP_FREEBIND, 1)?;
+    for (force, plain) in
+        [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
+    {
+        let bytes = libc::c_int::try_from(options.buffer_bytes).unwrap_or(libc::c_int::MAX);
+        if set_option(&socket, libc::SOL_SOCKET, force, bytes).is_err() {
+            set_option(&socket, libc::SOL_SOCKET, plain, bytes)?;
+        }
+    }
+    let tos = libc::c_int::from(options.recv_tos);
+    if local.is_ipv4() {
+        set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)?;
+        set_option(&socket, libc::IPPROTO_IP, libc::IP_RECVTOS, tos)?;
+    } else {
+        socket.set_only_v6(true)?;
+        set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)?;
+        set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, tos)?;
+    }
+    socket.bind(&local.into())?;
+    Ok(socket)
+}
+
+/// Opens a plain non-blocking socket with the same options and binding, for the control loop
+/// (IKE on port 500): wrap it in tokio's `UdpSocket::from_std`.
+pub fn control_socket(local: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    Ok(open(local, Options { recv_tos: false, buffer_bytes: 1 << 20 })?.into())
+}
+
+impl BatchSocket {
+    /// Opens and binds; see [`Options`] and the module's head.
+    pub fn bind(local: SocketAddr, options: Options) -> io::Result<Self> {
+        let socket = open(local, options)?;
+        let local = socket.local_addr()?.as_socket().unwrap_or(local);
+        Ok(Self {
+            socket: Arc::new(socket),
+            local,
+            recv_tos: options.recv_tos,
+            scratch: Scratch::new(),
+            counters: SendCounters::default(),
+            receive_errors: 0,
+        })
+    }
+
+    /// The bound address.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// A handle for another thread that sends single datagrams from the same address and port.
+    #[must_use]
+    pub fn sender(&self) -> UdpSender {
+        UdpSender { socket: Arc::clone(&self.socket), local: self.local }
+    }
+
+    /// What became of everything sent so far.
+    #[must_use]
+    pub fn counters(&self) -> SendCounters {
+        self.counters
+    }
+
+    /// Receive calls that failed with a real error so far.
+    #[must_use]
+    pub fn receive_errors(&self) -> u64 {
+        self.receive_errors
+    }
+
+    /// Receives up to `min(BATCH, buffers, metas)` datagrams, the i-th into the i-th buffer and
+    /// described by `metas[i]`. 0 when nothing is there. Never blocks, never allocates.
+    /// Pending errors of the socket are counted, not returned.
+    pub fn recv<'a>(
+        &mut self,
+        buffers: impl Iterator<Item = &'a mut [u8]>,
+        metas: &mut [RecvMeta],
+    ) -> usize {
+        let Scratch { names, vectors, controls, messages } = &mut *self.scratch;
+        let mut count = 0;
+        let slots = names.iter_mut().zip(vectors).zip(controls).zip(messages.iter_mut());
+        for ((((name, vector), control), message), buffer) in slots.zip(buffers).take(metas.len()) {
+            vector.iov_base = buffer.as_mut_ptr().cast();
+            vector.iov_len = buffer.len();
+            let header = &mut message.msg_hdr;
+            header.msg_name = std::ptr::from_mut(name).cast();
+            header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+            header.msg_iov = vector;
+            header.msg_iovlen = 1;
+            if self.recv_tos {
+                header.msg_control = control.0.as_mut_ptr().cast();
+                header.msg_controllen = CONTROL as _;
+            } else {
+                header.msg_control = std::ptr::null_mut();
+                header.msg_controllen = 0;
+            }
+            header.msg_flags = 0;
+            message.msg_len = 0;
+            count += 1;
+        }
+        if count == 0 {
+            return 0;
+        }
+        // SAFETY: the first `count` headers were filled above with pointers into buffers that the
+        // iterator lent for longer than this call and into arrays of `self`; lengths match.
+        let got = unsafe {
+            libc::recvmmsg(
+                self.socket.as_raw_fd(),
+                messages.as_mut_ptr(),
+                count as libc::c_uint,
+                libc::MSG_DONTWAIT as _,
+                std::ptr::null_mut(),
+            )
+        };
+        let Ok(got) = usize::try_from(got) else {
+            if !is_transient(&io::Error::last_os_error()) {
+                self.receive_errors += 1;
+            }
+            return 0;
+        };
+        for ((message, name), meta) in messages.iter().zip(names.iter()).zip(metas).take(got) {
+            let header = &message.msg_hdr;
+            meta.len = message.msg_len as usize;
+            meta.truncated = header.msg_flags & libc::MSG_TRUNC != 0;
+            meta.from = address_of(name).unwrap_or(RecvMeta::EMPTY.from);
+            meta.tos = if self.recv_tos { tos_of(header) } else { 0 };
+        }
+        got
+    }
+
+    /// Sends datagrams in order, in system calls of up to [`BATCH`]; gives how many the kernel
+    /// took. A datagram it refuses is counted by reason and skipped; a full socket buffer drops
+    /// the rest of the batch. Never blocks, never allocates.
+    pub fn send<'a>(&mut self, items: impl Iterator<Item = SendItem<'a>>) -> usize {
+        let mut items = items.peekable();
+        let before = self.counters.sent;
+        while items.peek().is_some() {
+            let count = self.fill(&mut items);
+            self.send_filled(count);
+        }
+        (self.counters.sent - before) as usize
+    }
+
+    /// Fills headers from the iterator, gives their number (1..=BATCH).
+    fn fill<'a>(&mut self, items: &mut impl Iterator<Item = SendItem<'a>>) -> usize {
+        let Scratch { names, vectors, controls, messages } = &mut *self.scratch;
+        let mut count = 0;
+        let slots = names.iter_mut().zip(vectors).zip(controls).zip(messages.iter_mut());
+        // The slots come first in the zip: the other order would eat an item beyond the batch.
+        for ((((name, vector), control), message), item) in slots.zip(items) {
+            vector.iov_base = item.bytes.as_ptr().cast_mut().cast();
+            vector.iov_len = item.bytes.len();
+            let header = &mut message.msg_hdr;
+            header.msg_namelen = write_address(name, item.to);
+            header.msg_name = std::ptr::from_mut(name).cast();
+            header.msg_iov = vector;
+            header.msg_iovlen = 1;
+            if item.tos == 0 {
+                header.msg_control = std::ptr::null_mut();
+                header.msg_controllen = 0;
+            } else {
+                write_tos(control, item.tos, item.to.is_ipv4());
+                header.msg_control = control.0.as_mut_ptr().cast();
+                header.msg_controllen = CONTROL as _;
+            }
+            header.msg_flags = 0;
+            message.msg_len = 0;
+            count += 1;
+        }
+        count
+    }
+
+    fn send_filled(&mut self, count: usize) {
+        let mut next = 0;
+        let mut retried = false;
+        while next < count {
+            let Some(rest) = self.scratch.messages.get_mut(next..count) else { return };
+            // SAFETY: these headers were filled by `fill`, whose items outlive `send`; the kernel
+            // only reads what they point to.
+            let sent = unsafe {
+                libc::sendmmsg(
+                    self.socket.as_raw_fd(),
+                    rest.as_mut_ptr(),
+                    rest.len() as libc::c_uint,
+                    libc::MSG_DONTWAIT as _,
+                )
+            };
+            if let Ok(sent @ 1..) = usize::try_from(sent) {
+                self.counters.sent += sent as u64;
+                next += sent;
+                retried = false;
+                continue;
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            match count_error(&mut self.counters, &error, (count - next) as u64) {
+                Failure::Batch => return,
+                Failure::Datagram => next += 1,
+                Failure::Pending if retried => next += 1,
+                // The error belonged to an earlier datagram: this one has not been tried yet.
+                Failure::Pending => retried = true,
+            }
+        }
+    }
+}
+
+/// What a failed send says about the datagrams.
+enum Failure {
+    /// This and all that follow are lost.
+    Batch,
+    /// This one is lost.
+    Datagram,
+    /// An old error was reported: try again.
+    Pending,
+}
+
+fn count_error(counters: &mut SendCounters, error: &io::Error, remaining: u64) -> Failure {
+    match error.raw_os_error().unwrap_or(0) {
+        libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM => {
+            counters.full += remaining;
+            return Failure::Batch;
+        }
+        libc::ECONNREFUSED | libc::EPROTO | libc::ENOPROTOOPT => {
+            counters.icmp_errors += 1;
+            return Failure::Pending;
+        }
+        libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::EHOSTDOWN => {
+            counters.unreachable += 1;
+        }
+        libc::EPERM | libc::EACCES => counters.refused_by_host += 1,
+        libc::EINVAL | libc::EADDRNOTAVAIL => counters.not_local += 1,
+        libc::EMSGSIZE => counters.too_large += 1,
+        _ => counters.other += 1,
+    }
+    Failure::Datagram
+}
+
+impl AsFd for BatchSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for BatchSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl UdpSender {
+    /// The address datagrams leave from.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Sends one datagram without blocking. A pending ICMP error is passed over once.
+    pub fn send_to(&self, bytes: &[u8], to: SocketAddr) -> io::Result<()> {
+        let to = to.into();
+        match self.socket.send_to(bytes, &to) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                self.socket.send_to(bytes, &to).map(drop)
+            }
+            other => other.map(drop),
+        }
+    }
+}
+
+/// Writes an address in the kernel's form and gives its length.
+fn write_address(storage: &mut libc::sockaddr_storage, address: SocketAddr) -> libc::socklen_t {
+    match address {
+        SocketAddr::V4(v4) => {
+            let raw = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from(*v4.ip()).to_be() },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: sockaddr_storage is large enough and aligned for every sockaddr.
+            unsafe { std::ptr::from_mut(storage).cast::<libc::sockaddr_in>().write(raw) };
+            size_of::<libc::sockaddr_in>() as libc::socklen_t
+        }
+        SocketAddr::V6(v6) => {
+            let raw = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { std::ptr::from_mut(storage).cast::<libc::sockaddr_in6>().write(raw) };
+            size_of::<libc::sockaddr_in6>() as libc::socklen_t
+        }
+    }
+}
+
+/// Reads an address that the kernel wrote.
+fn address_of(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    match libc::c_int::from(storage.ss_family) {
+        libc::AF_INET => {
+            // SAFETY: the family says that a sockaddr_in is there; storage is larger and aligned.
+            let raw = unsafe { &*std::ptr::from_ref(storage).cast::<libc::sockaddr_in>() };
+            let ip = Ipv4Addr::from(u32::from_be(raw.sin_addr.s_addr));
+            Some(SocketAddr::new(IpAddr::V4(ip), u16::from_be(raw.sin_port)))
+        }
+        libc::AF_INET6 => {
+            // SAFETY: the family says that a sockaddr_in6 is there.
+            let raw = unsafe { &*std::ptr::from_ref(storage).cast::<libc::sockaddr_in6>() };
+            let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
+            let port = u16::from_be(raw.sin6_port);
+            Some(SocketAddr::V6(SocketAddrV6::new(ip, port, raw.sin6_flowinfo, raw.sin6_scope_id)))
+        }
+        _ => None,
+    }
+}
+
+/// The TOS byte among a message's control data, 0 when absent.
+fn tos_of(header: &libc::msghdr) -> u8 {
+    // SAFETY: the header was filled by recvmmsg; CMSG_FIRSTHDR checks the control length, and the
+    // control array is aligned and outlives this call.
+    let first = unsafe { libc::CMSG_FIRSTHDR(header).as_ref() };
+    let Some(first) = first else { return 0 };
+    let (length, v4) = match (first.cmsg_level, first.cmsg_type) {
+        (libc::IPPROTO_IP, libc::IP_TOS) => (1, true),
+        (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => (size_of::<libc::c_int>() as u32, false),
+        _ => return 0,
+    };
+    // SAFETY: CMSG_LEN does arithmetic only.
+    if (first.cmsg_len as u64) < u64::from(unsafe { libc::CMSG_LEN(length) }) {
+        return 0;
+    }
+    // SAFETY: CMSG_DATA does arithmetic only; the length check proves that the data is there:
+    // one byte for IPv4, an int for IPv6.
+    unsafe {
+        let data = libc::CMSG_DATA(first);
+        if v4 { *data } else { data.cast::<libc::c_int>().read_unaligned() as u8 }
+    }
+}
+
+/// Writes the control message that sets the TOS byte of one datagram.
+fn write_tos(control: &mut Control, tos: u8, v4: bool) {
+    let (level, kind) =
+        if v4 { (libc::IPPROTO_IP, libc::IP_TOS) } else { (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) };
+    // SAFETY: CMSG_LEN does arithmetic only.
+    let length = unsafe { libc::CMSG_LEN(size_of::<libc::c_int>() as u32) };
+    let header = libc::cmsghdr { cmsg_len: length as _, cmsg_level: level, cmsg_type: kind };
+    let place = control.0.as_mut_ptr();
+    // SAFETY: `Control` is 8-aligned and holds CMSG_SPACE(4) = 24 bytes: a cmsghdr of 16 and an int.
+    unsafe {
+        place.cast::<libc::cmsghdr>().write(header);
+        libc::CMSG_DATA(place.cast()).cast::<libc::c_int>().write_unaligned(libc::c_int::from(tos));
+    }
+}
+
+// The layout that `Control` counts on.
+const _: () = assert!(size_of::<libc::cmsghdr>() == 16 && CONTROL >= 16 + size_of::<libc::c_int>());
+
+/// Waits up to `millis` for one descriptor to become readable; for tests and probes.
+pub fn wait_readable(file: &impl AsFd, millis: i32) -> io::Result<bool> {
+    let mut poll = libc::pollfd { fd: file.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    let ready = check(unsafe { libc::poll(&raw mut poll, 1, millis) })?;
+    Ok(ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::{in_new_namespace, ip, stub};
+
+    fn receive(socket: &mut BatchSocket) -> Vec<(RecvMeta, Vec<u8>)> {
+        let mut buffers = vec![[0_u8; 200]; BATCH];
+        let mut metas = [RecvMeta::EMPTY; BATCH];
+        assert!(wait_readable(socket, 1000).unwrap());
+        let count = socket.recv(buffers.iter_mut().map(|buffer| &mut buffer[..]), &mut metas);
+        (0..count).map(|i| (metas[i], buffers[i][..metas[i].len].to_vec())).collect()
+    }
+
+    fn both_ways(first: &str, second: &str) {
+        let options = Options { recv_tos: true, ..Options::default() };
+        let mut left = BatchSocket::bind(first.parse().unwrap(), options).unwrap();
+        let mut right = BatchSocket::bind(second.parse().unwrap(), options).unwrap();
+        let payloads: Vec<Vec<u8>> = (0..150_u8).map(|i| vec![i; 1 + usize::from(i)]).collect();
+        let to = right.local_addr();
+        let sent =
+            left.send(payloads.iter().map(|bytes| SendItem { to, bytes, tos: bytes[0] & 0x03 }));
+        assert_eq!(sent, 150);
+        let mut got = Vec::new();
+        while got.len() < 150 {
+            got.extend(receive(&mut right));
+        }
+        for (i, (meta, bytes)) in got.iter().enumerate() {
+            assert_eq!(bytes, &payloads[i], "order and content");
+            assert_eq!(meta.from, left.local_addr());
+            assert_eq!(meta.tos, i as u8 & 0x03, "ECN bits of datagram {i}");
+            assert!(!meta.truncated);
+        }
+        left.send([SendItem { to, bytes: &[9; 300], tos: 0 }].into_iter());
+        let (meta, bytes) = receive(&mut right).remove(0);
+        assert!(meta.truncated && bytes.len() == 200);
+        right.sender().send_to(b"back", left.local_addr()).unwrap();
+        assert_eq!(receive(&mut left).remove(0).1, b"back");
+    }
+
+    #[test]
+    fn batches_keep_order_content_and_tos() {
+        in_new_namespace(|| {
+            ip("link set lo up");
+            both_ways("127.0.0.1:4500", "127.0.0.2:4500");
+            both_ways("[::1]:4500", "[::1]:4501");
+        });
+    }
+
+    #[test]
+    fn binds_before_the_address_is_there_and_sends_only_after() {
+        in_new_namespace(|| {
+            ip("link set lo up");
+            stub("d0");
+            ip("address add 192.0.2.1/24 dev d0");
+            let virtual_address = "192.0.2.10:4500".parse().unwrap();
+            let mut early = BatchSocket::bind(virtual_address, Options::default()).unwrap();
+            let item = SendItem { to: "192.0.2.1:9".parse().unwrap(), bytes: b"x", tos: 0 };
+            assert_eq!(early.send([item, item].into_iter()), 0);
+            let before = early.counters();
+            assert_eq!(before.not_local + before.unreachable, 2, "{before:?}");
+            ip("address add 192.0.2.10/32 dev d0");
+            assert_eq!(early.send([item].into_iter()), 1);
+            // What cannot be routed is counted and does not stop the rest.
+            let lost = SendItem { to: "8.8.8.8:9".parse().unwrap(), ..item };
+            assert_eq!(early.send([lost, item].into_iter()), 1);
+            assert_eq!(early.counters().unreachable, before.unreachable + 1);
+            let mut far =
+                BatchSocket::bind("192.0.2.1:9000".parse().unwrap(), Options::default()).unwrap();
+            let to = far.local_addr();
+            early.send([SendItem { to, bytes: b"now", tos: 0 }].into_iter());
+            assert_eq!(receive(&mut far)[0].0.from, virtual_address);
+        });
+    }
+
+    #[test]
+    fn a_full_buffer_drops_and_counts_instead_of_blocking() {
+        in_new_namespace(|| {
+            ip("link set lo up");
+            stub("d0");
+            ip("address add 192.0.2.1/24 dev d0");
+            let options = Options { recv_tos: false, buffer_bytes: 4096 };
+            let mut socket = BatchSocket::bind("192.0.2.1:4500".parse().unwrap(), options).unwrap();
+            let bytes = [0_u8; 1400];
+            let to = "192.0.2.2:9".parse().unwrap();
+            // Nobody answers for 192.0.2.2: what waits for its neighbour entry fills the buffer.
+            let sent = socket.send((0..10).map(|_| SendItem { to, bytes: &bytes, tos: 0 })) as u64;
+            let SendCounters { full, .. } = socket.counters();
+            assert!(sent < 10 && sent + full == 10, "{:?}", socket.counters());
+        });
+    }
+}

@@ -1,0 +1,161 @@
+//! A packet that belongs to an endpoint of the other instance, and who hands it over. The codec
+//! is pure; [`SteerSender`] sends on a socket of the pair link, from any thread.
+//!
+//! ```text
+//!  kind:1 │ endpoint:1 │ family:1 (0, 4, 6) │ address:16 │ port:2 │ local port:2 │ packet …
+//! ```
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+
+use wire::id::EndpointId;
+
+use super::datagram::{HEADER, Sealer};
+
+/// Bytes before the packet, inside the seal.
+const HEAD: usize = 1 + 1 + 1 + 16 + 2 + 2;
+
+/// Bytes that steering needs free in front of a packet, to be sealed in place.
+pub const STEER_HEADROOM: usize = HEADER + HEAD;
+
+/// Bytes that steering needs free behind it.
+pub const STEER_TAILROOM: usize = crypto::aead::TAG_LEN;
+
+/// What is steered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SteerKind {
+    /// An inner packet that arrived at the TUN.
+    Plain,
+    /// An ESP packet as it came in UDP.
+    Esp,
+    /// An IKE message, without the non-ESP marker.
+    Ike,
+}
+
+/// Where a steered packet belongs and where it came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SteerHead {
+    /// What it is.
+    pub kind: SteerKind,
+    /// Whose it is.
+    pub endpoint: EndpointId,
+    /// The remote peer's outer address and port; none for [`SteerKind::Plain`].
+    pub from: Option<SocketAddr>,
+    /// The port it came to (500 or 4500); 0 for [`SteerKind::Plain`].
+    pub local_port: u16,
+}
+
+impl SteerHead {
+    fn encode(&self) -> [u8; HEAD] {
+        let kind = match self.kind {
+            SteerKind::Plain => 0,
+            SteerKind::Esp => 1,
+            SteerKind::Ike => 2,
+        };
+        let (family, address, port) = match self.from {
+            None => (0, [0; 16], 0),
+            Some(from) => match from.ip() {
+                IpAddr::V4(v4) => (4, v4.to_ipv6_mapped().octets(), from.port()),
+                IpAddr::V6(v6) => (6, v6.octets(), from.port()),
+            },
+        };
+        let mut out = [0; HEAD];
+        let fields: [&[u8]; 4] =
+            [&[kind, self.endpoint.0, family], &address, &port.to_be_bytes(), &self.local_port.to_be_bytes()];
+        for (to, from) in out.iter_mut().zip(fields.into_iter().flatten()) {
+            *to = *from;
+        }
+        out
+    }
+
+    /// Splits an opened datagram into head and packet.
+    pub(crate) fn decode(bytes: &[u8]) -> Option<(Self, &[u8])> {
+        let (head, packet) = bytes.split_first_chunk::<HEAD>()?;
+        let [kind, endpoint, family, rest @ ..] = head;
+        let (address, ports) = rest.split_first_chunk::<16>()?;
+        let [p0, p1, l0, l1] = *ports.first_chunk::<4>()?;
+        let kind = match kind {
+            0 => SteerKind::Plain,
+            1 => SteerKind::Esp,
+            2 => SteerKind::Ike,
+            _ => return None,
+        };
+        let address = Ipv6Addr::from(*address);
+        let ip = match family {
+            0 => None,
+            4 => Some(IpAddr::V4(address.to_ipv4_mapped().unwrap_or(Ipv4Addr::UNSPECIFIED))),
+            6 => Some(IpAddr::V6(address)),
+            _ => return None,
+        };
+        let from = ip.map(|ip| SocketAddr::new(ip, u16::from_be_bytes([p0, p1])));
+        let local_port = u16::from_be_bytes([l0, l1]);
+        Some((Self { kind, endpoint: EndpointId(*endpoint), from, local_port }, packet))
+    }
+}
+
+/// Hands packets over on one link under the newest keys. Cheap to clone; one that outlives its
+/// stream sends what the other side refuses, so ask for a new one after each `StreamUp`.
+#[derive(Clone)]
+pub struct SteerSender {
+    pub(crate) sealer: Arc<Sealer>,
+    pub(crate) socket: Arc<UdpSocket>,
+    pub(crate) to: SocketAddr,
+    pub(crate) link: u8,
+}
+
+impl std::fmt::Debug for SteerSender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SteerSender(link {} to {})", self.link, self.to)
+    }
+}
+
+impl SteerSender {
+    /// Seals in place and sends, without blocking or allocating. `buffer` is
+    /// [`STEER_HEADROOM`] bytes to be filled, the packet, and [`STEER_TAILROOM`] bytes.
+    /// False when it was not sent.
+    pub fn send_in_place(&self, head: &SteerHead, buffer: &mut [u8]) -> bool {
+        let Some(place) = buffer.get_mut(HEADER..STEER_HEADROOM) else { return false };
+        place.copy_from_slice(&head.encode());
+        self.sealer.seal(self.link, buffer).is_some() && self.socket.send_to(buffer, self.to).is_ok()
+    }
+
+    /// The same for a packet elsewhere; `scratch` is kept by the caller between calls.
+    pub fn send(&self, head: &SteerHead, packet: &[u8], scratch: &mut Vec<u8>) -> bool {
+        scratch.clear();
+        scratch.resize(STEER_HEADROOM, 0);
+        scratch.extend_from_slice(packet);
+        scratch.resize(scratch.len() + STEER_TAILROOM, 0);
+        self.send_in_place(head, scratch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn heads_come_through() {
+        for (kind, from) in [
+            (SteerKind::Plain, None),
+            (SteerKind::Esp, Some("192.0.2.7:4500")),
+            (SteerKind::Ike, Some("[2001:db8::7]:500")),
+        ] {
+            let from = from.map(|text| text.parse().unwrap());
+            let head = SteerHead { kind, endpoint: EndpointId(3), from, local_port: 4500 };
+            let mut bytes = head.encode().to_vec();
+            bytes.extend(b"packet");
+            assert_eq!(SteerHead::decode(&bytes), Some((head, &b"packet"[..])));
+            assert_eq!(SteerHead::decode(&bytes[..HEAD - 1]), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn decoder_takes_anything(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            if let Some((_, packet)) = SteerHead::decode(&bytes) {
+                prop_assert_eq!(packet, &bytes[HEAD..]);
+            }
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! `failover`: measures what the remote peer and the flows see when the pair is hurt, many times over.
+//!
+//! With `--json`, standard output is one document, a key for every kind of trial (`kill`, `stop`, `switchover`,
+//! `rejoin`, `standby_kill`, `standby_stop`):
+//!
+//! ```json
+//! {"kill":{"trials":50,"gap_p50_ms":9.1,"gap_p99_ms":40.2,"gap_max_ms":40.2,"lost_max":41,"sent":1000000,
+//!          "spis_changed":0,"tcp_broken":0,"packets_checked":2300000,"iv_repeats":0,
+//!          "reordered_max":0,"ike_exchanges":0,"tcp_connections":100,"clear_text":0,"arp_claims":0,
+//!          "sent_after_thaw":0,"frames_checked":4600000}}
+//! ```
+//! Numbers ending in `_ms` are milliseconds, percentiles are nearest-rank, everything else counts over all
+//! trials of the kind (`…_max`: the worst trial). Exit code 0: every trial recovered and nothing was seen that
+//! must never be (IV repeats, clear text, ARP claims of a dead host, changed SPIs, broken connections).
+
+use clap::Parser;
+use lab::run::Run;
+use lab::scene::{PeerKind, Scene, Setup};
+use lab::stats::{maximum, nearest_rank};
+use lab::tandem::Bins;
+use lab::trial::{Kind, Outcome, run_trial};
+use lab::{Error, clock};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+#[derive(Parser)]
+#[command(about = "Measures the gap, the losses and all that must not happen when an instance of the pair is hurt")]
+struct Args {
+    /// Trials of each kind
+    #[arg(long, default_value_t = 5)]
+    trials: u32,
+    /// What is done to the pair
+    #[arg(long, value_enum, default_value = "all")]
+    kind: Wanted,
+    /// Print one JSON document on standard output instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Where tandemd and tandem are [default: beside this program]
+    #[arg(long)]
+    bin_dir: Option<PathBuf>,
+    /// The remote gateway: strongSwan with its own ESP, or on a real kernel's (user-mode-linux)
+    #[arg(long, value_enum, default_value = "strongswan")]
+    peer: Peer,
+    /// Keep logs and the last captures
+    #[arg(long)]
+    keep_files: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Wanted {
+    Kill,
+    Stop,
+    Switchover,
+    Rejoin,
+    StandbyKill,
+    StandbyStop,
+    All,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Peer {
+    Strongswan,
+    Kernel,
+}
+
+impl Wanted {
+    fn kinds(self) -> Vec<Kind> {
+        match self {
+            Wanted::Kill => vec![Kind::Kill],
+            Wanted::Stop => vec![Kind::Stop],
+            Wanted::Switchover => vec![Kind::Switchover],
+            Wanted::Rejoin => vec![Kind::Rejoin],
+            Wanted::StandbyKill => vec![Kind::StandbyKill],
+            Wanted::StandbyStop => vec![Kind::StandbyStop],
+            Wanted::All => Kind::ALL.to_vec(),
+        }
+    }
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Summary {
+    trials: u64,
+    gap_p50_ms: f64,
+    gap_p99_ms: f64,
+    gap_max_ms: f64,
+    lost_max: u64,
+    sent: u64,
+    spis_changed: u64,
+    tcp_broken: u64,
+    packets_checked: u64,
+    iv_repeats: u64,
+    reordered_max: u64,
+    ike_exchanges: u64,
+    tcp_connections: u64,
+    clear_text: u64,
+    arp_claims: u64,
+    sent_after_thaw: u64,
+    frames_checked: u64,
+}
+
+impl Summary {
+    fn of(outcomes: &[Outcome], packets_checked: u64, iv_repeats: u64) -> Summary {
+        let gaps: Vec<f64> = outcomes.iter().map(|outcome| clock::millis(outcome.gap())).collect();
+        let sum = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).fold(0, u64::saturating_add);
+        let max = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).max().unwrap_or(0);
+        let round = |value: f64| (value * 10.0).round() / 10.0;
+        Summary {
+            trials: outcomes.len() as u64,
+            gap_p50_ms: round(nearest_rank(&gaps, 50.0)),
+            gap_p99_ms: round(nearest_rank(&gaps, 99.0)),
+            gap_max_ms: round(maximum(&gaps)),
+            lost_max: max(Outcome::lost),
+            sent: sum(Outcome::sent),
+            spis_changed: sum(|outcome| outcome.spis_changed),
+            tcp_broken: sum(|outcome| outcome.tcp_broken),
+            packets_checked,
+            iv_repeats,
+            reordered_max: max(Outcome::reordered),
+            ike_exchanges: sum(|outcome| outcome.ike_exchanges),
+            tcp_connections: sum(|outcome| outcome.tcp_connections),
+            clear_text: sum(|outcome| outcome.clear_text),
+            arp_claims: sum(|outcome| outcome.arp_claims),
+            sent_after_thaw: sum(|outcome| outcome.sent_after_thaw),
+            frames_checked: sum(|outcome| outcome.frames),
+        }
+    }
+
+    /// What must never be seen, whatever the times.
+    fn faults(&self) -> u64 {
+        [self.spis_changed, self.tcp_broken, self.iv_repeats, self.clear_text, self.arp_claims, self.sent_after_thaw]
+            .iter()
+            .fold(0, |sum, count| sum.saturating_add(*count))
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match measure(&args) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(faults) => {
+            eprintln!("failover: {faults} things were seen that must never be");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("failover: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(args: &Args) -> lab::Result<u64> {
+    let bins = Bins::find(args.bin_dir.as_deref())?;
+    let kinds = args.kind.kinds();
+    let per_trial = 40 * u64::from(args.trials) * kinds.len() as u64;
+    let run = Run::start(Some(Duration::from_secs(180 + per_trial)))?;
+    if args.keep_files {
+        run.keep_files();
+    }
+    let setup = Setup {
+        peer: match args.peer {
+            Peer::Strongswan => PeerKind::Strongswan,
+            Peer::Kernel => PeerKind::Kernel,
+        },
+        ..Setup::default()
+    };
+    let result = trials(args, &run, &bins, &setup, &kinds);
+    if result.is_err() {
+        run.keep_files();
+    }
+    result
+}
+
+fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) -> lab::Result<u64> {
+    let mut scene = Scene::build(run, bins, setup, &mut |line| eprintln!("  {line}"))?;
+    let mut summaries = BTreeMap::new();
+    for kind in kinds {
+        let (checked, repeats) = (scene.ivs.checked, scene.ivs.iv_repeats);
+        let mut outcomes: Vec<Outcome> = Vec::new();
+        for trial in 1..=args.trials {
+            let outcome = run_trial(run, &mut scene, *kind, random_phase(), &mut |_, _| {})?;
+            eprintln!(
+                "  {} {trial}/{}: {} → {}, gap {:.1} ms, lost {} of {}, reordered {}, SPIs changed {}, exchanges {}, \
+                 TCP broken {}",
+                kind.key(),
+                args.trials,
+                outcome.owner_before,
+                outcome.owner_after,
+                clock::millis(outcome.gap()),
+                outcome.lost(),
+                outcome.sent(),
+                outcome.reordered(),
+                outcome.spis_changed,
+                outcome.ike_exchanges,
+                outcome.tcp_broken
+            );
+            outcomes.push(outcome);
+        }
+        scene.look(run)?.discard();
+        let summary =
+            Summary::of(&outcomes, scene.ivs.checked - checked, scene.ivs.iv_repeats - repeats);
+        summaries.insert(kind.key(), summary);
+    }
+    scene.check_clean()?;
+    if args.json {
+        let text = serde_json::to_string(&summaries)
+            .map_err(|error| Error::parse("the summary", error.to_string()))?;
+        println!("{text}");
+    } else {
+        table(kinds, &summaries);
+    }
+    Ok(summaries.values().map(Summary::faults).fold(0, u64::saturating_add))
+}
+
+fn table(kinds: &[Kind], summaries: &BTreeMap<&str, Summary>) {
+    println!(
+        "{:<26}{:>7}{:>9}{:>9}{:>9}{:>10}{:>10}{:>7}{:>6}{:>12}{:>8}",
+        "", "trials", "p50 ms", "p99 ms", "max ms", "lost max", "sent", "SPIs", "TCP", "IVs checked", "repeats"
+    );
+    for kind in kinds {
+        let Some(s) = summaries.get(kind.key()) else { continue };
+        println!(
+            "{:<26}{:>7}{:>9.1}{:>9.1}{:>9.1}{:>10}{:>10}{:>7}{:>6}{:>12}{:>8}",
+            kind.title(),
+            s.trials,
+            s.gap_p50_ms,
+            s.gap_p99_ms,
+            s.gap_max_ms,
+            s.lost_max,
+            s.sent,
+            s.spis_changed,
+            s.tcp_broken,
+            s.packets_checked,
+            s.iv_repeats
+        );
+    }
+}
+
+/// Uniform in [0, 1), from the clock's fine digits and a generator that no two calls share.
+fn random_phase() -> f64 {
+    use std::hash::{BuildHasher, RandomState};
+    let number = RandomState::new().hash_one(clock::now());
+    (number >> 11) as f64 / (1_u64 << 53) as f64
+}
+

@@ -1,0 +1,254 @@
+//! `lab-probe`: what runs inside a host's namespace. It sends, receives and reports records (`lab::probe`) on
+//! standard output; it judges nothing.
+
+use clap::{Parser, Subcommand};
+use lab::clock;
+use lab::probe::{Record, TCP_PORT, UDP_PORT};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+#[derive(Parser)]
+#[command(about = "The lab's sender and receiver; started by the lab, not by people")]
+struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Numbered packets at a steady rate to the other end, and a receiver for its packets.
+    Udp {
+        #[arg(long)]
+        bind: IpAddr,
+        #[arg(long)]
+        to: IpAddr,
+        #[arg(long, default_value_t = 1000)]
+        rate: u32,
+        #[arg(long, default_value_t = 64)]
+        size: usize,
+    },
+    /// The server of `bulk` and `idle`.
+    Serve {
+        #[arg(long)]
+        bind: IpAddr,
+    },
+    /// A TCP stream of so many bytes a second (0: as fast as it goes).
+    Bulk {
+        #[arg(long)]
+        to: IpAddr,
+        #[arg(long, default_value_t = 0)]
+        rate: u64,
+    },
+    /// A TCP connection that says nothing until it is told to (a byte on standard input), then wants an echo.
+    Idle {
+        #[arg(long)]
+        to: IpAddr,
+    },
+    /// Burns a core.
+    Burn,
+}
+
+fn main() -> std::io::Result<()> {
+    let args = Args::parse();
+    if matches!(args.what, What::Burn) {
+        burn();
+    }
+    let (out, records) = channel();
+    std::thread::spawn(move || report(&records));
+    match args.what {
+        What::Udp { bind, to, rate, size } => {
+            exit_with_parent();
+            udp(bind, to, rate, size, out)
+        }
+        What::Serve { bind } => {
+            exit_with_parent();
+            serve(bind, out)
+        }
+        What::Bulk { to, rate } => {
+            exit_with_parent();
+            bulk(to, rate, &out)
+        }
+        What::Idle { to } => idle(to, &out),
+        What::Burn => Ok(()),
+    }
+}
+
+fn burn() -> ! {
+    let mut number = 1_u64;
+    loop {
+        number = std::hint::black_box(number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
+    }
+}
+
+/// Writes records home every 10 ms, so that the threads with a clock to keep never wait for a pipe.
+fn report(records: &Receiver<Record>) {
+    let mut stdout = std::io::stdout().lock();
+    let mut buffer = Vec::new();
+    while let Ok(record) = records.recv() {
+        buffer.extend(record.bytes());
+        std::thread::sleep(Duration::from_millis(10));
+        while let Ok(record) = records.try_recv() {
+            buffer.extend(record.bytes());
+        }
+        if stdout.write_all(&buffer).and_then(|()| stdout.flush()).is_err() {
+            std::process::exit(0);
+        }
+        buffer.clear();
+    }
+}
+
+fn exit_with_parent() {
+    std::thread::spawn(|| {
+        let mut byte = [0];
+        while !matches!(std::io::stdin().read(&mut byte), Ok(0) | Err(_)) {}
+        std::process::exit(0);
+    });
+}
+
+fn record(out: &Sender<Record>, kind: u8, value: u64) {
+    // The reporter ends only with the process.
+    let _ = out.send(Record { kind, value, at: clock::nanos(clock::now()) });
+}
+
+fn udp(bind: IpAddr, to: IpAddr, rate: u32, size: usize, out: Sender<Record>) -> std::io::Result<()> {
+    let socket = UdpSocket::bind(SocketAddr::new(bind, UDP_PORT))?;
+    let receiver = socket.try_clone()?;
+    let received = out.clone();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 2048];
+        loop {
+            if let Ok((length, _)) = receiver.recv_from(&mut buffer)
+                && let Some(number) = buffer[..length].first_chunk::<8>()
+            {
+                record(&received, b'R', u64::from_be_bytes(*number));
+            }
+        }
+    });
+    let to = SocketAddr::new(to, UDP_PORT);
+    let step = Duration::from_secs(1) / rate.max(1);
+    let mut packet = vec![0; size.max(8)];
+    let mut due = clock::now();
+    for number in 0_u64.. {
+        clock::sleep_until(due);
+        packet[..8].copy_from_slice(&number.to_be_bytes());
+        // What the host's own stack refuses (no route, say) was sent and is lost.
+        record(&out, b'S', number);
+        let _ = socket.send_to(&packet, to);
+        due += step;
+        // After a long stall of the whole machine, go on from now instead of sending it all at once.
+        let now = clock::now();
+        if now > due + Duration::from_millis(50) {
+            due = now;
+        }
+    }
+    Ok(())
+}
+
+fn serve(bind: IpAddr, out: Sender<Record>) -> std::io::Result<()> {
+    let listener = TcpListener::bind(SocketAddr::new(bind, TCP_PORT))?;
+    record(&out, b'C', 0);
+    let total = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&total);
+    let ticker = out.clone();
+    std::thread::spawn(move || {
+        let mut last = 0;
+        loop {
+            std::thread::sleep(Duration::from_millis(5));
+            let now = counter.load(Ordering::Relaxed);
+            if now != last {
+                record(&ticker, b'B', now);
+                last = now;
+            }
+        }
+    });
+    for stream in listener.incoming() {
+        let total = Arc::clone(&total);
+        let stream = stream?;
+        std::thread::spawn(move || {
+            let _ = serve_one(stream, &total);
+        });
+    }
+    Ok(())
+}
+
+/// The first byte says what the connection is: `b`ulk or `i`dle.
+fn serve_one(mut stream: TcpStream, total: &AtomicU64) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut kind = [0];
+    stream.read_exact(&mut kind)?;
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let count = stream.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(());
+        }
+        if kind == *b"b" {
+            total.fetch_add(count as u64, Ordering::Relaxed);
+        } else {
+            stream.write_all(&buffer[..count])?;
+        }
+    }
+}
+
+fn connect(to: IpAddr, kind: u8, out: &Sender<Record>) -> std::io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(SocketAddr::new(to, TCP_PORT))?;
+    stream.set_nodelay(true)?;
+    stream.write_all(&[kind])?;
+    record(out, b'C', 0);
+    Ok(stream)
+}
+
+/// Reports the error, and stays until the record is home.
+fn broken(out: &Sender<Record>, error: &std::io::Error) -> ! {
+    record(out, b'X', u64::try_from(error.raw_os_error().unwrap_or(1)).unwrap_or(1));
+    std::thread::sleep(Duration::from_millis(100));
+    std::process::exit(1)
+}
+
+fn bulk(to: IpAddr, rate: u64, out: &Sender<Record>) -> std::io::Result<()> {
+    let mut stream = connect(to, b'b', out)?;
+    let data = vec![0x5a_u8; 128 * 1024];
+    if rate == 0 {
+        loop {
+            if let Err(error) = stream.write_all(&data) {
+                broken(out, &error);
+            }
+        }
+    }
+    // A bucket of 5 ms: after a stall the stream goes on at its rate instead of flooding queues that the UDP
+    // probes share.
+    let bucket = rate as f64 / 200.0;
+    let (mut credit, mut last) = (0.0_f64, clock::now());
+    loop {
+        std::thread::sleep(Duration::from_millis(1));
+        let now = clock::now();
+        credit = (credit + (now - last).as_secs_f64() * rate as f64).min(bucket);
+        last = now;
+        let length = (credit as usize).min(data.len());
+        match stream.write(&data[..length]) {
+            Ok(count) => credit -= count as f64,
+            Err(error) => broken(out, &error),
+        }
+    }
+}
+
+fn idle(to: IpAddr, out: &Sender<Record>) -> std::io::Result<()> {
+    let mut stream = connect(to, b'i', out)?;
+    let mut byte = [0];
+    let mut number = 0_u64;
+    while std::io::stdin().read(&mut byte)? == 1 {
+        number += 1;
+        let mut echo = [0; 8];
+        let asked = stream.write_all(&number.to_be_bytes()).and_then(|()| stream.read_exact(&mut echo));
+        match asked {
+            Ok(()) if echo == number.to_be_bytes() => record(out, b'E', number),
+            Ok(()) => record(out, b'X', 0),
+            Err(error) => broken(out, &error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! Captures: tcpdump in a namespace, and what it recorded.
+
+use crate::charon::tool;
+use crate::error::{Error, IoContext, Result, ensure, write_file};
+use crate::ns::Ns;
+use crate::pcap::{self, Packet};
+use crate::proc::{Cmd, Proc};
+use crate::run::Run;
+use crate::{clock, wait};
+use nix::sys::signal::Signal;
+use nix::time::{ClockId, clock_gettime};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How far CLOCK_REALTIME (in captures) is ahead of CLOCK_BOOTTIME (everywhere else).
+fn realtime_lead() -> Duration {
+    // The two readings lie microseconds apart: far below what captures are compared for.
+    let realtime = clock_gettime(ClockId::CLOCK_REALTIME).map(Duration::from).unwrap_or_default();
+    realtime.saturating_sub(clock::now())
+}
+
+/// A running tcpdump.
+#[derive(Debug)]
+pub struct Capture {
+    proc: Proc,
+    path: PathBuf,
+    lead: Duration,
+}
+
+impl Capture {
+    /// Starts capturing on `interface` of `ns` and waits until it really does. `filter` is tcpdump's (empty: all);
+    /// `snap` the bytes kept of each frame.
+    pub fn start(run: &Run, ns: &Ns, interface: &str, filter: &str, snap: u32) -> Result<Capture> {
+        static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let stem = format!("{}-{interface}-{number}", ns.short());
+        let path = run.subdir("captures")?.join(format!("{stem}.pcap"));
+        let log = run.dir().join(format!("tcpdump-{stem}.log"));
+        let mut cmd = ns
+            .cmd(tool(run, "/usr/bin/tcpdump")?)
+            .args(["-i", interface, "-n", "-U", "-Z", "root", "--immediate-mode", "-B", "32768"])
+            .args(["--time-stamp-precision=nano", "-s", &snap.to_string(), "-w"])
+            .arg(&path);
+        if !filter.is_empty() {
+            cmd = cmd.arg(filter);
+        }
+        let mut proc = cmd.nice(-5).spawn(&log)?;
+        wait::until("tcpdump to listen", Duration::from_secs(20), Duration::from_millis(5), || {
+            proc.check_alive()?;
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            Ok(text.contains("listening on").then_some(()))
+        })?;
+        Ok(Capture { proc, path, lead: realtime_lead() })
+    }
+
+    /// Ends the capture and reads it. Fails if the kernel dropped packets: then "0 seen" would say nothing.
+    pub fn stop(mut self) -> Result<Recording> {
+        // Frames of this instant may still be on their way through the ring.
+        clock::sleep_until(clock::now() + Duration::from_millis(50));
+        self.proc.stop(Signal::SIGINT, Duration::from_secs(10))?;
+        let log = std::fs::read_to_string(self.proc.log()).unwrap_or_default();
+        let count = |what: &str| -> Option<u64> {
+            let line = log.lines().find(|line| line.contains(what))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        let dropped = count("dropped by kernel");
+        ensure(dropped == Some(0), || format!("tcpdump missed packets: {}", self.proc.log_tail()))?;
+        let file = std::fs::read(&self.path).doing(format!("read {}", self.path.display()))?;
+        pcap::frames(&file)?;
+        Ok(Recording { file, path: self.path.clone(), lead: self.lead })
+    }
+
+    /// What was captured so far, without ending it.
+    pub fn peek(&self) -> Result<Recording> {
+        let file = std::fs::read(&self.path).doing(format!("read {}", self.path.display()))?;
+        pcap::frames(&file)?;
+        Ok(Recording { file, path: self.path.clone(), lead: self.lead })
+    }
+}
+
+/// What a capture recorded.
+#[derive(Debug)]
+pub struct Recording {
+    file: Vec<u8>,
+    path: PathBuf,
+    lead: Duration,
+}
+
+impl Recording {
+    /// Every packet, in order.
+    pub fn packets(&self) -> impl Iterator<Item = Packet<'_>> {
+        // The file was parsed once when it was read.
+        pcap::frames(&self.file).unwrap_or_default().into_iter().map(|frame| pcap::dissect(&frame))
+    }
+
+    /// A packet's time on the lab's clock.
+    pub fn boot_time(&self, at: Duration) -> Duration {
+        at.saturating_sub(self.lead)
+    }
+
+    /// The pcap file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes the file, when its contents have been judged.
+    pub fn discard(self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn from_frames(frames: &[Vec<u8>]) -> Recording {
+        let list: Vec<_> = frames.iter().map(|frame| (Duration::ZERO, frame.clone())).collect();
+        Recording { file: pcap::write(&list), path: PathBuf::new(), lead: Duration::ZERO }
+    }
+}
+
+/// The keys of one ESP SA, as tshark's `esp_sa` table wants them.
+#[derive(Clone, Debug)]
+pub struct EspKey {
+    /// SPI.
+    pub spi: u32,
+    /// tshark's name of the algorithm.
+    pub algorithm: String,
+    /// Key (with salt), in hexadecimal.
+    pub key: String,
+}
+
+/// tshark's name for AES-GCM with a 16-byte tag.
+pub const TSHARK_AES_GCM: &str = "AES-GCM with 16 octet ICV [RFC4106]";
+/// tshark's name for ChaCha20-Poly1305.
+pub const TSHARK_CHACHA: &str = "ChaCha20 with Poly1305 [RFC7634]";
+
+/// Lets tshark decrypt ESP of a capture: an independent eye. Returns the inner source and destination of every
+/// packet that it could decrypt and whose tag was right, as `source destination protocol`.
+pub fn tshark_esp(run: &Run, capture: &Path, keys: &[EspKey]) -> Result<Vec<String>> {
+    let home = run.subdir("tshark")?;
+    let mut cmd = Cmd::new("tshark").env("HOME", &home).args(["-n", "-r"]).arg(capture);
+    cmd = cmd.args(["-o", "esp.enable_encryption_decode:TRUE", "-o", "esp.enable_authentication_check:TRUE"]);
+    for key in keys {
+        let row = format!(
+            "uat:esp_sa:\"IPv4\",\"*\",\"*\",\"0x{:08x}\",\"{}\",\"0x{}\",\"{}\",\"\"",
+            key.spi, key.algorithm, key.key, "NULL"
+        );
+        cmd = cmd.args(["-o", &row]);
+    }
+    let text = cmd
+        .args(["-Y", "esp", "-T", "fields", "-e", "esp.spi", "-e", "ip.src", "-e", "ip.dst", "-e", "ip.proto"])
+        .run(Duration::from_secs(60))?;
+    // A decrypted packet has two IP headers: `198.51.100.7,10.2.0.9`.
+    Ok(text.lines().filter(|line| line.contains(',')).map(str::to_owned).collect())
+}
+
+/// Saves part of a recording for tshark or a person.
+pub fn save(frames: &[(Duration, Vec<u8>)], path: &Path) -> Result<()> {
+    if frames.is_empty() {
+        return Err(Error::check("nothing to save"));
+    }
+    write_file(path, pcap::write(frames))
+}

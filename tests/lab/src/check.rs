@@ -1,0 +1,220 @@
+//! What must never be seen on the wire, looked for in captures.
+
+use crate::capture::Recording;
+use crate::pcap::{Content, Packet};
+use std::collections::hash_map::{DefaultHasher, Entry};
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{Hash, Hasher};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+/// Counts (key, IV) pairs that protect two different datagrams (ha.md, invariant 1), ESP sequence numbers used
+/// twice (2), and IKE message ids that stand for two different messages (4). Feed it as many captures as you
+/// like, overlapping or not: the same datagram seen twice is not a repeat.
+#[derive(Debug, Default)]
+pub struct IvChecker {
+    esp_ivs: HashMap<(Option<IpAddr>, u32, u64), u64>,
+    esp_sequences: HashMap<(Option<IpAddr>, u32, u32), u64>,
+    ike_ivs: HashMap<(u64, u64, bool, u64), u64>,
+    ike_messages: HashMap<(u64, u64, bool, bool, u32), u64>,
+    /// Protected datagrams looked at.
+    pub checked: u64,
+    /// (key, IV) pairs that protect two different datagrams.
+    pub iv_repeats: u64,
+    /// ESP sequence numbers used for two different packets of one SA.
+    pub sequence_repeats: u64,
+    /// IKE message ids used for two different messages in one direction.
+    pub message_id_repeats: u64,
+    /// The first repeats, in words.
+    pub examples: Vec<String>,
+}
+
+fn digest(bytes: &[u8], length: u32) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    length.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Whether `key` was seen with another digest before.
+fn repeats<K: Hash + Eq>(map: &mut HashMap<K, u64>, key: K, digest: u64) -> bool {
+    match map.entry(key) {
+        Entry::Occupied(entry) => *entry.get() != digest,
+        Entry::Vacant(entry) => {
+            entry.insert(digest);
+            false
+        }
+    }
+}
+
+impl IvChecker {
+    /// Looks at every packet of a recording.
+    pub fn feed(&mut self, recording: &Recording) {
+        for packet in recording.packets() {
+            self.look(&packet);
+        }
+    }
+
+    /// Looks at one packet.
+    pub fn look(&mut self, packet: &Packet<'_>) {
+        match packet.content {
+            Content::Esp { spi, sequence, iv, bytes } => {
+                self.checked += 1;
+                let digest = digest(bytes, packet.full_length);
+                if repeats(&mut self.esp_ivs, (packet.target, spi, iv), digest) {
+                    self.iv_repeats += 1;
+                    self.tell(format!("ESP SPI {spi:08x} IV {iv:016x} seq {sequence}"));
+                }
+                if repeats(&mut self.esp_sequences, (packet.target, spi, sequence), digest) {
+                    self.sequence_repeats += 1;
+                    self.tell(format!("ESP SPI {spi:08x} seq {sequence}"));
+                }
+            }
+            Content::Ike { header, iv, bytes } => {
+                // A key belongs to a pair of SPIs and a direction (RFC 7296 §2.14: SK_ei, SK_er).
+                let digest = digest(bytes, header.length);
+                let (i, r) = (header.initiator_spi, header.responder_spi);
+                if let Some(iv) = iv {
+                    self.checked += 1;
+                    if repeats(&mut self.ike_ivs, (i, r, header.from_initiator, iv), digest) {
+                        self.iv_repeats += 1;
+                        self.tell(format!("IKE {i:016x} {r:016x} IV {iv:016x} id {}", header.message_id));
+                    }
+                    let id = (i, r, header.from_initiator, header.is_response, header.message_id);
+                    if repeats(&mut self.ike_messages, id, digest) {
+                        self.message_id_repeats += 1;
+                        self.tell(format!("IKE {i:016x} {r:016x} id {}", header.message_id));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn tell(&mut self, what: String) {
+        if self.examples.len() < 8 {
+            self.examples.push(what);
+        }
+    }
+}
+
+/// Whether an address is one that policies protect: 10.1/16, 10.2/16, fd01::/16, fd02::/16.
+pub fn is_inner(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => matches!(address.octets(), [10, 1 | 2, ..]),
+        IpAddr::V6(address) => matches!(address.segments(), [0xfd01 | 0xfd02, ..]),
+    }
+}
+
+/// Packets between protected networks that are seen unprotected (invariant 8). Feed it the WAN.
+pub fn clear_text(recording: &Recording) -> u64 {
+    let inner = |packet: &Packet<'_>| match (packet.source, packet.target) {
+        (Some(source), Some(target)) => is_inner(source) && is_inner(target),
+        _ => false,
+    };
+    recording.packets().filter(inner).count() as u64
+}
+
+/// IKE exchanges that began within `[from, to)` (CLOCK_BOOTTIME): different requests, retransmissions once.
+pub fn ike_exchanges(recording: &Recording, from: Duration, to: Duration) -> u64 {
+    let mut seen = BTreeSet::new();
+    for packet in recording.packets() {
+        let at = recording.boot_time(packet.at);
+        if let Content::Ike { header, .. } = packet.content
+            && !header.is_response
+            && (from..to).contains(&at)
+        {
+            seen.insert((header.initiator_spi, header.responder_spi, header.from_initiator, header.message_id));
+        }
+    }
+    seen.len() as u64
+}
+
+/// ARP packets that claim `address` from hardware address `mac` within `[from, to)`: replies, and announcements.
+pub fn arp_claims(recording: &Recording, mac: [u8; 6], address: Ipv4Addr, from: Duration, to: Duration) -> u64 {
+    recording
+        .packets()
+        .filter(|packet| (from..to).contains(&recording.boot_time(packet.at)))
+        .filter(|packet| match packet.content {
+            Content::Arp { sender_mac, sender, .. } => {
+                sender == address && (sender_mac == mac || packet.source_mac == mac)
+            }
+            _ => false,
+        })
+        .count() as u64
+}
+
+/// Frames from hardware address `mac` with IP source `address` within `[from, to)`.
+pub fn sent_as(recording: &Recording, mac: [u8; 6], address: IpAddr, from: Duration, to: Duration) -> u64 {
+    recording
+        .packets()
+        .filter(|packet| packet.source_mac == mac && packet.source == Some(address))
+        .filter(|packet| (from..to).contains(&recording.boot_time(packet.at)))
+        .count() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pcap::{dissect, frames, samples, write};
+
+    fn check(list: Vec<Vec<u8>>) -> IvChecker {
+        let file = write(&list.into_iter().map(|frame| (Duration::ZERO, frame)).collect::<Vec<_>>());
+        let mut checker = IvChecker::default();
+        for frame in frames(&file).unwrap() {
+            checker.look(&dissect(&frame));
+        }
+        checker
+    }
+
+    #[test]
+    fn a_planted_esp_repeat_is_found() {
+        let found = check(vec![
+            samples::esp(0x300, 1, 10, b"one-packet-here-"),
+            samples::esp(0x300, 2, 11, b"two-packet-here-"),
+            samples::esp(0x300, 3, 10, b"three-packet-her"),
+            samples::esp(0x301, 1, 10, b"another key's IV"),
+        ]);
+        assert_eq!((found.checked, found.iv_repeats, found.sequence_repeats), (4, 1, 0));
+    }
+
+    #[test]
+    fn a_planted_sequence_repeat_is_found() {
+        let found = check(vec![samples::esp(0x300, 1, 10, &[1; 16]), samples::esp(0x300, 1, 11, &[2; 16])]);
+        assert_eq!((found.iv_repeats, found.sequence_repeats), (0, 1));
+    }
+
+    #[test]
+    fn ike_retransmissions_pass_and_reencryption_does_not() {
+        let same = check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 8, 99, b"same")]);
+        assert_eq!((same.iv_repeats, same.message_id_repeats), (0, 0));
+        let other = check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(5, 8, 99, b"else")]);
+        assert_eq!((other.iv_repeats, other.message_id_repeats), (1, 0));
+        let resealed = check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 8, 100, b"else")]);
+        assert_eq!((resealed.iv_repeats, resealed.message_id_repeats), (0, 1));
+        // The other direction has another key.
+        let reply = check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 0x20, 99, b"else")]);
+        assert_eq!((reply.iv_repeats, reply.message_id_repeats), (0, 0));
+    }
+
+    #[test]
+    fn clear_text_is_found() {
+        let recording = Recording::from_frames(&[
+            samples::udp([10, 1, 0, 9], [10, 2, 0, 9], (7000, 7000), &[0; 64]),
+            samples::udp([203, 0, 113, 11], [198, 51, 100, 7], (53, 53), &[0; 64]),
+            samples::esp(0x300, 1, 10, &[1; 16]),
+        ]);
+        assert_eq!(clear_text(&recording), 1);
+    }
+
+    #[test]
+    fn exchanges_are_counted_once() {
+        let recording = Recording::from_frames(&[
+            samples::ike(4, 8, 99, b"same"),
+            samples::ike(4, 8, 99, b"same"),
+            samples::ike(4, 0x20, 5, b"reply"),
+            samples::ike(0, 0, 6, b"from the responder"),
+        ]);
+        assert_eq!(ike_exchanges(&recording, Duration::ZERO, Duration::MAX), 2);
+    }
+}

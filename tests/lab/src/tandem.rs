@@ -1,0 +1,576 @@
+//! Instances of the daemon under test: their configuration, their life and death, what they say of themselves.
+
+use crate::error::{Error, IoContext, Result, write_file};
+use crate::ns::Ns;
+use crate::proc::{Cmd, Proc};
+use crate::run::Run;
+use crate::{net, wait};
+use nix::sys::signal::Signal;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where the binaries are.
+#[derive(Clone, Debug)]
+pub struct Bins {
+    /// The daemon.
+    pub tandemd: PathBuf,
+    /// The command.
+    pub tandem: PathBuf,
+}
+
+impl Bins {
+    /// Looks in `dir`, or else in `TANDEM_BIN_DIR`, or else beside the running program.
+    pub fn find(dir: Option<&Path>) -> Result<Bins> {
+        let own = std::env::current_exe().doing("find the lab's own program")?;
+        let dir = match (dir, std::env::var_os("TANDEM_BIN_DIR")) {
+            (Some(dir), _) => dir.to_owned(),
+            (None, Some(dir)) => dir.into(),
+            (None, None) => own.parent().unwrap_or(Path::new(".")).to_owned(),
+        };
+        let bins = Bins { tandemd: dir.join("tandemd"), tandem: dir.join("tandem") };
+        for path in [&bins.tandemd, &bins.tandem] {
+            if !path.exists() {
+                return Err(Error::Machine(format!("there is no {} (cargo build --release)", path.display())));
+            }
+        }
+        Ok(bins)
+    }
+}
+
+/// A connection of the configuration file.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Its name.
+    pub name: String,
+    /// The remote gateway, or `any`.
+    pub remote_address: String,
+    /// Our identity.
+    pub local_id: String,
+    /// The peer's.
+    pub remote_id: String,
+    /// The pre-shared key.
+    pub psk: String,
+    /// IKE proposals.
+    pub ike_proposals: Vec<String>,
+    /// `auto`, `always`, `never`.
+    pub encap: String,
+    /// Further `key = value` lines, values in TOML.
+    pub settings: Vec<(String, String)>,
+    /// Its children.
+    pub children: Vec<Child>,
+}
+
+/// A child of a connection.
+#[derive(Clone, Debug)]
+pub struct Child {
+    /// Its name.
+    pub name: String,
+    /// Our selectors.
+    pub local_ts: Vec<String>,
+    /// The peer's selectors.
+    pub remote_ts: Vec<String>,
+    /// ESP proposals.
+    pub esp_proposals: Vec<String>,
+    /// `initiate`, `trap`, `respond`.
+    pub start: String,
+    /// Further `key = value` lines, values in TOML.
+    pub settings: Vec<(String, String)>,
+}
+
+/// One configuration file: the same on both hosts.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The pair's secret, if there is a pair.
+    pub secret: Option<String>,
+    /// Further lines of `[pair]`, values in TOML.
+    pub pair_settings: Vec<(String, String)>,
+    /// Names, indices and links of the instances.
+    pub instances: Vec<(String, u8, Vec<String>)>,
+    /// The endpoint's virtual WAN address.
+    pub wan: String,
+    /// Next hop on the WAN.
+    pub gateway: String,
+    /// The endpoint's virtual LAN address.
+    pub lan: String,
+    /// The connections.
+    pub connections: Vec<Connection>,
+}
+
+/// The pre-shared key of the sample connection.
+pub const PSK: &str = "a-shared-secret-of-the-lab";
+
+/// The sample connection to the strongSwan peer.
+pub fn branch() -> Connection {
+    Connection {
+        name: "branch".into(),
+        remote_address: net::PEER_WAN.into(),
+        local_id: "gw.example".into(),
+        remote_id: "branch.example".into(),
+        psk: PSK.into(),
+        ike_proposals: vec!["aes256gcm16-prfsha384-x25519".into()],
+        encap: "auto".into(),
+        settings: Vec::new(),
+        children: vec![Child {
+            name: "net".into(),
+            local_ts: vec![net::LOCAL_TS.into()],
+            remote_ts: vec![net::REMOTE_TS.into()],
+            esp_proposals: vec!["aes256gcm16-x25519".into()],
+            start: "respond".into(),
+            settings: Vec::new(),
+        }],
+    }
+}
+
+impl Config {
+    /// The sample pair, as in architecture.md.
+    pub fn pair() -> Config {
+        Config {
+            // 64 hexadecimal digits, as `tandem genkey` prints.
+            secret: Some("00112233445566778899aabbccddeeff".repeat(2)),
+            pair_settings: Vec::new(),
+            instances: vec![
+                ("left".into(), 0, vec!["172.31.0.1:4600".into(), "10.1.0.2:4600".into()]),
+                ("right".into(), 1, vec!["172.31.0.2:4600".into(), "10.1.0.3:4600".into()]),
+            ],
+            wan: net::VIRTUAL_WAN.into(),
+            gateway: "203.0.113.1".into(),
+            lan: net::VIRTUAL_LAN.into(),
+            connections: vec![branch()],
+        }
+    }
+
+    /// One instance on its own, `left`.
+    pub fn single() -> Config {
+        Config {
+            secret: None,
+            instances: vec![("left".into(), 0, Vec::new())],
+            ..Config::pair()
+        }
+    }
+
+    /// One instance in the remote gateway's place (see [`net::Net::virtual_peer`]); it initiates.
+    pub fn remote() -> Config {
+        let mut connection = branch();
+        std::mem::swap(&mut connection.local_id, &mut connection.remote_id);
+        connection.name = "gw".into();
+        connection.remote_address = net::VIRTUAL_WAN.into();
+        for child in &mut connection.children {
+            std::mem::swap(&mut child.local_ts, &mut child.remote_ts);
+            child.start = "initiate".into();
+        }
+        Config {
+            secret: None,
+            instances: vec![("peer".into(), 0, Vec::new())],
+            wan: net::PEER_WAN.into(),
+            gateway: "198.51.100.1".into(),
+            lan: "10.2.0.1".into(),
+            connections: vec![connection],
+            ..Config::pair()
+        }
+    }
+
+    /// The sample connection, to be changed.
+    pub fn branch(&mut self) -> &mut Connection {
+        if self.connections.is_empty() {
+            self.connections.push(branch());
+        }
+        &mut self.connections[0]
+    }
+
+    /// Writes the file and the secrets beside it; returns its path. `dir` also holds this daemon's socket and
+    /// state: the lab's hosts share one file system, so that `[daemon]` is all that differs between them.
+    pub fn write(&self, dir: &Path) -> Result<PathBuf> {
+        std::fs::create_dir_all(dir.join("state")).doing(format!("create {}", dir.display()))?;
+        let at = dir.display();
+        let mut text = format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
+        if let Some(secret) = &self.secret {
+            secret_file(&dir.join("pair.key"), secret)?;
+            let _ = writeln!(text, "[pair]\nsecret_file = \"{at}/pair.key\"");
+            lines(&mut text, &self.pair_settings);
+        }
+        for (name, index, links) in &self.instances {
+            let _ = writeln!(text, "[instances.{name}]\nindex = {index}");
+            if !links.is_empty() {
+                let _ = writeln!(text, "links = {}", list(links));
+            }
+        }
+        let home = self.instances.first().map_or("left", |(name, ..)| name);
+        let _ = writeln!(text, "[endpoints.main]\nhome = \"{home}\"");
+        let _ = writeln!(
+            text,
+            "wan = {{ address = \"{}\", gateway = \"{}\", interface = \"eth0\" }}",
+            self.wan, self.gateway
+        );
+        let _ = writeln!(text, "lan = {{ address = \"{}\", interface = \"eth1\" }}", self.lan);
+        for connection in &self.connections {
+            let psk = dir.join(format!("{}.psk", connection.name));
+            secret_file(&psk, &connection.psk)?;
+            let name = &connection.name;
+            let _ = writeln!(text, "[connections.{name}]\nendpoints = [\"main\"]");
+            let _ = writeln!(text, "remote_address = \"{}\"", connection.remote_address);
+            let _ = writeln!(text, "local_id = \"{}\"", connection.local_id);
+            let _ = writeln!(text, "remote_id = \"{}\"", connection.remote_id);
+            let _ = writeln!(text, "auth = {{ psk_file = \"{}\" }}", psk.display());
+            let _ = writeln!(text, "ike_proposals = {}", list(&connection.ike_proposals));
+            let _ = writeln!(text, "encap = \"{}\"", connection.encap);
+            lines(&mut text, &connection.settings);
+            for child in &connection.children {
+                let _ = writeln!(text, "[connections.{name}.children.{}]", child.name);
+                let _ = writeln!(text, "local_ts = {}", list(&child.local_ts));
+                let _ = writeln!(text, "remote_ts = {}", list(&child.remote_ts));
+                let _ = writeln!(text, "esp_proposals = {}", list(&child.esp_proposals));
+                let _ = writeln!(text, "start = \"{}\"", child.start);
+                lines(&mut text, &child.settings);
+            }
+        }
+        let path = dir.join("tandem.toml");
+        write_file(&path, text)?;
+        Ok(path)
+    }
+}
+
+fn list(values: &[String]) -> String {
+    let quoted: Vec<String> = values.iter().map(|value| format!("\"{value}\"")).collect();
+    format!("[{}]", quoted.join(", "))
+}
+
+fn lines(text: &mut String, settings: &[(String, String)]) {
+    for (key, value) in settings {
+        let _ = writeln!(text, "{key} = {value}");
+    }
+}
+
+/// Key files are refused when others can read them.
+fn secret_file(path: &Path, secret: &str) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    write_file(path, secret)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).doing("protect a secret")
+}
+
+/// What `tandem status --json` says, as far as the lab looks.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// The instance that answers.
+    pub instance: String,
+    /// The pair.
+    pub pair: Option<PairStatus>,
+    /// Endpoints.
+    pub endpoints: Vec<EndpointStatus>,
+    /// Tunnels.
+    pub tunnels: Vec<TunnelStatus>,
+    /// Totals.
+    pub counters: Counters,
+}
+
+/// The other instance, as seen from here.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PairStatus {
+    /// `two_way`, `one_way`, `none`, `refused`.
+    pub contact: String,
+    /// Why it was refused.
+    pub refused: Option<String>,
+}
+
+/// One endpoint.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct EndpointStatus {
+    /// Its name.
+    pub name: String,
+    /// Who owns it, as far as this instance knows.
+    pub owner: Option<String>,
+    /// `owner`, `shadow`, `steering`, `none`.
+    pub role: String,
+    /// The term.
+    pub term: u64,
+    /// `solo`, `syncing`, `synced`.
+    pub mode: String,
+    /// Position in the log.
+    pub position: u64,
+}
+
+/// One tunnel.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct TunnelStatus {
+    /// The connection.
+    pub connection: String,
+    /// `down`, `connecting`, `established`, `closing`.
+    pub state: String,
+    /// The IKE SA.
+    pub ike: Option<IkeStatus>,
+    /// Child SAs.
+    pub children: Vec<ChildStatus>,
+    /// The last thing that went wrong.
+    pub last_error: Option<LastError>,
+}
+
+/// The last failure of a tunnel.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct LastError {
+    /// One line.
+    pub text: String,
+}
+
+/// One IKE SA.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct IkeStatus {
+    /// Initiator's SPI in hexadecimal.
+    pub spi_i: String,
+    /// Responder's SPI in hexadecimal.
+    pub spi_r: String,
+    /// `initiator` or `responder`.
+    pub role: String,
+}
+
+/// One Child SA.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ChildStatus {
+    /// Its name.
+    pub name: String,
+    /// `installing`, `installed`, …
+    pub state: String,
+    /// Inbound SPI in hexadecimal.
+    pub spi_in: String,
+    /// Outbound SPI in hexadecimal.
+    pub spi_out: String,
+    /// Negotiated selectors.
+    pub local_ts: Vec<String>,
+    /// Negotiated selectors.
+    pub remote_ts: Vec<String>,
+}
+
+/// Totals.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Changes of owner by kind.
+    pub changes: BTreeMap<String, u64>,
+    /// Dropped packets by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// Dropped IKE datagrams by reason.
+    pub ike_drops: BTreeMap<String, u64>,
+    /// Refused frames on the pair link by reason.
+    pub pair_drops: BTreeMap<String, u64>,
+}
+
+impl Status {
+    /// The one endpoint of the lab's configurations.
+    pub fn main(&self) -> EndpointStatus {
+        self.endpoints.iter().find(|endpoint| endpoint.name == "main").cloned().unwrap_or_default()
+    }
+
+    /// The tunnel of a connection.
+    pub fn tunnel(&self, connection: &str) -> TunnelStatus {
+        self.tunnels.iter().find(|tunnel| tunnel.connection == connection).cloned().unwrap_or_default()
+    }
+
+    /// Whether `connection` is established with at least `children` installed children.
+    pub fn is_up(&self, connection: &str, children: usize) -> bool {
+        let tunnel = self.tunnel(connection);
+        let installed = tunnel.children.iter().filter(|child| child.state == "installed").count();
+        tunnel.state == "established" && installed >= children
+    }
+}
+
+/// An instance: a daemon that can be killed and started again in its place.
+#[derive(Debug)]
+pub struct Daemon {
+    proc: Option<Proc>,
+    /// Its name: `left`.
+    pub name: String,
+    /// Its host.
+    pub ns: Ns,
+    bins: Bins,
+    config: PathBuf,
+    dir: PathBuf,
+    extra: Vec<String>,
+}
+
+impl Daemon {
+    /// Prepares an instance without starting it.
+    pub fn prepare(run: &Run, bins: &Bins, ns: &Ns, name: &str, config: &Config) -> Result<Daemon> {
+        let dir = run.subdir(&format!("tandem-{name}"))?;
+        // A folder may be left from an earlier scene of the same run; terms of another life must not be.
+        std::fs::remove_dir_all(&dir).doing("empty a folder")?;
+        let config = config.write(&dir)?;
+        Ok(Daemon {
+            proc: None,
+            name: name.to_owned(),
+            ns: ns.clone(),
+            bins: bins.clone(),
+            config,
+            dir,
+            extra: Vec::new(),
+        })
+    }
+
+    /// Further arguments of the daemon.
+    pub fn with_args(mut self, args: &[&str]) -> Self {
+        self.extra.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    /// The control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("control.sock")
+    }
+
+    /// Where it keeps its terms.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// Changes the configuration that the next start will use.
+    pub fn set_config(&mut self, config: &Config) -> Result<()> {
+        self.config = config.write(&self.dir)?;
+        Ok(())
+    }
+
+    /// The configuration file.
+    pub fn config_path(&self) -> &Path {
+        &self.config
+    }
+
+    /// Its log, all lives so far.
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("tandemd.log")
+    }
+
+    /// Its log's text.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.log_path()).unwrap_or_default()).into_owned()
+    }
+
+    fn command(&self) -> Cmd {
+        self.ns
+            .cmd(&self.bins.tandemd)
+            .arg("--config")
+            .arg(&self.config)
+            .args(["--instance", &self.name])
+            .args(&self.extra)
+    }
+
+    /// Starts the daemon, without waiting for it.
+    pub fn spawn(&mut self) -> Result<()> {
+        // A socket file of an earlier life must not be mistaken for an answer of this one.
+        let _ = std::fs::remove_file(self.socket());
+        self.proc = Some(self.command().spawn(&self.log_path())?);
+        Ok(())
+    }
+
+    /// Starts the daemon and waits until it answers on its control socket.
+    pub fn start(&mut self) -> Result<()> {
+        self.spawn()?;
+        self.wait_ready(Duration::from_secs(20))
+    }
+
+    /// Waits until it answers.
+    pub fn wait_ready(&mut self, within: Duration) -> Result<()> {
+        let what = format!("instance {} to answer", self.name);
+        wait::until(&what, within, Duration::from_millis(10), || {
+            if let Some(proc) = &mut self.proc {
+                proc.check_alive()?;
+            }
+            Ok(if self.socket().exists() { self.status().ok().map(drop) } else { None })
+        })
+    }
+
+    /// Its process, if it runs.
+    pub fn proc(&mut self) -> Result<&mut Proc> {
+        let name = self.name.clone();
+        self.proc.as_mut().ok_or_else(|| Error::check(format!("instance {name} does not run")))
+    }
+
+    /// Whether it runs.
+    pub fn is_running(&mut self) -> bool {
+        self.proc.as_mut().is_some_and(|proc| proc.ended().is_none())
+    }
+
+    /// SIGKILL, at once.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.proc()?.kill9()
+    }
+
+    /// Waits until a killed daemon is gone, so that it can be started again.
+    pub fn bury(&mut self) -> Result<()> {
+        if let Some(mut proc) = self.proc.take() {
+            proc.bury(Duration::from_secs(10))?;
+        }
+        Ok(())
+    }
+
+    /// SIGSTOP.
+    pub fn freeze(&mut self) -> Result<()> {
+        self.proc()?.signal(Signal::SIGSTOP)
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&mut self) -> Result<()> {
+        self.proc()?.signal(Signal::SIGCONT)
+    }
+
+    /// An orderly stop.
+    pub fn stop(&mut self) -> Result<()> {
+        if let Some(mut proc) = self.proc.take() {
+            proc.stop(Signal::SIGTERM, Duration::from_secs(10))?;
+        }
+        Ok(())
+    }
+
+    /// Runs `tandem` against it.
+    pub fn tandem(&self, args: &[&str]) -> Result<String> {
+        self.tandem_cmd(args).run(Duration::from_secs(15))
+    }
+
+    /// The command, for those who want its exit status.
+    pub fn tandem_cmd(&self, args: &[&str]) -> Cmd {
+        Cmd::new(&self.bins.tandem).arg("--socket").arg(self.socket()).arg("--config").arg(&self.config).args(args)
+    }
+
+    /// The command line with which a person asks it something.
+    pub fn tandem_line(&self, args: &str) -> String {
+        format!("{} --socket {} {args}", self.bins.tandem.display(), self.socket().display())
+    }
+
+    /// What it says of itself.
+    pub fn status(&self) -> Result<Status> {
+        let text = self.tandem_cmd(&["status", "--json"]).run(Duration::from_secs(3))?;
+        serde_json::from_str(&text).map_err(|error| Error::parse("tandem status --json", error.to_string()))
+    }
+
+    /// Resident memory, bytes.
+    pub fn resident_bytes(&mut self) -> Result<u64> {
+        let pid = self.proc()?.pid();
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).doing("read a process's status")?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+        let kilobytes: u64 = line.split_whitespace().next().unwrap_or_default().parse().unwrap_or(0);
+        Ok(kilobytes * 1024)
+    }
+
+    /// Lines of its log at level ERROR, and panics: any of them fails a test.
+    pub fn log_errors(&self) -> Vec<String> {
+        self.log()
+            .lines()
+            .filter(|line| line.contains("ERROR") || line.contains("panicked"))
+            .map(str::to_owned)
+            .collect()
+    }
+}
+
+/// `tandem check FILE` from anywhere.
+pub fn check(bins: &Bins, ns: &Ns, config: &Path, instance: &str) -> Result<crate::proc::Finished> {
+    ns.cmd(&bins.tandem)
+        .arg("check")
+        .arg(config)
+        .args(["--instance", instance])
+        .finish(Duration::from_secs(10))
+}

@@ -1,0 +1,268 @@
+//! One fault, measured: what issue 2 calls a trial.
+//!
+//! The gap is the longest silence at a receiver, in the worse direction, from the event to the end of the
+//! trial; no recovery within 10 s fails the trial. Lost is sent − received in both directions, tail included.
+//! SPIs come from the peer, exchanges from a capture at the peer, 1 s before to 10 s after.
+
+use crate::charon::Spis;
+use crate::clock;
+use crate::check;
+use crate::error::{Result, ensure};
+use crate::net;
+use crate::probe::{Measure, Way};
+use crate::run::Run;
+use crate::scene::{PATIENCE, Scene};
+use crate::wait;
+use serde::Serialize;
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+/// What is done to the pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// SIGKILL of the owner.
+    Kill,
+    /// SIGSTOP of the owner, SIGCONT two seconds later.
+    Stop,
+    /// A planned change of owner.
+    Switchover,
+    /// The dead instance comes back.
+    Rejoin,
+    /// SIGKILL of the standby.
+    StandbyKill,
+    /// SIGSTOP of the standby, SIGCONT two seconds later.
+    StandbyStop,
+}
+
+impl Kind {
+    /// All, in the order of the issue's table.
+    pub const ALL: [Kind; 6] =
+        [Kind::Kill, Kind::Stop, Kind::Switchover, Kind::Rejoin, Kind::StandbyKill, Kind::StandbyStop];
+
+    /// The key in JSON.
+    pub fn key(self) -> &'static str {
+        match self {
+            Kind::Kill => "kill",
+            Kind::Stop => "stop",
+            Kind::Switchover => "switchover",
+            Kind::Rejoin => "rejoin",
+            Kind::StandbyKill => "standby_kill",
+            Kind::StandbyStop => "standby_stop",
+        }
+    }
+
+    /// For people.
+    pub fn title(self) -> &'static str {
+        match self {
+            Kind::Kill => "kill -9 of the owner",
+            Kind::Stop => "SIGSTOP of the owner",
+            Kind::Switchover => "planned switchover",
+            Kind::Rejoin => "the dead instance returns",
+            Kind::StandbyKill => "kill -9 of the standby",
+            Kind::StandbyStop => "SIGSTOP of the standby",
+        }
+    }
+}
+
+/// How long a trial watches after its event: the window in which exchanges count.
+pub const OBSERVE: Duration = Duration::from_secs(10);
+/// When a stopped instance goes on.
+const THAW_AFTER: Duration = Duration::from_secs(2);
+
+/// What a trial found.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// What was done.
+    pub kind: Kind,
+    /// Who owned before.
+    pub owner_before: String,
+    /// Who owned afterwards.
+    pub owner_after: String,
+    /// When.
+    pub event: Duration,
+    /// The end of the trial.
+    pub end: Duration,
+    /// Packets from the endpoint's side to the peer's.
+    pub out: Measure,
+    /// The other way.
+    pub back: Measure,
+    /// SPIs that are not the same at the peer.
+    pub spis_changed: u64,
+    /// IKE exchanges at the peer, 1 s before to 10 s after.
+    pub ike_exchanges: u64,
+    /// TCP connections that did not survive.
+    pub tcp_broken: u64,
+    /// TCP connections there were.
+    pub tcp_connections: u64,
+    /// Unprotected packets between protected networks on the WAN since the last trial.
+    pub clear_text: u64,
+    /// ARP packets in which the hurt host claimed a virtual address although it did not own it.
+    pub arp_claims: u64,
+    /// Packets that a stopped owner sent, on WAN and LAN, after SIGCONT.
+    pub sent_after_thaw: u64,
+    /// Frames captured on WAN and LAN that these counts looked at.
+    pub frames: u64,
+    /// For a rejoin: how long until both were in sync.
+    pub synced_after: Option<Duration>,
+}
+
+impl Outcome {
+    /// The longest silence, in the worse direction.
+    pub fn gap(&self) -> Duration {
+        self.out.gap.max(self.back.gap)
+    }
+
+    /// Packets lost both ways.
+    pub fn lost(&self) -> u64 {
+        self.out.lost() + self.back.lost()
+    }
+
+    /// Packets sent both ways.
+    pub fn sent(&self) -> u64 {
+        self.out.sent + self.back.sent
+    }
+
+    /// Packets out of order both ways.
+    pub fn reordered(&self) -> u64 {
+        self.out.reordered + self.back.reordered
+    }
+}
+
+/// A hook that is called while a trial watches, with the trial's event time: for live displays.
+pub type Watch<'a> = &'a mut dyn FnMut(&Scene, Duration);
+
+/// Runs one trial and leaves the scene healed: both instances run and are in sync. `phase` (0 to 1) is where in
+/// the pair's rhythm the event falls.
+pub fn run_trial(run: &Run, scene: &mut Scene, kind: Kind, phase: f64, watch: Watch<'_>) -> Result<Outcome> {
+    // A rejoin needs a dead instance first; its death is not part of the trial.
+    let mut owner = scene.wait_synced(PATIENCE)?;
+    if kind == Kind::Rejoin {
+        scene.instances[owner].kill9()?;
+        scene.instances[owner].bury()?;
+        owner = 1 - owner;
+        wait::until("the survivor to own", PATIENCE, Duration::from_millis(10), || {
+            Ok((scene.instances[owner].status()?.main().role == "owner").then_some(()))
+        })?;
+    }
+    scene.udp.wait_flowing(PATIENCE)?;
+    let before = scene.remote.spis()?;
+    scene.look(run)?.discard();
+
+    let hurt = match kind {
+        Kind::Kill | Kind::Stop | Kind::Switchover => owner,
+        Kind::Rejoin | Kind::StandbyKill | Kind::StandbyStop => 1 - owner,
+    };
+    // One second of peace for the exchange count, then anywhere within five heartbeats.
+    let start = clock::now() + Duration::from_secs(1) + Duration::from_millis(100).mul_f64(phase.clamp(0.0, 1.0));
+    clock::sleep_until(start);
+    let event = clock::now();
+    match kind {
+        Kind::Kill | Kind::StandbyKill => scene.instances[hurt].kill9()?,
+        Kind::Stop | Kind::StandbyStop => scene.instances[hurt].freeze()?,
+        Kind::Switchover => scene.instances[hurt].tandem(&["failover"]).map(drop)?,
+        Kind::Rejoin => scene.instances[hurt].spawn()?,
+    }
+    let recovered = watch_until_flowing(scene, event, watch);
+    let mut thawed = None;
+    let end = event + OBSERVE;
+    while clock::now() < end {
+        if matches!(kind, Kind::Stop | Kind::StandbyStop)
+            && thawed.is_none()
+            && clock::now() >= event + THAW_AFTER
+        {
+            thawed = Some(clock::now());
+            scene.instances[hurt].thaw()?;
+        }
+        watch(scene, event);
+        clock::sleep_until((clock::now() + Duration::from_millis(50)).min(end));
+    }
+    recovered?;
+    scene.udp.settle(end)?;
+    scene.udp.check_alive()?;
+    let tcp_broken = scene.tcp.broken(Duration::from_secs(10))?;
+    let after = scene.remote.spis()?;
+    let mut outcome = Outcome {
+        kind,
+        owner_before: scene.instances[owner].name.clone(),
+        owner_after: String::new(),
+        event,
+        end,
+        out: scene.udp.measure(Way::Out, event, end),
+        back: scene.udp.measure(Way::In, event, end),
+        spis_changed: changed(&before, &after),
+        ike_exchanges: 0,
+        tcp_broken,
+        tcp_connections: scene.tcp.connections(),
+        clear_text: 0,
+        arp_claims: 0,
+        sent_after_thaw: 0,
+        frames: 0,
+        synced_after: None,
+    };
+    look_at_captures(run, scene, hurt, thawed, &mut outcome)?;
+
+    // Heal.
+    if matches!(kind, Kind::Kill | Kind::StandbyKill) {
+        scene.instances[hurt].bury()?;
+        scene.instances[hurt].start()?;
+    }
+    let owner_after = scene.wait_synced(PATIENCE)?;
+    outcome.owner_after = scene.instances[owner_after].name.clone();
+    if matches!(kind, Kind::Rejoin) {
+        scene.instances[hurt].wait_ready(PATIENCE)?;
+    }
+    let moves = matches!(kind, Kind::Kill | Kind::Stop | Kind::Switchover);
+    ensure((owner_after != owner) == moves, || {
+        format!("{}: owner was {}, is {}", kind.title(), outcome.owner_before, outcome.owner_after)
+    })?;
+    scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
+    Ok(outcome)
+}
+
+fn changed(before: &Spis, after: &Spis) -> u64 {
+    // Nothing established before would make every comparison a success.
+    if before.0.is_empty() { u64::MAX } else { before.changed(after) }
+}
+
+/// Waits until packets sent after the event arrive both ways, within the 10 s that a trial allows.
+fn watch_until_flowing(scene: &Scene, event: Duration, watch: Watch<'_>) -> Result<()> {
+    wait::until("traffic both ways after the event", OBSERVE, Duration::from_millis(2), || {
+        watch(scene, event);
+        let settled = event + Duration::from_millis(20);
+        Ok((clock::now() > settled && scene.udp.wait_arrivals_since(settled, Duration::ZERO).is_ok()).then_some(()))
+    })
+}
+
+fn look_at_captures(
+    run: &Run,
+    scene: &mut Scene,
+    hurt: usize,
+    thawed: Option<Duration>,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let seen = scene.look(run)?;
+    let (event, end) = (outcome.event, outcome.end);
+    outcome.ike_exchanges =
+        check::ike_exchanges(&seen.peer_ike, event.saturating_sub(Duration::from_secs(1)), end);
+    outcome.clear_text = seen.clear_text();
+    outcome.frames = (seen.wan.packets().count() + seen.lan.packets().count()) as u64;
+    let host = &scene.instances[hurt].ns;
+    let (wan_mac, lan_mac) = (host.mac("eth0")?, host.mac("eth1")?);
+    let virtual_wan: Ipv4Addr = net::VIRTUAL_WAN.parse().unwrap_or(Ipv4Addr::UNSPECIFIED);
+    let virtual_lan: Ipv4Addr = net::VIRTUAL_LAN.parse().unwrap_or(Ipv4Addr::UNSPECIFIED);
+    if outcome.kind != Kind::Rejoin {
+        // An owner may still have answered a moment before it died: a frame on its way counts as before.
+        let quiet = if outcome.kind == Kind::Switchover { event + Duration::from_secs(1) } else { event + Duration::from_millis(5) };
+        outcome.arp_claims = check::arp_claims(&seen.wan, wan_mac, virtual_wan, quiet, end)
+            + check::arp_claims(&seen.lan, lan_mac, virtual_lan, quiet, end);
+    }
+    if let (Kind::Stop, Some(thawed)) = (outcome.kind, thawed) {
+        let source = IpAddr::V4(virtual_wan);
+        let inner: IpAddr = net::RHOST.parse().unwrap_or(source);
+        outcome.sent_after_thaw = check::sent_as(&seen.wan, wan_mac, source, thawed, end)
+            + check::sent_as(&seen.lan, lan_mac, inner, thawed, end);
+    }
+    seen.discard();
+    Ok(())
+}
