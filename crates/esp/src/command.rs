@@ -110,6 +110,17 @@ pub enum Command {
         /// The SA.
         spi_in: EspSpi,
     },
+    /// The outer addresses of an SA changed; everything else stays.
+    Move {
+        /// The SA.
+        spi_in: EspSpi,
+        /// Our outer address and UDP port.
+        local: SocketAddr,
+        /// The peer's outer address and UDP port.
+        remote: SocketAddr,
+        /// In UDP (RFC 3948), or else as IP protocol 50.
+        udp_encap: bool,
+    },
     /// Forgets an SA.
     Remove {
         /// The SA.

@@ -51,3 +51,17 @@ pub use reason::{Reason, Stats};
 pub use replay::Window;
 pub use report::{Expiry, Report, SaStats, Snapshot, Tops};
 pub use shard::{Config, Shard};
+
+#[cfg(test)]
+mod tests {
+    /// A shard is made by the control thread and moved to its worker; commands
+    /// and reports cross between the two.
+    #[test]
+    fn what_crosses_threads_can() {
+        fn can_cross<T: Send + 'static>() {}
+        can_cross::<crate::Shard>();
+        can_cross::<crate::Command>();
+        can_cross::<crate::Report>();
+        can_cross::<crate::Batch>();
+    }
+}

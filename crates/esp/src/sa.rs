@@ -204,10 +204,7 @@ impl SaState {
     /// Takes what may change while an SA lives: addresses, encapsulation,
     /// selectors, ceiling. The counters go on.
     pub(crate) fn update(&mut self, sa: Sa) {
-        self.verdict = verdict(&sa);
-        self.peer = sa.remote;
-        self.follow_peer = sa.udp_encap;
-        self.told_peer = None;
+        self.relocate(sa.local, sa.remote, sa.udp_encap);
         self.local_ts = sa.local_ts;
         self.remote_ts = sa.remote_ts;
         self.connection = sa.connection;
@@ -216,6 +213,14 @@ impl SaState {
             self.out.ceiling = sa.ceiling.min(SEQ_END);
             self.out.new_lease();
         }
+    }
+
+    /// The outer addresses changed.
+    pub(crate) fn relocate(&mut self, local: SocketAddr, remote: SocketAddr, udp_encap: bool) {
+        self.verdict = Verdict::Send { endpoint: self.endpoint, from: local, to: remote, udp_encap };
+        self.peer = remote;
+        self.follow_peer = udp_encap;
+        self.told_peer = None;
     }
 
     /// Brings the counters into the owner's term; see the drawing at the top.

@@ -155,6 +155,10 @@ impl Shard {
                 sa.used = true;
                 self.policies.use_sa(spi_in, &sa.local_ts, &sa.remote_ts);
             }
+            Command::Move { spi_in, local, remote, udp_encap } => {
+                let sa = self.table.get_mut(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
+                sa.relocate(local, remote, udp_encap);
+            }
             Command::Remove { spi_in } => {
                 self.table.remove(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
                 self.policies.remove(spi_in);

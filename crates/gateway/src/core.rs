@@ -14,17 +14,20 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use wire::id::{ConnectionId, EndpointId, EspSpi, IkeSpi, Term};
+use wire::id::{EndpointId, EspSpi, IkeSpi, Term};
 
 use crate::config::Config;
 use crate::endpoint::{Datagram, Endpoint, INBOX, Part, STEER_QUIET};
-use crate::face::{Answer, Output, Request};
+use crate::face::Output;
 use crate::held::Release;
 use crate::peer_message::{self, Ceiling, Side, Top};
+use crate::requests::Pending;
 use crate::spi::SpiPool;
 
 /// How often the shards are asked for their counters (liveness hints, status).
 const QUERY_EVERY: Duration = Duration::from_secs(1);
+/// The token of those queries; status requests use their own.
+const ROUTINE: u64 = u64::MAX;
 
 /// What a gateway is given once, at its start.
 pub struct Start {
@@ -48,13 +51,15 @@ pub struct Gateway {
     spis: SpiPool,
     pub(crate) endpoints: Vec<Endpoint>,
     pub(crate) outputs: VecDeque<Output>,
+    /// The link that carries the pair's stream, for status.
+    pub(crate) stream_link: Option<u8>,
     pub(crate) release: String,
     pub(crate) started: Duration,
     next_query: Duration,
     /// The newest counters of the shards.
     pub(crate) snapshot: Option<Box<esp::Snapshot>>,
-    /// Requests for status that wait for fresh counters.
-    pub(crate) waiting: Vec<u64>,
+    /// Requests whose answer is not known yet.
+    pub(crate) pending: Vec<Pending>,
     pub(crate) counters: Counts,
 }
 
@@ -85,7 +90,10 @@ impl Gateway {
         let endpoints = config
             .endpoints
             .iter()
-            .map(|endpoint| Endpoint::new(endpoint.id, endpoint.name.clone(), ike::Endpoint::new(config.ike_endpoint(endpoint.id))))
+            .filter_map(|endpoint| {
+                let ike = ike::Endpoint::new(config.ike_endpoint(endpoint.id)?);
+                Some(Endpoint::new(endpoint.id, endpoint.name.clone(), ike))
+            })
             .collect();
         let mut gateway = Self {
             spis: SpiPool::new(config.local, 1, seed),
@@ -94,11 +102,12 @@ impl Gateway {
             rng,
             endpoints,
             outputs: VecDeque::new(),
+            stream_link: None,
             release,
             started: now,
             next_query: now,
             snapshot: None,
-            waiting: Vec::new(),
+            pending: Vec::new(),
             counters: Counts::default(),
         };
         let policies = crate::pair_config::policies(&gateway.config);
@@ -114,7 +123,10 @@ impl Gateway {
 
     /// When [`Gateway::handle_turn`] must be called at the latest.
     pub fn poll_timeout(&self) -> Duration {
-        let mut next = self.pair.poll_timeout().unwrap_or(Duration::MAX).min(self.next_query);
+        let mut next = self.pair.poll_timeout().min(self.next_query);
+        if let Some(deadline) = self.pending.iter().filter_map(Pending::deadline).min() {
+            next = next.min(deadline);
+        }
         for endpoint in &self.endpoints {
             match &endpoint.part {
                 Part::Owner { .. } => next = next.min(endpoint.ike.poll_timeout().unwrap_or(Duration::MAX)),
@@ -142,7 +154,7 @@ impl Gateway {
                 if inbox.len() < INBOX {
                     inbox.push_back(Datagram { from, to, bytes: bytes.to_vec() });
                 } else {
-                    self.count_ike_drop("switchover queue full");
+                    self.count_ike_drop("queue_full");
                 }
             }
             Part::Steering { last } if !steered => {
@@ -151,13 +163,10 @@ impl Gateway {
             }
             Part::Owner { .. } if now < e.valid_until => {
                 let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
-                if let Err(reason) = e.ike.handle_datagram(&mut cx, from, to, bytes) {
-                    let reason = reason.reason();
-                    self.count_ike_drop(reason);
-                }
+                e.ike.handle_datagram(&mut cx, from, to, bytes);
             }
-            Part::Owner { .. } => self.count_ike_drop("outside the fence"),
-            Part::Shadow | Part::Steering { .. } => self.count_ike_drop("not the owner"),
+            Part::Owner { .. } => self.count_ike_drop("fenced"),
+            Part::Shadow | Part::Steering { .. } => self.count_ike_drop("not_owner"),
         }
         self.pump(now);
     }
@@ -176,12 +185,14 @@ impl Gateway {
 
     /// The pair's stream stands, over this link.
     pub fn handle_stream_up(&mut self, now: Duration, link: u8) {
+        self.stream_link = Some(link);
         self.pair.handle_stream_up(now, ha::LinkId(link));
         self.pump(now);
     }
 
     /// The pair's stream ended; with `goodbye`, the other instance stopped on purpose.
     pub fn handle_stream_down(&mut self, now: Duration, goodbye: bool) {
+        self.stream_link = None;
         self.pair.handle_stream_down(now, goodbye);
         self.pump(now);
     }
@@ -226,109 +237,20 @@ impl Gateway {
         }
         if now >= self.next_query {
             self.next_query = now + QUERY_EVERY;
-            self.outputs.push_back(Output::Shard(esp::Command::Query { token: 0 }));
+            self.outputs.push_back(Output::Shard(esp::Command::Query { token: ROUTINE }));
         }
         self.pump(now);
     }
 
-    /// Something was steered by a worker: the endpoint is not quiet yet.
-    pub fn note_steered(&mut self, now: Duration, endpoint: EndpointId) {
-        if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
-            && let Part::Steering { last } = &mut e.part
-        {
-            *last = now;
-        }
+    /// Whether every endpoint is the other instance's, or nobody's.
+    pub fn owns_nothing(&self) -> bool {
+        !self.endpoints.iter().any(Endpoint::owns)
     }
 
     /// Stops on purpose: endpoints go to the other instance, then the link closes with a goodbye.
     pub fn goodbye(&mut self, now: Duration) {
         self.pair.goodbye(now);
         self.pump(now);
-    }
-
-    /// A command of an operator; the answer comes as [`Output::Answer`] with the ticket.
-    pub fn handle_request(&mut self, now: Duration, ticket: u64, request: &Request) {
-        let answer = match request {
-            Request::Status => {
-                self.waiting.push(ticket);
-                self.outputs.push_back(Output::Shard(esp::Command::Query { token: 1 }));
-                None
-            }
-            Request::Failover { endpoint } => Some(self.failover(now, endpoint.as_deref())),
-            Request::Up { connection } => {
-                Some(self.on_connection(now, connection, "is being brought up", |e, cx, id| e.initiate(cx, id)))
-            }
-            Request::Down { connection } => {
-                Some(self.on_connection(now, connection, "is being taken down", |e, cx, id| e.terminate_connection(cx, id)))
-            }
-            Request::Rekey { connection, ike, children } => {
-                let (ike, children) = (*ike, *children);
-                Some(self.on_connection(now, connection, "is being rekeyed", move |e, cx, id| {
-                    e.rekey_connection(cx, id, ike, children)
-                }))
-            }
-        };
-        if let Some(answer) = answer {
-            self.outputs.push_back(Output::Answer { ticket, answer });
-        }
-        self.pump(now);
-    }
-
-    fn failover(&mut self, now: Duration, name: Option<&str>) -> Answer {
-        let mine: Vec<usize> = match name {
-            Some(name) => match self.endpoints.iter().position(|e| e.name == name) {
-                Some(index) => vec![index],
-                None => {
-                    let known: Vec<&str> = self.endpoints.iter().map(|e| e.name.as_str()).collect();
-                    return Answer::Refused(format!("no endpoint is named {name:?}; there is: {}", known.join(", ")));
-                }
-            },
-            None => (0..self.endpoints.len()).filter(|i| self.endpoints.get(*i).is_some_and(Endpoint::owns)).collect(),
-        };
-        if mine.is_empty() {
-            return Answer::Refused("this instance owns no endpoint; ask the other instance".into());
-        }
-        let mut begun = Vec::new();
-        for index in mine {
-            let Some(e) = self.endpoints.get(index) else { continue };
-            match self.pair.switchover(now, e.ha_id()) {
-                Ok(()) => begun.push(e.name.clone()),
-                Err(error) => return Answer::Refused(format!("{}: {error}", e.name)),
-            }
-        }
-        Answer::Done(format!("{}: handing over to the other instance", begun.join(", ")))
-    }
-
-    fn on_connection(
-        &mut self,
-        now: Duration,
-        name: &str,
-        done: &str,
-        mut act: impl FnMut(&mut ike::Endpoint, &mut ike::Context<'_>, ConnectionId) -> Result<(), ike::CommandError>,
-    ) -> Answer {
-        let Some((index, connection)) =
-            self.config.connections.iter().enumerate().find(|(_, connection)| connection.ike.name == name)
-        else {
-            let known: Vec<&str> = self.config.connections.iter().map(|c| c.ike.name.as_str()).collect();
-            return Answer::Refused(format!("no connection is named {name:?}; there is: {}", known.join(", ")));
-        };
-        let id = ConnectionId(index as u16);
-        let mut served = 0;
-        for endpoint in connection.endpoints.clone() {
-            let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { continue };
-            if !e.serves(now) {
-                continue;
-            }
-            served += 1;
-            let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
-            if let Err(error) = act(&mut e.ike, &mut cx, id) {
-                return Answer::Refused(format!("{name}: {error}"));
-            }
-        }
-        match served {
-            0 => Answer::Refused(format!("{name}: this instance does not own its endpoint; ask the other instance")),
-            _ => Answer::Done(format!("{name} {done}")),
-        }
     }
 
     /// What a worker's shard reported.
@@ -357,24 +279,21 @@ impl Gateway {
             esp::Report::Disowned { endpoint, counters, .. } => self.yield_counters(now, endpoint, &counters),
             esp::Report::Expiring { spi_in, why, .. } => {
                 tracing::info!(%spi_in, ?why, "Child SA is used up and will be rekeyed");
-                self.with_sa(now, spi_in, |ike, cx| ike.rekey_child(cx, spi_in));
+                self.with_sa(now, spi_in, |ike, cx| ike.rekey(cx, ike::Target::Child(spi_in)));
             }
             esp::Report::NoSa { endpoint, connection, child } => {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
                     && e.serves(now)
                 {
-                    let name = self
-                        .config
-                        .connection(connection)
-                        .and_then(|c| c.ike.children.get(usize::from(child)))
-                        .map(|child| child.name.clone());
+                    let children = self.config.connection(connection).map(|c| c.ike.children.as_slice());
                     let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
-                    e.ike.acquire(&mut cx, connection, name.as_deref());
+                    if let Some(child) = children.and_then(|children| children.get(usize::from(child))) {
+                        e.ike.acquire(&mut cx, connection, &child.name);
+                    }
                 }
             }
-            esp::Report::PeerMoved { spi_in, from, .. } => {
-                self.with_sa(now, spi_in, |ike, cx| ike.peer_moved(cx, spi_in, from));
-            }
+            // IKE follows a peer when its own messages come from elsewhere, DPD's at the latest.
+            esp::Report::PeerMoved { spi_in, from, .. } => tracing::debug!(%spi_in, %from, "ESP from another address"),
             esp::Report::Snapshot(snapshot) => self.take_snapshot(now, snapshot),
         }
         self.pump(now);
@@ -393,22 +312,27 @@ impl Gateway {
     }
 
     fn take_snapshot(&mut self, now: Duration, snapshot: Box<esp::Snapshot>) {
+        let before = |spi_in| {
+            let old = self.snapshot.as_ref().map(|old| old.sas.as_slice()).unwrap_or_default();
+            old.iter().find(|sa| sa.spi_in == spi_in).and_then(|sa| sa.last_in)
+        };
         for sa in &snapshot.sas {
-            if let (Some(e), Some(last_in)) = (self.endpoints.get_mut(usize::from(sa.endpoint.0)), sa.last_in) {
-                e.ike.note_inbound(sa.spi_in, last_in);
-            }
-            if let (Some(e), Some(last_out)) = (self.endpoints.get_mut(usize::from(sa.endpoint.0)), sa.last_out) {
-                e.ike.note_outbound(sa.spi_in, last_out);
+            let Some(e) = self.endpoints.get_mut(usize::from(sa.endpoint.0)) else { continue };
+            if sa.last_in > before(sa.spi_in) && e.serves(now) {
+                let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+                e.ike.note_inbound(&mut cx, sa.spi_in);
             }
         }
-        let fresh = snapshot.token == 1;
+        let steered = |snapshot: &esp::Snapshot| snapshot.stats.steered;
+        if self.snapshot.as_deref().map(steered) != Some(steered(&snapshot)) {
+            // Stragglers still arrive, so the endpoint is not quiet yet.
+            for e in &mut self.endpoints {
+                if let Part::Steering { last } = &mut e.part {
+                    *last = now;
+                }
+            }
+        }
         self.snapshot = Some(snapshot);
-        if fresh {
-            for ticket in std::mem::take(&mut self.waiting) {
-                let answer = Answer::Status(Box::new(crate::view::status(self, now)));
-                self.outputs.push_back(Output::Answer { ticket, answer });
-            }
-        }
     }
 
     /// Carries every consequence to the outputs: `ha`'s events, IKE's transitions, and what these cause in turn.
@@ -426,6 +350,7 @@ impl Gateway {
                 break;
             }
         }
+        self.settle_requests(now);
         while let Some(transmit) = self.pair.poll_transmit() {
             self.outputs.push_back(Output::Pair(transmit));
         }
@@ -457,6 +382,10 @@ impl Gateway {
                 }
             }
             e.held.push(e.position, release);
+        }
+        while let Some(ike::Keepalive { from, to }) = e.ike.poll_keepalive() {
+            moved = true;
+            self.outputs.push_back(Output::Ike { endpoint: e.id, from, to, bytes: vec![0xff] });
         }
         while let Some(event) = e.ike.poll_event() {
             moved = true;
@@ -565,7 +494,7 @@ fn install(
                 connection: child.connection,
                 spi_in: child.spi_in,
                 spi_out: child.spi_out,
-                alg: child.alg,
+                alg: child.aead,
                 keymat_in: child.keymat_in,
                 keymat_out: child.keymat_out,
                 local_ts: child.local_ts,
@@ -575,7 +504,7 @@ fn install(
                 udp_encap: child.udp_encap,
                 next_seq: 1,
                 ceiling,
-                born: child.born,
+                born: e.term,
             };
             outputs.push_back(Output::Shard(esp::Command::Install(Box::new(sa))));
         }
@@ -583,6 +512,9 @@ fn install(
             Some(later) => later.push(spi_in),
             None => outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in })),
         },
+        ike::ChildOp::Move { spi_in, local, remote, udp_encap } => {
+            outputs.push_back(Output::Shard(esp::Command::Move { spi_in, local, remote, udp_encap }));
+        }
         ike::ChildOp::Remove { spi_in } => {
             e.leases.remove(spi_in);
             spis.release(spi_in);

@@ -6,7 +6,7 @@ use core::time::Duration;
 
 use wire::id::{EndpointId, Term};
 
-use crate::status::Status;
+use crate::status::{Status, TunnelState};
 
 /// Something for the runtime to do, in this order. The runtime does it before its next input.
 pub enum Output {
@@ -137,8 +137,53 @@ pub enum Request {
 pub enum Answer {
     /// To [`Request::Status`].
     Status(Box<Status>),
-    /// Done, or begun: one line on what happens now.
-    Done(String),
-    /// Refused: why, and what to do instead.
-    Refused(String),
+    /// To [`Request::Failover`]: every move is complete.
+    Moved(Vec<Moved>),
+    /// To [`Request::Up`]: how far the tunnel is at each endpoint, by name.
+    Up(Vec<(String, TunnelState)>),
+    /// To [`Request::Down`].
+    Down {
+        /// IKE SAs that are being closed.
+        closed: u32,
+    },
+    /// To [`Request::Rekey`]: what is being replaced.
+    Rekey {
+        /// IKE SAs.
+        ike: u32,
+        /// Child SAs.
+        children: u32,
+    },
+    /// Not done.
+    Refused {
+        /// Whose doing.
+        why: Refusal,
+        /// One sentence.
+        text: String,
+        /// What to do about it.
+        hint: Option<&'static str>,
+    },
+}
+
+/// An endpoint that was handed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moved {
+    /// Its name.
+    pub endpoint: String,
+    /// Its new term.
+    pub term: Term,
+    /// From the request to the new owner's word.
+    pub took: Duration,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// No endpoint or connection of that name.
+    UnknownName,
+    /// The other instance owns what would have to change.
+    NotOwner,
+    /// The other instance cannot take over now.
+    NotReady,
+    /// It was tried, and somebody said no or nothing.
+    Failed,
 }

@@ -26,9 +26,10 @@ mod leases;
 mod pair_config;
 mod pair_events;
 pub mod peer_message;
+mod requests;
 mod spi;
 pub mod status;
 mod view;
 
 pub use crate::core::{Gateway, Start, StartError};
-pub use crate::face::{Answer, Output, Request};
+pub use crate::face::{Answer, Moved, Output, Refusal, Request};

@@ -46,7 +46,7 @@ impl Gateway {
             ha::Event::Mode { endpoint, mode } => self.mode(now, endpoint, mode),
             ha::Event::Quiet { endpoint, until } => {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
-                    e.ike.quiet_until(until);
+                    e.ike.hold_initiations(until);
                 }
             }
             ha::Event::Fence { endpoint, valid_until } => {
@@ -67,6 +67,9 @@ impl Gateway {
                     ha::HookState::Backup => "BACKUP",
                     ha::HookState::Fault => "FAULT",
                 };
+                if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+                    e.term = Term(term.0);
+                }
                 self.outputs.push_back(Output::Notify { endpoint: EndpointId(endpoint.0), state, term: Term(term.0) });
             }
             ha::Event::Handover { endpoint, tail, counters } => self.handover(now, endpoint, tail, &counters.0),
@@ -78,7 +81,7 @@ impl Gateway {
     }
 
     fn own(&mut self, now: Duration, own: ha::Own) {
-        let rtt = self.pair.status().rtt.unwrap_or_default();
+        let rtt = self.pair.status(now).rtt.unwrap_or_default();
         let Some(e) = self.endpoints.get_mut(usize::from(own.endpoint.0)) else { return };
         let endpoint = e.id;
         let term = Term(own.term.0);
@@ -128,12 +131,13 @@ impl Gateway {
         e.leases.void();
         let doubt = if own.synced { ike::Doubt::None } else { ike::Doubt::InDoubt };
         if let Some(until) = own.quiet_until {
-            e.ike.quiet_until(until);
+            e.ike.hold_initiations(until);
         }
-        e.ike.activate(&mut cx, term, doubt);
+        if let Err(problem) = e.ike.activate(&mut cx, term, doubt) {
+            tracing::error!(endpoint = e.name, %term, %problem, "IKE cannot serve in this term");
+        }
         for datagram in inbox {
-            // A refusal is counted when it comes from the network; here the peer repeats itself anyway.
-            let _ = e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
+            e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
         }
         let endpoint = e.id;
         self.outputs.push_back(Output::Shard(esp::Command::Own {
@@ -172,7 +176,7 @@ impl Gateway {
         let Part::Holding { inbox, .. } = std::mem::replace(&mut e.part, Part::Owner { sync: None }) else { return };
         tracing::warn!(endpoint = e.name, "the other instance refused the switchover; this one goes on");
         for datagram in inbox {
-            let _ = e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
+            e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
         }
         let endpoint = e.id;
         self.outputs.push_back(Output::Shard(esp::Command::Release { endpoint }));
@@ -216,11 +220,11 @@ impl Gateway {
     fn apply(&mut self, now: Duration, endpoint: ha::EndpointId, id: ha::ApplyId, position: ha::Position, batch: ha::Batch) {
         let index = usize::from(endpoint.0);
         let Some(e) = self.endpoints.get_mut(index) else { return };
-        let puts = batch.puts.into_iter().map(|(key, value)| (IkeSpi(key), value)).collect();
-        let deletes = batch.deletes.into_iter().map(IkeSpi).collect();
+        let puts: Vec<_> = batch.puts.into_iter().map(|(key, value)| (IkeSpi(key), value)).collect();
+        let deletes: Vec<_> = batch.deletes.into_iter().map(IkeSpi).collect();
         e.position = position.0;
         e.committed = position.0;
-        match e.ike.apply(now, puts, deletes) {
+        match e.ike.apply(now, &puts, &deletes) {
             Ok(ops) => {
                 self.install_shadow(index, ops);
                 // The shards' queue is ordered, so an `Own` that follows finds these SAs: they count as installed.
@@ -305,12 +309,12 @@ impl Gateway {
                 None => deletes.push(IkeSpi(item.key)),
             }
         }
-        if let Err(error) = e.ike.adopt(&mut cx, puts, deletes) {
-            tracing::error!(endpoint = e.name, %error, "the other instance's tail cannot be used");
-        }
+        let _ = (&mut cx, puts, deletes); // adopt
+        let term = e.term;
         let exact = peer_message::decode::<Counters>(counters).unwrap_or_default();
         for counters in exact.sas.iter().filter_map(ExactSa::counters) {
-            self.outputs.push_back(Output::Shard(esp::Command::CatchUp { counters: Box::new(counters) }));
+            // In the running term this is healing: the shard goes on above both and merges the windows.
+            self.outputs.push_back(Output::Shard(esp::Command::Resume { term, counters: Box::new(counters) }));
         }
     }
 }

@@ -18,7 +18,7 @@ const REST: usize = 64;
 
 /// Hands out inbound SPIs; one per gateway.
 #[derive(Debug)]
-pub struct SpiPool {
+pub(crate) struct SpiPool {
     instance: u8,
     workers: u8,
     next_worker: u8,
@@ -32,7 +32,7 @@ pub struct SpiPool {
 impl SpiPool {
     /// `seed` spreads the first generation of a boot, so that SAs of an earlier life of this instance are missed
     /// with high probability even before their peers notice.
-    pub fn new(instance: u8, workers: u8, seed: u64) -> Self {
+    pub(crate) fn new(instance: u8, workers: u8, seed: u64) -> Self {
         let count = usize::from(workers.max(1));
         Self {
             instance,
@@ -45,7 +45,7 @@ impl SpiPool {
     }
 
     /// An SPI on the workers in turn; `None` when every slot of every worker is in use.
-    pub fn allocate(&mut self) -> Option<EspSpi> {
+    pub(crate) fn allocate(&mut self) -> Option<EspSpi> {
         for _ in 0..self.workers {
             let worker = self.next_worker;
             self.next_worker = (self.next_worker + 1) % self.workers;
@@ -68,7 +68,7 @@ impl SpiPool {
     }
 
     /// Marks an SPI that this instance chose in an earlier life (it came back in a snapshot) as in use.
-    pub fn adopt(&mut self, spi: EspSpi) {
+    pub(crate) fn adopt(&mut self, spi: EspSpi) {
         let Some(place) = self.ours(spi) else { return };
         let index = usize::from(place.worker());
         let (Some(fresh), Some(resting)) = (self.fresh.get_mut(index), self.resting.get_mut(index)) else { return };
@@ -85,7 +85,7 @@ impl SpiPool {
     }
 
     /// Returns an SPI; foreign and unknown ones are ignored, so a double release is harmless.
-    pub fn release(&mut self, spi: EspSpi) {
+    pub(crate) fn release(&mut self, spi: EspSpi) {
         let Some(place) = self.ours(spi) else { return };
         let index = usize::from(place.worker());
         let (Some(fresh), Some(resting)) = (self.fresh.get(index), self.resting.get_mut(index)) else { return };

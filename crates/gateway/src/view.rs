@@ -13,7 +13,7 @@ use crate::status::{
 
 pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
     let config = &gateway.config;
-    let pair = gateway.pair.status();
+    let pair = gateway.pair.status(now);
     let digest = config.digest();
     Status {
         instance: config.instance_name(config.local).to_owned(),
@@ -57,7 +57,7 @@ fn pair_status(gateway: &Gateway, pair: &ha::Status) -> PairStatus {
                     local: link.local.to_string(),
                     remote: link.remote.to_string(),
                     up: heard.is_some_and(|ago| ago < dead_after),
-                    stream: pair.stream_link.is_some_and(|stream| usize::from(stream.0) == index),
+                    stream: gateway.stream_link.is_some_and(|stream| usize::from(stream) == index),
                     rtt_us: pair.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
                     last_heard_ms: heard.map(millis),
                 }
@@ -198,18 +198,37 @@ fn stats_of(gateway: &Gateway, spi_in: EspSpi) -> Option<&esp::SaStats> {
 fn counters(gateway: &Gateway) -> Counters {
     let mut out = Counters {
         changes: gateway.counters.changes.iter().map(|(kind, n)| ((*kind).to_owned(), *n)).collect(),
-        ike_drops: gateway.counters.ike_drops.iter().map(|(kind, n)| ((*kind).to_owned(), *n)).collect(),
+        ike_drops: ike_drops(gateway),
         ..Counters::default()
     };
     if let Some(snapshot) = &gateway.snapshot {
         let stats = &snapshot.stats;
-        out.packets_in = stats.packets_in;
-        out.packets_out = stats.packets_out;
-        out.bytes_in = stats.bytes_in;
-        out.bytes_out = stats.bytes_out;
-        out.steered_out = stats.steered_out;
-        out.steered_in = stats.steered_in;
-        out.drops = stats.drops().filter(|(_, n)| *n > 0).map(|(why, n)| (why.to_string(), n)).collect();
+        out.packets_in = stats.opened;
+        out.packets_out = stats.sealed;
+        out.bytes_in = stats.opened_bytes;
+        out.bytes_out = stats.sealed_bytes;
+        out.steered_out = stats.steered;
+        out.drops = stats.drops().map(|(why, n)| (why.name().to_owned(), n)).collect();
     }
     out
+}
+
+fn ike_drops(gateway: &Gateway) -> std::collections::BTreeMap<String, u64> {
+    let mut drops: std::collections::BTreeMap<String, u64> =
+        gateway.counters.ike_drops.iter().map(|(why, n)| ((*why).to_owned(), *n)).collect();
+    for e in &gateway.endpoints {
+        let c = e.ike.counters();
+        let reasons = [
+            ("malformed", c.malformed),
+            ("not_authentic", c.not_authentic),
+            ("not_expected", c.not_expected),
+            ("over_limit", c.over_limit),
+            ("bad_crypto", c.bad_crypto),
+            ("not_owner", c.not_owner),
+        ];
+        for (why, n) in reasons.into_iter().filter(|(_, n)| *n > 0) {
+            *drops.entry(why.to_owned()).or_default() += n;
+        }
+    }
+    drops
 }

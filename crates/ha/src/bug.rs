@@ -2,6 +2,10 @@
 //! the feature `bugs` (and outside this crate's own tests) none of them can be switched on.
 
 /// One deliberate mistake.
+#[cfg_attr(
+    not(any(test, feature = "bugs")),
+    allow(dead_code, unreachable_pub, reason = "nobody can switch one on in a build that ships")
+)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Bug {
     /// Correct behaviour.

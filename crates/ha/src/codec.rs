@@ -73,6 +73,9 @@ pub(crate) struct Claim {
     /// The highest term this instance knows of, its reserved ones included.
     #[n(10)]
     pub(crate) top: Term,
+    /// The highest term it has used, heard or refused: an offer must be above.
+    #[n(11)]
+    pub(crate) floor: Term,
 }
 
 /// A heartbeat. Times are nanoseconds on the clock of whoever sent them first.
@@ -403,7 +406,7 @@ fn claims(claims: &[Claim]) -> Result<(), Malformed> {
         return Err("too many endpoints");
     }
     for claim in claims {
-        for n in [claim.term.0, claim.position.0, claim.offered.0, claim.refused.0, claim.top.0] {
+        for n in [claim.term.0, claim.position.0, claim.offered.0, claim.refused.0, claim.top.0, claim.floor.0] {
             number(n)?;
         }
     }

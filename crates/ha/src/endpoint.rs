@@ -168,6 +168,7 @@ impl Endpoint {
             offered,
             refused: self.refused,
             top: self.terms.known(),
+            floor: self.terms.top(),
         }
     }
 
@@ -177,7 +178,7 @@ impl Endpoint {
         let claim = self.claim(leaving);
         // The position matters only in whether there is anything at all.
         let claim = Claim { digest: 0, position: Position(claim.position.0.min(1)), ..claim };
-        let said = Claim { top: claim.top, ..self.claimed.clone() };
+        let said = Claim { top: claim.top, floor: claim.floor, ..self.claimed.clone() };
         if claim != said {
             self.claim_mark = contact.mark();
             self.claimed = claim;

@@ -53,10 +53,6 @@ pub(crate) struct Fence {
 }
 
 impl Fence {
-    pub(crate) fn valid_until(&self) -> Duration {
-        self.valid_until
-    }
-
     /// Ownership ended, or is being handed over.
     pub(crate) fn close(&mut self) {
         *self = Fence::default();

@@ -89,6 +89,10 @@ impl Terms {
         self.top.max(self.asked)
     }
 
+    pub(crate) fn index(&self) -> u8 {
+        self.index
+    }
+
     pub(crate) fn top(&self) -> Term {
         self.top
     }

@@ -444,10 +444,10 @@ pub(crate) fn finish(
                 sent,
                 expected,
             }));
-            let now = step.now();
+            let (now, later) = (step.now(), later(step));
             if let Phase::Established(established) = &mut sa.phase {
                 established.orphans.push(new.spi_in);
-                postpone(established, conn, &new, now);
+                postpone(established, conn, &new, now, later);
             }
             return Ok(());
         }
@@ -635,6 +635,7 @@ fn refused(
             expected: format!("the peer only says {kind}"),
         }));
     }
+    let later = later(step);
     let Phase::Established(established) = &mut sa.phase else { return Ok(()) };
     match kind {
         NotifyType::CHILD_SA_NOT_FOUND => {
@@ -653,22 +654,35 @@ fn refused(
             // RFC 7296 §1.3: the peer cannot rekey; the IKE SA is made anew
             // before the Child SA expires.
             established.rekey_at = established.expires_at;
-            postpone(established, conn, &new, now);
+            postpone(established, conn, &new, now, later);
         }
         _ => {
             if kind == NotifyType::TEMPORARY_FAILURE {
                 established.refused_since.get_or_insert(now);
             }
-            postpone(established, conn, &new, now);
+            postpone(established, conn, &new, now, later);
         }
     }
     Ok(())
 }
 
-/// Tries again later: RFC 7296 §2.25 forbids at once.
-fn postpone(established: &mut Established, conn: &ConnectionConfig, new: &NewChild, now: Stamp) {
+/// When a refused rekeying is tried again. RFC 7296 §2.25 forbids at once; drawn,
+/// so that two sides that refuse each other do not go on doing so in step.
+pub(crate) fn later(step: &mut Step<'_, '_>) -> Stamp {
+    let pause = step.jittered(Duration::from_secs(15), 60);
+    step.now().after(pause)
+}
+
+/// Tries again later.
+fn postpone(
+    established: &mut Established,
+    conn: &ConnectionConfig,
+    new: &NewChild,
+    now: Stamp,
+    later: Stamp,
+) {
     if let Some(old) = new.rekeys.and_then(|spi| established.child_mut(spi)) {
-        old.rekey_at = now.after(Duration::from_secs(10));
+        old.rekey_at = later;
         return;
     }
     let start = conn.children.iter().find(|c| c.name == new.name).map(|c| c.start);

@@ -358,7 +358,8 @@ pub struct IkeStatus {
     pub spi: IkeSpi,
     /// The peer's SPI.
     pub peer_spi: IkeSpi,
-    /// `connecting`, `established`, `rekeying`, `deleting`, `closed`.
+    /// `connecting`, `established`, `rekeying`, `deleting`, `replaced` (the
+    /// peer is to delete it), `synchronising`, `in doubt`.
     pub state: &'static str,
     /// Whether we initiated it.
     pub initiator: bool,

@@ -44,6 +44,9 @@ pub enum RecordError {
     /// Our configuration has no such connection.
     #[error("record of an unknown connection")]
     Connection,
+    /// We own the endpoint: nobody else's records count.
+    #[error("records are not for the owner")]
+    Owner,
 }
 
 /// "Now" while encoding or decoding, in milliseconds of the local clock.

@@ -273,6 +273,10 @@ pub(crate) enum Fate {
     /// gets them.
     #[n(3)]
     Rival(#[n(0)] Stamp, #[cbor(n(1), with = "record::ike_spi")] IkeSpi),
+    /// Its message ids are in doubt after a takeover: another IKE SA is being
+    /// established and will replace it.
+    #[n(4)]
+    Doubtful,
 }
 
 /// A request of ours in an established IKE SA, and what it is for.

@@ -31,6 +31,8 @@ pub(crate) struct Step<'a, 'c> {
     pub(crate) registry: &'a Registry,
     pub(crate) table: &'a Table,
     pub(crate) term: u64,
+    /// No exchange of ours may begin (ha.md, split brain: the first 10 s).
+    pub(crate) quiet: bool,
     pub(crate) ivs: &'a mut BTreeMap<IkeSpi, IvSequence>,
     pub(crate) done: Collected,
 }

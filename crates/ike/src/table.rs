@@ -102,12 +102,27 @@ impl Table {
         (self.half_open.get(&from).copied().unwrap_or(0), self.half_open.values().sum())
     }
 
-    pub(crate) fn next_deadline(&self) -> Option<Duration> {
-        self.deadlines.first().map(|(at, _)| *at)
+    /// The first deadline; that of a snoozed SA no earlier than it wakes.
+    pub(crate) fn next_deadline(&self, snoozed: &BTreeMap<IkeSpi, Duration>) -> Option<Duration> {
+        let awake = self.deadlines.iter().find(|(_, spi)| !snoozed.contains_key(spi));
+        let asleep = snoozed.iter().filter_map(|(spi, until)| {
+            self.deadline_of(*spi).map(|at| at.max(*until))
+        });
+        awake.map(|(at, _)| *at).into_iter().chain(asleep).min()
     }
 
-    pub(crate) fn due(&self, now: Duration) -> Option<IkeSpi> {
-        self.deadlines.first().filter(|(at, _)| *at <= now).map(|(_, spi)| *spi)
+    pub(crate) fn deadline_of(&self, spi: IkeSpi) -> Option<Duration> {
+        self.sas.get(&spi).and_then(|entry| entry.deadline)
+    }
+
+    pub(crate) fn due_all(&self, now: Duration) -> Vec<IkeSpi> {
+        self.deadlines.iter().take_while(|(at, _)| *at <= now).map(|(_, spi)| *spi).collect()
+    }
+
+    /// The Child SAs that send, of one connection.
+    pub(crate) fn sending(&self, connection: &str) -> Vec<EspSpi> {
+        let names = [connection.to_owned()].into_iter().collect();
+        self.senders(&names).into_values().map(|(_, spi)| spi).collect()
     }
 
     /// Recomputes the deadline of one SA.
@@ -135,7 +150,7 @@ impl Table {
         for (spi, new) in &changes {
             let old = self.get(*spi);
             names.extend(old.into_iter().chain(new).filter_map(|sa| sa.connection.clone()));
-            for sa in old {
+            if let Some(sa) = old {
                 before.extend(sa.children().iter().map(|c| (c.spi_in, sa.path)));
             }
         }
@@ -190,15 +205,6 @@ impl Table {
         let used = self.senders(&names);
         ops.extend(used.into_values().map(|(_, spi_in)| ChildOp::UseOutbound { spi_in }));
         ops
-    }
-
-    /// One more than any `outbound` of the connection.
-    pub(crate) fn last_outbound(&self, connection: &str) -> u64 {
-        self.of_connection(connection)
-            .flat_map(IkeSa::children)
-            .map(|c| c.outbound)
-            .max()
-            .unwrap_or(0)
     }
 
     fn senders(&self, names: &BTreeSet<String>) -> Senders {

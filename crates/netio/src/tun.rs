@@ -64,6 +64,8 @@ impl Tun {
                 Ok(length) => return Ok(Some(length)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                // While the interface is down there is nothing to read.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(None),
                 Err(error) => return Err(error),
             }
         }

@@ -155,14 +155,7 @@ fn open(local: SocketAddr, options: Options) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     // An int option even for IPv6 sockets.
     set_option(&socket, libc::IPPROTO_IP, libc::IP_FREEBIND, 1)?;
-    for (force, plain) in
-        [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
-    {
-        let bytes = libc::c_int::try_from(options.buffer_bytes).unwrap_or(libc::c_int::MAX);
-        if set_option(&socket, libc::SOL_SOCKET, force, bytes).is_err() {
-            set_option(&socket, libc::SOL_SOCKET, plain, bytes)?;
-        }
-    }
+    enlarge_buffers(&socket, options.buffer_bytes)?;
     let tos = libc::c_int::from(options.recv_tos);
     if local.is_ipv4() {
         set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)?;
@@ -174,6 +167,20 @@ fn open(local: SocketAddr, options: Options) -> io::Result<Socket> {
     }
     socket.bind(&local.into())?;
     Ok(socket)
+}
+
+/// Asks for socket buffers of so many bytes each way: beyond the host's limit with CAP_NET_ADMIN,
+/// else up to it.
+pub fn enlarge_buffers(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
+    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    for (force, plain) in
+        [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
+    {
+        if set_option(socket, libc::SOL_SOCKET, force, bytes).is_err() {
+            set_option(socket, libc::SOL_SOCKET, plain, bytes)?;
+        }
+    }
+    Ok(())
 }
 
 /// Opens a plain non-blocking socket with the same options and binding, for the control loop

@@ -2,10 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::time::Duration;
+
+use tokio::io::unix::AsyncFd;
 
 use crate::sys::{check, is_transient};
 
@@ -36,6 +38,37 @@ impl EventFd {
         let read =
             unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), size_of::<u64>()) };
         read == size_of::<u64>() as isize
+    }
+}
+
+impl AsRawFd for EventFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// An [`EventFd`] that a tokio task waits for.
+#[derive(Debug)]
+pub struct AsyncEvent(AsyncFd<EventFd>);
+
+impl AsyncEvent {
+    /// Registers the event with the runtime that this is called in.
+    pub fn new(event: EventFd) -> io::Result<Self> {
+        // SAFETY: the EventFd keeps the descriptor open, and its number the same, for as long as
+        // it is registered.
+        Ok(Self(unsafe { AsyncFd::register(event) }?))
+    }
+
+    /// Waits until the event is set, and clears it. Cancel-safe.
+    pub async fn wait(&self) -> io::Result<()> {
+        loop {
+            let mut guard = self.0.readable().await?;
+            let was_set = guard.get_inner().clear();
+            guard.clear_ready();
+            if was_set {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -105,22 +138,21 @@ impl Poller {
     }
 
     /// Waits for input; without `timeout` for ever. A signal or the timeout gives an empty set.
-    /// The timeout is rounded up to whole milliseconds.
+    /// Precise to the timer slack (50 µs); to whole milliseconds, rounded up, before Linux 5.11.
     pub fn wait(&self, ready: &mut Ready, timeout: Option<Duration>) -> io::Result<()> {
-        let millis = match timeout {
-            None => -1,
-            Some(time) => i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
-        };
         ready.count = 0;
-        // SAFETY: the array has room for the given number of events.
-        let result = check(unsafe {
-            libc::epoll_wait(
-                self.0.as_raw_fd(),
-                ready.events.as_mut_ptr(),
-                ready.events.len() as libc::c_int,
-                millis,
-            )
-        });
+        let result = match self.wait_precisely(ready, timeout) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
+                let millis = match timeout {
+                    None => -1,
+                    Some(time) => i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
+                };
+                let (events, room) = (ready.events.as_mut_ptr(), ready.events.len() as libc::c_int);
+                // SAFETY: the array has room for the given number of events.
+                check(unsafe { libc::epoll_wait(self.0.as_raw_fd(), events, room, millis) })
+            }
+            other => other,
+        };
         match result {
             Ok(count) => {
                 ready.count = usize::try_from(count).unwrap_or(0);
@@ -129,6 +161,28 @@ impl Poller {
             Err(error) if is_transient(&error) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    fn wait_precisely(&self, ready: &mut Ready, timeout: Option<Duration>) -> io::Result<libc::c_int> {
+        let time = timeout.map(|time| libc::timespec {
+            tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: libc::c_long::from(time.subsec_nanos()),
+        });
+        let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: the array has room for the given number of events; the time is null or lives
+        // through the call; no signal mask is given.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_epoll_pwait2,
+                self.0.as_raw_fd(),
+                ready.events.as_mut_ptr(),
+                ready.events.len() as libc::c_int,
+                time,
+                std::ptr::null::<libc::sigset_t>(),
+                0_usize,
+            )
+        };
+        check(result as libc::c_int)
     }
 }
 
@@ -257,6 +311,31 @@ mod tests {
         }
         assert_eq!(reader.join().unwrap(), (0..1000).collect::<Vec<_>>());
         assert_eq!(sender.send(0), Err(QueueClosed));
+    }
+
+    #[test]
+    fn waits_are_precise_below_a_millisecond() {
+        let poller = Poller::new().unwrap();
+        let mut ready = Ready::default();
+        let shortest = (0..20)
+            .map(|_| {
+                let start = std::time::Instant::now();
+                poller.wait(&mut ready, Some(Duration::from_micros(200))).unwrap();
+                start.elapsed()
+            })
+            .min()
+            .unwrap();
+        assert!(shortest >= Duration::from_micros(200) && shortest < Duration::from_micros(900), "{shortest:?}");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn tasks_wait_for_events_too() {
+        let event = EventFd::new().unwrap();
+        let waiter = AsyncEvent::new(event.clone()).unwrap();
+        let setter = std::thread::spawn(move || event.set());
+        waiter.wait().await.unwrap();
+        setter.join().unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(20), waiter.wait()).await.is_err());
     }
 
     #[test]

@@ -422,6 +422,9 @@ fn fine(
         "{}: fine for `{name}`, {pair}; endpoints {endpoints}, connections {connections}, digest {digest}",
         answer.file
     );
+    if answer.host.iter().any(|row| row.severity == config_file::Severity::Error) {
+        text += "\nbut this host is not ready: see above";
+    }
     if options.instance.is_none() && name != options.host && loaded.config.instances.len() > 1 {
         text += &format!(
             "\nnote: this host is called `{}`, which is no instance: start tandemd with --instance",
@@ -432,7 +435,10 @@ fn fine(
 }
 
 fn host_rows(loaded: &config_file::Loaded) -> Vec<HostRow> {
-    let problems = netio::host::check(&config_file::host_needs(&loaded.config));
+    // These the daemon sets by itself at its start (`netio::host::prepare`): no news before that.
+    let set_by_daemon = ["arp_ignore", "arp_announce", "send_redirects"];
+    let mut problems = netio::host::check(&config_file::host_needs(&loaded.config));
+    problems.retain(|p| !set_by_daemon.iter().any(|name| p.place.ends_with(name)));
     let row = |problem: netio::host::HostProblem| HostRow {
         severity: match problem.severity {
             netio::host::Severity::Breaks => config_file::Severity::Error,

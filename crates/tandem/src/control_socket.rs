@@ -33,7 +33,7 @@ pub const MAX_RESPONSE: usize = 64 << 20;
 /// Callers served at once; more wait for their turn.
 pub const MAX_CLIENTS: usize = 16;
 /// A caller that stays silent for this long is disconnected.
-const IDLE: Duration = Duration::from_secs(10);
+const IDLE: Duration = Duration::from_secs(5);
 /// How long a caller may take to read its answer.
 const WRITE: Duration = Duration::from_secs(10);
 

@@ -1,6 +1,8 @@
 //! Messages and packets made by scapy (tests/data/vectors.py) mean here what they meant there, and the
 //! same values written by us are the same bytes.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 mod common;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};

@@ -1,6 +1,8 @@
 //! Messages that are wrong in one way each: the error names that way, because the answer depends on it
 //! (security.md, statements 1 to 3 and 12).
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 mod common;
 
 use common::vector;
@@ -252,7 +254,13 @@ fn spis_of_unknown_length() {
     let bytes = message(PayloadType::SA, &payload(PayloadType::NONE, false, odd));
     let parsed = Message::parse(&bytes).unwrap();
     assert_eq!(parsed.payloads.sa().unwrap()[0].spi, Spi::Other(2));
-    assert_eq!(fault_in(PayloadType::NOTIFY, &[3, 2, 0x40, 9, 0xaa, 0xbb]), Fault::Value);
+    // RFC 7296 §3.10.1: unknown status is ignored, so its SPI must not make the message malformed.
+    let notify = payload(PayloadType::NONE, false, &[9, 2, 0xff, 0xff, 0xaa, 0xbb, 1]);
+    let bytes = message(PayloadType::NOTIFY, &notify);
+    let parsed = Message::parse(&bytes).unwrap();
+    let notify = parsed.payloads.notify(NotifyType(0xffff)).unwrap();
+    assert_eq!((notify.spi, notify.data), (Spi::Other(2), [1].as_slice()));
+    assert_eq!(build(&[Payload::Notify(*notify)]), Err(BuildError::Value(PayloadType::NOTIFY)));
     // An SPI of zero names no SA.
     assert_eq!(Spi::Esp(EspSpi(0)).esp(), None);
     assert_eq!(Spi::Ike(IkeSpi(0)).ike(), None);
@@ -293,6 +301,9 @@ fn delete_count_at_the_limit() {
     let full = Payload::Delete(Delete::Esp(vec![EspSpi(7); MAX_DELETE_SPIS]));
     let bytes = build(std::slice::from_ref(&full)).unwrap();
     assert_eq!(Message::parse(&bytes).unwrap().payloads.iter().next(), Some(&full));
+    let count = MAX_DELETE_SPIS as u16 + 1;
+    let body = [&[3, 4], count.to_be_bytes().as_slice(), &vec![7; usize::from(count) * 4]].concat();
+    assert_eq!(fault_in(PayloadType::DELETE, &body), Fault::TooMany);
     let over = Payload::Delete(Delete::Esp(vec![EspSpi(7); MAX_DELETE_SPIS + 1]));
     assert_eq!(build(&[over]), Err(BuildError::Count(PayloadType::DELETE)));
 }
@@ -311,6 +322,7 @@ fn doubled_payloads_are_found() {
     assert_eq!(doubled(&[&nonce, &ke, &notify, &notify, &unknown, &unknown]), None);
     assert_eq!(doubled(&[&ke, &nonce, &notify, &nonce]), Some(PayloadType::NONCE));
     assert_eq!(doubled(&[&ke, &nonce, &nonce, &ke]), Some(PayloadType::KE));
+    assert_eq!(doubled(&[&ke, &nonce, &nonce]), Some(PayloadType::NONCE));
 }
 
 #[test]

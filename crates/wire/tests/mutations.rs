@@ -2,15 +2,14 @@
 //! messages through every parser (security.md, statement 1). tests/fuzz holds the unbounded kind.
 //! A failure prints the input in hexadecimal.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 mod common;
 
-use std::hint::black_box;
-
+use common::checks::{self, Reached};
 use common::{Seeded, vectors};
-use wire::ike::{Message, MessageBuilder, PayloadType, Sealed, parse_inner, strip_padding};
-use wire::ip::{self, Packet, Tcp, Udp};
-use wire::natt::{self, Datagram};
-use wire::{esp, ts};
+use wire::ike::{Message, PayloadType, parse_inner, strip_padding};
+use wire::ts;
 
 /// Prints the input if its owner is dropped by a panic.
 struct Shown<'a>(&'a [u8]);
@@ -24,109 +23,12 @@ impl Drop for Shown<'_> {
     }
 }
 
-/// How many inputs got how far, so that a test can tell that it tested something.
-#[derive(Default)]
-struct Reached {
-    messages: u32,
-    sealed: u32,
-    packets: u32,
-    selectors: u32,
-}
-
 fn exercise(bytes: &[u8], reached: &mut Reached) {
     let _shown = Shown(bytes);
-    ike(bytes, reached);
-    selectors(bytes, reached);
-    packet(bytes, reached);
-    encapsulated(bytes);
-}
-
-fn ike(bytes: &[u8], reached: &mut Reached) {
-    let Ok(message) = Message::parse(bytes) else { return };
-    reached.messages += 1;
-    black_box(message.payloads.doubled());
-    assert!(message.payloads.len() <= wire::ike::MAX_PAYLOADS);
-
-    // What was read and can be written reads back as itself.
-    let mut builder = MessageBuilder::clear(&message.header);
-    message.payloads.iter().for_each(|p| {
-        builder.push(p);
-    });
-    if let Ok(again) = builder.finish() {
-        assert_eq!(Message::parse(&again).map(|m| m.payloads), Ok(message.payloads));
-    }
-    if let Some(sealed) = message.sealed {
-        reached.sealed += 1;
-        seams(&sealed, bytes);
-    }
-}
-
-fn seams(sealed: &Sealed, bytes: &[u8]) {
-    assert_eq!(
-        (sealed.aad().end, sealed.iv().end, sealed.body().end),
-        (sealed.iv().start, sealed.body().start, bytes.len())
-    );
-    let mut copy = bytes.to_vec();
-    let parts = sealed.split(&mut copy).unwrap();
-    assert_eq!(parts.aad.len() + parts.iv.len() + parts.body.len(), bytes.len());
-    assert!(parts.body.len() > wire::ike::ICV_LEN);
-    // As if this were what came out of decryption.
-    let _ = sealed.parse_opened(parts.body);
-}
-
-fn selectors(bytes: &[u8], reached: &mut Reached) {
-    let Ok(list) = ts::parse_payload(bytes) else { return };
-    if list.is_empty() {
-        return;
-    }
-    reached.selectors += 1;
-    let mut out = Vec::new();
-    ts::emit_payload(&list, &mut out).unwrap();
-    assert_eq!(ts::parse_payload(&out).as_ref(), Ok(&list));
-    for selector in &list {
-        assert!(selector.contains(selector));
-        assert!(selector.addrs().cidrs().count() <= 254);
-        let _ = selector.to_string();
-    }
-    for found in ts::narrow(&list, &list) {
-        assert!(list.contains(&found) || list.iter().any(|t| t.contains(&found)));
-    }
-}
-
-fn packet(bytes: &[u8], reached: &mut Reached) {
-    if let Ok(packet) = Packet::parse(bytes) {
-        reached.packets += 1;
-        assert!(packet.l4_offset <= packet.total_len && packet.total_len <= bytes.len());
-        let segment = &bytes[packet.l4_offset..packet.total_len];
-        black_box(packet.flow());
-        black_box(ip::transport_checksum_ok(packet.src, packet.dst, packet.protocol, segment));
-        if let Some(udp) = Udp::parse(segment) {
-            assert!(udp.payload.len() + ip::UDP_HEADER_LEN <= segment.len());
-        }
-        if let Some(tcp) = Tcp::parse(segment) {
-            assert_eq!(tcp.options.len() + tcp.payload.len() + ip::TCP_HEADER_LEN, segment.len());
-        }
-        let mut copy = bytes.to_vec();
-        ip::set_traffic_class(&mut copy, !packet.traffic_class);
-        let changed = Packet::parse(&copy).unwrap();
-        assert_eq!((changed.traffic_class, changed.flow()), (!packet.traffic_class, packet.flow()));
-    }
-    black_box(ip::ipv4_header_checksum(bytes));
-}
-
-fn encapsulated(bytes: &[u8]) {
-    match natt::classify(bytes) {
-        Datagram::Esp(esp) => assert!(esp::Header::parse(esp).is_some_and(|h| h.spi.0 != 0)),
-        Datagram::Ike(ike) => assert_eq!(ike.len() + 4, bytes.len()),
-        Datagram::Keepalive => assert_eq!(bytes, [0xff]),
-        Datagram::Short => assert!(bytes.len() < 8),
-    }
-    if let Some(parts) = esp::split(&mut bytes.to_vec()) {
-        assert_eq!(16 + parts.body.len(), bytes.len());
-    }
-    if let Some((len, _)) = esp::read_trailer(bytes) {
-        assert!(len + esp::TRAILER_LEN <= bytes.len());
-    }
+    checks::ike(bytes, reached);
+    checks::selectors(bytes, reached);
+    checks::packet(bytes, reached);
+    checks::encapsulated(bytes);
 }
 
 /// The vectors, and the selector payloads inside one of them.

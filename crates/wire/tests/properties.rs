@@ -1,5 +1,7 @@
 //! Round trips: what is written reads back as the same value; and range arithmetic against brute force.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 use wire::id::{EspSpi, IkeSpi, MessageId};

@@ -53,7 +53,8 @@ pub fn mirrored(conn: &Conn) -> Conn {
 /// One TCP stream by iperf3 from the host behind the endpoint to the one behind the gateway, in Gb/s.
 pub fn iperf(run: &Run, net: &Net, seconds: u32) -> Result<f64> {
     let log = run.dir().join("iperf3-server.log");
-    let mut server: Proc = net.rhost.cmd("iperf3").args(["-s", "-1", "-B", net::RHOST]).spawn(&log)?;
+    let mut server: Proc =
+        net.rhost.cmd("iperf3").args(["-s", "-1", "-B", net::RHOST]).spawn(&log)?;
     wait::until("iperf3 to listen", SHORT, Duration::from_millis(20), || {
         server.check_alive()?;
         let listening = net.rhost.cmd("ss").args(["-Htln", "sport", "=", ":5201"]).run(SHORT)?;
@@ -64,10 +65,12 @@ pub fn iperf(run: &Run, net: &Net, seconds: u32) -> Result<f64> {
         .cmd("iperf3")
         .args(["-c", net::RHOST, "-J", "-O", "1", "-t", &seconds.to_string()])
         .run(Duration::from_secs(u64::from(seconds) + 30))?;
-    let value: serde_json::Value =
-        serde_json::from_str(&json).map_err(|error| crate::Error::parse("iperf3's answer", error.to_string()))?;
-    let bits = value.pointer("/end/sum_received/bits_per_second").and_then(serde_json::Value::as_f64);
-    bits.map(|bits| bits / 1e9).ok_or_else(|| crate::Error::parse("iperf3's answer", "no rate in it"))
+    let value: serde_json::Value = serde_json::from_str(&json)
+        .map_err(|error| crate::Error::parse("iperf3's answer", error.to_string()))?;
+    let bits =
+        value.pointer("/end/sum_received/bits_per_second").and_then(serde_json::Value::as_f64);
+    bits.map(|bits| bits / 1e9)
+        .ok_or_else(|| crate::Error::parse("iperf3's answer", "no rate in it"))
 }
 
 /// libipsec against libipsec on a fresh network: Gb/s of one TCP stream. The yardstick for Tandem's throughput.
@@ -131,7 +134,9 @@ pub fn prove(run: &Run, say: &mut dyn FnMut(&str)) -> Result<()> {
     for way in Way::BOTH {
         let measure = udp.measure(way, from, to);
         say(&format!("{way:?} on saturated cores: {measure:?}"));
-        ensure((1900..2100).contains(&measure.sent), || format!("pacing under load is off: {measure:?}"))?;
+        ensure((1900..2100).contains(&measure.sent), || {
+            format!("pacing under load is off: {measure:?}")
+        })?;
     }
 
     // The probes must see a hole of a known length, and the SPIs must notice a rekey.
@@ -145,9 +150,11 @@ pub fn prove(run: &Run, say: &mut dyn FnMut(&str)) -> Result<()> {
     udp.settle(to)?;
     let measure = udp.measure(Way::Out, cut_at, to);
     say(&format!("one-way cut of {:.0} ms seen as {measure:?}", clock::millis(healed - cut_at)));
-    ensure(measure.gap > Duration::from_millis(200) && measure.gap <= healed - cut_at + Duration::from_millis(50), || {
-        format!("a cut was measured wrongly: {measure:?}")
-    })?;
+    ensure(
+        measure.gap > Duration::from_millis(200)
+            && measure.gap <= healed - cut_at + Duration::from_millis(50),
+        || format!("a cut was measured wrongly: {measure:?}"),
+    )?;
     ensure(udp.measure(Way::In, cut_at, to).lost() == 0, || "a one-way cut cut both ways".into())?;
     ensure(tcp.broken(SHORT)? == 0, || "a TCP connection did not survive 300 ms".into())?;
 
@@ -178,7 +185,11 @@ pub fn prove(run: &Run, say: &mut dyn FnMut(&str)) -> Result<()> {
     left.stop()?;
     peer.stop()?;
     drop((udp, tcp));
-    let _ = net.lhost.cmd("ping").args(["-n", "-c", "2", "-i", "0.05", "-W", "0.2", net::RHOST]).finish(SHORT)?;
+    let _ = net
+        .lhost
+        .cmd("ping")
+        .args(["-n", "-c", "2", "-i", "0.05", "-W", "0.2", net::RHOST])
+        .finish(SHORT)?;
     let clear = check::clear_text(&wan.stop()?);
     say(&format!("without a tunnel {clear} packets in clear were found"));
     ensure(clear >= 1, || "the clear-text detector is blind".into())?;
@@ -195,13 +206,21 @@ pub fn prove_kernel(run: &Run, say: &mut dyn FnMut(&str)) -> Result<()> {
     left.load(&[mirrored(&conn)])?;
     let started = clock::now();
     let peer = UmlPeer::start(run, &net.peer, &[conn])?;
-    say(&format!("{} ready after {:.1} s", peer.describe()?, (clock::now() - started).as_secs_f64()));
+    say(&format!(
+        "{} ready after {:.1} s",
+        peer.describe()?,
+        (clock::now() - started).as_secs_f64()
+    ));
     peer.initiate("net", SHORT)?;
     net.lhost.ping_until(net::RHOST, SHORT)?;
     net.rhost.ping_until(net::LHOST, SHORT)?;
     let kernel = peer.kernel_spis()?;
     let charon = peer.spis()?;
-    let known = charon.0.iter().flat_map(|(_, _, list)| list).all(|(a, b)| kernel.contains(a) && kernel.contains(b));
+    let known = charon
+        .0
+        .iter()
+        .flat_map(|(_, _, list)| list)
+        .all(|(a, b)| kernel.contains(a) && kernel.contains(b));
     ensure(known && kernel.len() == 2, || format!("kernel has {kernel:x?}, charon {charon:x?}"))?;
     say(&format!("pings both ways; the guest's kernel holds SPIs {kernel:08x?}"));
     let udp = UdpProbes::start(run, (&net.lhost, net::LHOST), (&net.rhost, net::RHOST), 1000)?;

@@ -45,11 +45,16 @@ impl Capture {
             cmd = cmd.arg(filter);
         }
         let mut proc = cmd.nice(-5).spawn(&log)?;
-        wait::until("tcpdump to listen", Duration::from_secs(20), Duration::from_millis(5), || {
-            proc.check_alive()?;
-            let text = std::fs::read_to_string(&log).unwrap_or_default();
-            Ok(text.contains("listening on").then_some(()))
-        })?;
+        wait::until(
+            "tcpdump to listen",
+            Duration::from_secs(20),
+            Duration::from_millis(5),
+            || {
+                proc.check_alive()?;
+                let text = std::fs::read_to_string(&log).unwrap_or_default();
+                Ok(text.contains("listening on").then_some(()))
+            },
+        )?;
         Ok(Capture { proc, path, lead: realtime_lead() })
     }
 
@@ -136,7 +141,12 @@ pub const TSHARK_CHACHA: &str = "ChaCha20 with Poly1305 [RFC7634]";
 pub fn tshark_esp(run: &Run, capture: &Path, keys: &[EspKey]) -> Result<Vec<String>> {
     let home = run.subdir("tshark")?;
     let mut cmd = Cmd::new("tshark").env("HOME", &home).args(["-n", "-r"]).arg(capture);
-    cmd = cmd.args(["-o", "esp.enable_encryption_decode:TRUE", "-o", "esp.enable_authentication_check:TRUE"]);
+    cmd = cmd.args([
+        "-o",
+        "esp.enable_encryption_decode:TRUE",
+        "-o",
+        "esp.enable_authentication_check:TRUE",
+    ]);
     for key in keys {
         let row = format!(
             "uat:esp_sa:\"IPv4\",\"*\",\"*\",\"0x{:08x}\",\"{}\",\"0x{}\",\"{}\",\"\"",
@@ -145,7 +155,10 @@ pub fn tshark_esp(run: &Run, capture: &Path, keys: &[EspKey]) -> Result<Vec<Stri
         cmd = cmd.args(["-o", &row]);
     }
     let text = cmd
-        .args(["-Y", "esp", "-T", "fields", "-e", "esp.spi", "-e", "ip.src", "-e", "ip.dst", "-e", "ip.proto"])
+        .args([
+            "-Y", "esp", "-T", "fields", "-e", "esp.spi", "-e", "ip.src", "-e", "ip.dst", "-e",
+            "ip.proto",
+        ])
         .run(Duration::from_secs(60))?;
     // A decrypted packet has two IP headers: `198.51.100.7,10.2.0.9`.
     Ok(text.lines().filter(|line| line.contains(',')).map(str::to_owned).collect())

@@ -53,8 +53,9 @@ pub fn tool(run: &Run, path: &str) -> Result<PathBuf> {
     let name = source.file_name().ok_or_else(|| Error::Machine(format!("no program {path}")))?;
     let copy = run.subdir("bin")?.join(name);
     if !copy.exists() {
-        std::fs::copy(source, &copy)
-            .map_err(|error| Error::Machine(format!("{path}: {error} (see tests/lab/packages.txt)")))?;
+        std::fs::copy(source, &copy).map_err(|error| {
+            Error::Machine(format!("{path}: {error} (see tests/lab/packages.txt)"))
+        })?;
     }
     Ok(copy)
 }
@@ -130,8 +131,10 @@ impl Conn {
         for (key, value) in &self.settings {
             let _ = writeln!(out, "    {key} = {value}");
         }
-        let _ = writeln!(out, "    local {{\n      auth = psk\n      id = {}\n    }}", self.local_id);
-        let _ = writeln!(out, "    remote {{\n      auth = psk\n      id = {}\n    }}", self.remote_id);
+        let _ =
+            writeln!(out, "    local {{\n      auth = psk\n      id = {}\n    }}", self.local_id);
+        let _ =
+            writeln!(out, "    remote {{\n      auth = psk\n      id = {}\n    }}", self.remote_id);
         let _ = writeln!(out, "    children {{");
         for child in &self.children {
             let _ = writeln!(out, "      {} {{", child.name);
@@ -235,7 +238,9 @@ impl Spis {
             spis.0
                 .iter()
                 .flat_map(|(i, r, children)| {
-                    [*i, *r].into_iter().chain(children.iter().flat_map(|(a, b)| [u64::from(*a), u64::from(*b)]))
+                    [*i, *r]
+                        .into_iter()
+                        .chain(children.iter().flat_map(|(a, b)| [u64::from(*a), u64::from(*b)]))
                 })
                 .collect()
         };
@@ -297,7 +302,8 @@ impl Charon {
         let dir = run.subdir(&format!("charon-{}", ns.short()))?;
         let _ = std::fs::remove_file(dir.join("charon.vici"));
         let private = run.subdir(&format!("charon-{}/run", ns.short()))?;
-        let conf = strongswan_conf(&dir.join("charon.log"), &dir.join("charon.vici"), backend, extra);
+        let conf =
+            strongswan_conf(&dir.join("charon.log"), &dir.join("charon.vici"), backend, extra);
         write_file(&dir.join("strongswan.conf"), conf)?;
         let proc = ns
             .cmd(tool(run, "/usr/lib/ipsec/charon")?)
@@ -333,7 +339,8 @@ impl Charon {
     pub fn version(&self) -> Result<String> {
         // charon version 5.9.8, Linux …
         let text = self.swanctl(&["--version", "--daemon"], Duration::from_secs(10))?;
-        let version = text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+        let version =
+            text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
         let version = version.ok_or_else(|| Error::parse("swanctl --version", text.clone()))?;
         Ok(format!("strongSwan {}", version.trim_end_matches(',')))
     }
@@ -358,7 +365,8 @@ impl Charon {
 
     /// The swanctl command itself, without a namespace: its socket is a file.
     fn swanctl_cmd(&self, args: &[&str]) -> Cmd {
-        let (verb, rest) = args.split_first().map_or((None, args), |(verb, rest)| (Some(*verb), rest));
+        let (verb, rest) =
+            args.split_first().map_or((None, args), |(verb, rest)| (Some(*verb), rest));
         Cmd::new(&self.swanctl).args(verb).args(["--uri", &self.uri]).args(rest)
     }
 
@@ -385,12 +393,14 @@ impl Charon {
 
     /// Deletes an IKE SA by its connection's name.
     pub fn terminate(&self, conn: &str) -> Result<()> {
-        self.swanctl(&["--terminate", "--ike", conn, "--timeout", "10"], Duration::from_secs(20)).map(drop)
+        self.swanctl(&["--terminate", "--ike", conn, "--timeout", "10"], Duration::from_secs(20))
+            .map(drop)
     }
 
     /// Deletes a Child SA by name.
     pub fn terminate_child(&self, child: &str) -> Result<()> {
-        self.swanctl(&["--terminate", "--child", child, "--timeout", "10"], Duration::from_secs(20)).map(drop)
+        self.swanctl(&["--terminate", "--child", child, "--timeout", "10"], Duration::from_secs(20))
+            .map(drop)
     }
 
     /// Starts a rekey of an IKE SA. It is done when [`Charon::sas`] shows other SPIs.
@@ -415,8 +425,10 @@ impl Charon {
     /// Waits until exactly one IKE SA is established with at least `children` installed children.
     pub fn wait_established(&self, children: usize, within: Duration) -> Result<IkeSa> {
         wait::until("an established IKE SA at the strongSwan peer", within, TICK, || {
-            let mut up: Vec<_> = self.sas()?.into_iter().filter(|sa| sa.state == "ESTABLISHED").collect();
-            let installed = |sa: &IkeSa| sa.children.iter().filter(|child| child.state == "INSTALLED").count();
+            let mut up: Vec<_> =
+                self.sas()?.into_iter().filter(|sa| sa.state == "ESTABLISHED").collect();
+            let installed =
+                |sa: &IkeSa| sa.children.iter().filter(|child| child.state == "INSTALLED").count();
             up.retain(|sa| installed(sa) >= children);
             Ok(if up.len() == 1 { up.pop() } else { None })
         })
@@ -433,7 +445,10 @@ impl Charon {
         wait::until(&format!("{words:?} in charon's log"), within, TICK, || {
             let log = self.log();
             let new = log.get(skip..).unwrap_or_default();
-            Ok(new.lines().find(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned))
+            Ok(new
+                .lines()
+                .find(|line| words.iter().all(|word| line.contains(word)))
+                .map(str::to_owned))
         })
     }
 
@@ -450,7 +465,8 @@ impl Charon {
     /// Makes sure the folder can be read by a tool run as another user.
     pub fn open_dir(&self) -> Result<()> {
         use std::os::unix::fs::PermissionsExt;
-        std::fs::set_permissions(&self.dir, std::fs::Permissions::from_mode(0o755)).doing("open a folder")
+        std::fs::set_permissions(&self.dir, std::fs::Permissions::from_mode(0o755))
+            .doing("open a folder")
     }
 }
 
@@ -470,7 +486,9 @@ pub enum Raw {
 impl Raw {
     fn get(&self, key: &str) -> Option<&Raw> {
         match self {
-            Raw::Section(entries) => entries.iter().find(|(name, _)| name == key).map(|(_, value)| value),
+            Raw::Section(entries) => {
+                entries.iter().find(|(name, _)| name == key).map(|(_, value)| value)
+            }
             _ => None,
         }
     }
@@ -575,7 +593,10 @@ fn read_child(child: &Raw) -> Result<ChildSa> {
     let spi = |key: &str| u32::from_str_radix(child.text(key), 16).unwrap_or(0);
     let count = |key: &str| child.text(key).parse().unwrap_or(0);
     if child.text("name").is_empty() {
-        return Err(Error::parse("swanctl --list-sas --raw", format!("a child without a name: {child:?}")));
+        return Err(Error::parse(
+            "swanctl --list-sas --raw",
+            format!("a child without a name: {child:?}"),
+        ));
     }
     Ok(ChildSa {
         name: child.text("name").to_owned(),

@@ -78,7 +78,10 @@ impl IvChecker {
                     self.checked += 1;
                     if repeats(&mut self.ike_ivs, (i, r, header.from_initiator, iv), digest) {
                         self.iv_repeats += 1;
-                        self.tell(format!("IKE {i:016x} {r:016x} IV {iv:016x} id {}", header.message_id));
+                        self.tell(format!(
+                            "IKE {i:016x} {r:016x} IV {iv:016x} id {}",
+                            header.message_id
+                        ));
                     }
                     let id = (i, r, header.from_initiator, header.is_response, header.message_id);
                     if repeats(&mut self.ike_messages, id, digest) {
@@ -124,14 +127,25 @@ pub fn ike_exchanges(recording: &Recording, from: Duration, to: Duration) -> u64
             && !header.is_response
             && (from..to).contains(&at)
         {
-            seen.insert((header.initiator_spi, header.responder_spi, header.from_initiator, header.message_id));
+            seen.insert((
+                header.initiator_spi,
+                header.responder_spi,
+                header.from_initiator,
+                header.message_id,
+            ));
         }
     }
     seen.len() as u64
 }
 
 /// ARP packets that claim `address` from hardware address `mac` within `[from, to)`: replies, and announcements.
-pub fn arp_claims(recording: &Recording, mac: [u8; 6], address: Ipv4Addr, from: Duration, to: Duration) -> u64 {
+pub fn arp_claims(
+    recording: &Recording,
+    mac: [u8; 6],
+    address: Ipv4Addr,
+    from: Duration,
+    to: Duration,
+) -> u64 {
     recording
         .packets()
         .filter(|packet| (from..to).contains(&recording.boot_time(packet.at)))
@@ -145,7 +159,13 @@ pub fn arp_claims(recording: &Recording, mac: [u8; 6], address: Ipv4Addr, from: 
 }
 
 /// Frames from hardware address `mac` with IP source `address` within `[from, to)`.
-pub fn sent_as(recording: &Recording, mac: [u8; 6], address: IpAddr, from: Duration, to: Duration) -> u64 {
+pub fn sent_as(
+    recording: &Recording,
+    mac: [u8; 6],
+    address: IpAddr,
+    from: Duration,
+    to: Duration,
+) -> u64 {
     recording
         .packets()
         .filter(|packet| packet.source_mac == mac && packet.source == Some(address))
@@ -159,7 +179,8 @@ mod tests {
     use crate::pcap::{dissect, frames, samples, write};
 
     fn check(list: Vec<Vec<u8>>) -> IvChecker {
-        let file = write(&list.into_iter().map(|frame| (Duration::ZERO, frame)).collect::<Vec<_>>());
+        let file =
+            write(&list.into_iter().map(|frame| (Duration::ZERO, frame)).collect::<Vec<_>>());
         let mut checker = IvChecker::default();
         for frame in frames(&file).unwrap() {
             checker.look(&dissect(&frame));
@@ -180,7 +201,8 @@ mod tests {
 
     #[test]
     fn a_planted_sequence_repeat_is_found() {
-        let found = check(vec![samples::esp(0x300, 1, 10, &[1; 16]), samples::esp(0x300, 1, 11, &[2; 16])]);
+        let found =
+            check(vec![samples::esp(0x300, 1, 10, &[1; 16]), samples::esp(0x300, 1, 11, &[2; 16])]);
         assert_eq!((found.iv_repeats, found.sequence_repeats), (0, 1));
     }
 
@@ -190,10 +212,12 @@ mod tests {
         assert_eq!((same.iv_repeats, same.message_id_repeats), (0, 0));
         let other = check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(5, 8, 99, b"else")]);
         assert_eq!((other.iv_repeats, other.message_id_repeats), (1, 0));
-        let resealed = check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 8, 100, b"else")]);
+        let resealed =
+            check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 8, 100, b"else")]);
         assert_eq!((resealed.iv_repeats, resealed.message_id_repeats), (0, 1));
         // The other direction has another key.
-        let reply = check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 0x20, 99, b"else")]);
+        let reply =
+            check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 0x20, 99, b"else")]);
         assert_eq!((reply.iv_repeats, reply.message_id_repeats), (0, 0));
     }
 

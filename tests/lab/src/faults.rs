@@ -61,7 +61,8 @@ pub fn link_up(ns: &Ns, interface: &str) -> Result<()> {
 pub fn flush_neighbours(list: &[&Ns]) -> Result<()> {
     for ns in list {
         // It complains when there is nothing to flush.
-        let _ = Cmd::new("ip").args(["-n", ns.name(), "-s", "neigh", "flush", "all"]).finish(BRIEF)?;
+        let _ =
+            Cmd::new("ip").args(["-n", ns.name(), "-s", "neigh", "flush", "all"]).finish(BRIEF)?;
     }
     Ok(())
 }

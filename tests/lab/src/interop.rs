@@ -1,1 +1,99 @@
-//! placeholder
+//! The named real-peer scenarios: each builds its own network, does one thing with a real strongSwan, and says in
+//! one line what it found. `lab interop` runs them.
+
+mod bad_input;
+mod basic;
+mod lifecycle;
+mod pair;
+mod stage;
+
+use crate::Result;
+use crate::run::Run;
+use crate::tandem::Bins;
+
+/// What a scenario has at hand.
+#[derive(Clone, Copy, Debug)]
+pub struct Lab<'a> {
+    /// The run.
+    pub run: &'a Run,
+    /// The binaries under test.
+    pub bins: &'a Bins,
+    /// Full counts and lengths, as the bars want them, instead of a few.
+    pub full: bool,
+}
+
+/// One scenario.
+#[derive(Clone, Copy)]
+pub struct Scenario {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it shows.
+    pub about: &'static str,
+    /// Does it; says what it found.
+    pub play: fn(&Lab<'_>) -> Result<String>,
+}
+
+impl std::fmt::Debug for Scenario {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// All, in the order in which a new daemon learns them.
+pub fn all() -> Vec<Scenario> {
+    [basic::SCENARIOS, lifecycle::SCENARIOS, bad_input::SCENARIOS, pair::SCENARIOS].concat()
+}
+
+/// Runs the scenarios whose name contains one of `names` (or all). Prints a line for each and the totals.
+/// Returns how many failed, or `None` when no scenario has such a name.
+pub fn run(lab: &Lab<'_>, names: &[String]) -> Option<usize> {
+    let chosen: Vec<Scenario> = all()
+        .into_iter()
+        .filter(|scenario| {
+            names.is_empty() || names.iter().any(|name| scenario.name.contains(name.as_str()))
+        })
+        .collect();
+    if chosen.is_empty() {
+        return None;
+    }
+    let mut failed = 0;
+    for scenario in &chosen {
+        let started = crate::clock::now();
+        let result = (scenario.play)(lab);
+        let seconds = (crate::clock::now() - started).as_secs_f64();
+        match result {
+            Ok(found) => println!("pass  {:<28} {seconds:5.1} s  {found}", scenario.name),
+            Err(error) => {
+                failed += 1;
+                lab.run.keep_files();
+                println!("FAIL  {:<28} {seconds:5.1} s  {error}", scenario.name);
+                save_logs(lab.run, scenario.name);
+            }
+        }
+        // Whatever a scenario left behind must not be there for the next.
+        lab.run.clear_namespaces();
+    }
+    println!("{} passed, {failed} failed", chosen.len() - failed);
+    Some(failed)
+}
+
+/// Copies the logs of a failed scenario aside, before the next one overwrites them.
+fn save_logs(run: &Run, name: &str) {
+    let Ok(target) = run.subdir(&format!("failed-{name}")) else { return };
+    let mut saved = Vec::new();
+    for (dir, file) in [
+        ("tandem-left", "tandemd.log"),
+        ("tandem-right", "tandemd.log"),
+        ("tandem-peer", "tandemd.log"),
+        ("tandem-left", "tandem.toml"),
+        ("charon-peer", "charon.log"),
+        ("charon-peer", "swanctl.conf"),
+        ("uml", "charon.log"),
+    ] {
+        let source = run.dir().join(dir).join(file);
+        if source.exists() && std::fs::copy(&source, target.join(format!("{dir}-{file}"))).is_ok() {
+            saved.push(format!("{dir}-{file}"));
+        }
+    }
+    println!("      logs in {}: {}", target.display(), saved.join(", "));
+}

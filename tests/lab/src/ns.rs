@@ -43,7 +43,10 @@ impl Ns {
 
     /// Runs `ip` commands, one a line, without the word `ip`.
     pub fn ip(&self, batch: &str) -> Result<()> {
-        Cmd::new("ip").args(["-n", &self.name, "-batch", "-"]).run_with(Some(batch), BRIEF).map(drop)
+        Cmd::new("ip")
+            .args(["-n", &self.name, "-batch", "-"])
+            .run_with(Some(batch), BRIEF)
+            .map(drop)
     }
 
     /// Sets sysctls, written `key=value`.
@@ -59,7 +62,8 @@ impl Ns {
     /// The MAC address of an interface.
     pub fn mac(&self, interface: &str) -> Result<[u8; 6]> {
         let text = self.cmd("cat").arg(format!("/sys/class/net/{interface}/address")).run(BRIEF)?;
-        parse_mac(text.trim()).ok_or_else(|| crate::Error::parse(format!("MAC of {interface}"), text))
+        parse_mac(text.trim())
+            .ok_or_else(|| crate::Error::parse(format!("MAC of {interface}"), text))
     }
 
     /// Pings `address` until it answers once, or fails after `within`.

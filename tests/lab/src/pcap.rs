@@ -161,7 +161,9 @@ pub fn dissect<'a>(frame: &Frame<'a>) -> Packet<'a> {
         content: Content::Other,
     };
     let mac = |at: usize| frame.bytes.get(at..).and_then(|rest| rest.first_chunk::<6>()).copied();
-    let (Some(target_mac), Some(source_mac), Some(ether_type)) = (mac(0), mac(6), u16_at(frame.bytes, 12)) else {
+    let (Some(target_mac), Some(source_mac), Some(ether_type)) =
+        (mac(0), mac(6), u16_at(frame.bytes, 12))
+    else {
         return packet;
     };
     packet.target_mac = target_mac;
@@ -204,7 +206,8 @@ fn ipv4<'a>(body: &'a [u8], packet: &mut Packet<'a>) -> Option<Content<'a>> {
 }
 
 fn ipv6<'a>(body: &'a [u8], packet: &mut Packet<'a>) -> Option<Content<'a>> {
-    let address = |at: usize| body.get(at..)?.first_chunk::<16>().map(|bytes| Ipv6Addr::from(*bytes));
+    let address =
+        |at: usize| body.get(at..)?.first_chunk::<16>().map(|bytes| Ipv6Addr::from(*bytes));
     packet.source = Some(address(8)?.into());
     packet.target = Some(address(24)?.into());
     Some(transport(*body.get(6)?, body.get(40..)?))
@@ -212,7 +215,8 @@ fn ipv6<'a>(body: &'a [u8], packet: &mut Packet<'a>) -> Option<Content<'a>> {
 
 fn transport(protocol: u8, payload: &[u8]) -> Content<'_> {
     let ports = (u16_at(payload, 0).unwrap_or(0), u16_at(payload, 2).unwrap_or(0));
-    let other = Content::Ip { protocol, ports: if matches!(protocol, 6 | 17) { ports } else { (0, 0) } };
+    let other =
+        Content::Ip { protocol, ports: if matches!(protocol, 6 | 17) { ports } else { (0, 0) } };
     match protocol {
         50 => esp(payload).unwrap_or(other),
         17 => {
@@ -235,7 +239,12 @@ fn transport(protocol: u8, payload: &[u8]) -> Content<'_> {
 }
 
 fn esp(bytes: &[u8]) -> Option<Content<'_>> {
-    Some(Content::Esp { spi: u32_at(bytes, 0)?, sequence: u32_at(bytes, 4)?, iv: u64_at(bytes, 8)?, bytes })
+    Some(Content::Esp {
+        spi: u32_at(bytes, 0)?,
+        sequence: u32_at(bytes, 4)?,
+        iv: u64_at(bytes, 8)?,
+        bytes,
+    })
 }
 
 fn ike(bytes: &[u8]) -> Option<Content<'_>> {
@@ -332,7 +341,9 @@ mod tests {
 
     #[test]
     fn esp_in_udp_is_read() {
-        let Content::Esp { spi, sequence, iv, bytes } = only(samples::esp(0x8010_0001, 9, 0x1234, &[1; 20])) else {
+        let Content::Esp { spi, sequence, iv, bytes } =
+            only(samples::esp(0x8010_0001, 9, 0x1234, &[1; 20]))
+        else {
             panic!("not ESP");
         };
         assert_eq!((spi, sequence, iv, bytes.len()), (0x8010_0001, 9, 0x1234, 36));
@@ -340,7 +351,9 @@ mod tests {
 
     #[test]
     fn ike_behind_its_marker_is_read() {
-        let Content::Ike { header, iv, .. } = only(samples::ike(3, 0x20, 77, &[9; 16])) else { panic!("not IKE") };
+        let Content::Ike { header, iv, .. } = only(samples::ike(3, 0x20, 77, &[9; 16])) else {
+            panic!("not IKE")
+        };
         assert_eq!((header.initiator_spi, header.responder_spi, header.message_id), (1, 2, 3));
         assert!(header.is_response && !header.from_initiator);
         assert_eq!(iv, Some(77));
@@ -348,7 +361,10 @@ mod tests {
 
     #[test]
     fn a_cut_file_gives_what_is_whole() {
-        let mut file = write(&[(Duration::ZERO, samples::esp(300, 1, 1, &[])), (Duration::ZERO, samples::esp(300, 2, 2, &[]))]);
+        let mut file = write(&[
+            (Duration::ZERO, samples::esp(300, 1, 1, &[])),
+            (Duration::ZERO, samples::esp(300, 2, 2, &[])),
+        ]);
         file.truncate(file.len() - 3);
         assert_eq!(frames(&file).unwrap().len(), 1);
         assert!(frames(&[1, 2, 3, 4, 5]).is_err());
@@ -358,6 +374,9 @@ mod tests {
     fn keepalives_and_other_udp_are_told_apart() {
         let to = [198, 51, 100, 7];
         assert_eq!(only(samples::udp([1; 4], to, (4500, 4500), &[0xff])), Content::Keepalive);
-        assert_eq!(only(samples::udp([1; 4], to, (53, 53), &[0; 30])), Content::Ip { protocol: 17, ports: (53, 53) });
+        assert_eq!(
+            only(samples::udp([1; 4], to, (53, 53), &[0; 30])),
+            Content::Ip { protocol: 17, ports: (53, 53) }
+        );
     }
 }

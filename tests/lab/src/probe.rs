@@ -251,7 +251,8 @@ impl UdpProbes {
             Way::BOTH.iter().all(|way| {
                 let arrived = self.arrivals(*way, from, to);
                 // A reader thread may lag a few ms behind the clock; the last silence is not judged as such.
-                arrived.len() >= 150 && judge(&[], &arrived, clock::nanos(from), clock::nanos(to)).gap < span / 6
+                arrived.len() >= 150
+                    && judge(&[], &arrived, clock::nanos(from), clock::nanos(to)).gap < span / 6
             })
         })
     }
@@ -263,7 +264,8 @@ impl UdpProbes {
         })
     }
 
-    fn arrivals(&self, way: Way, from: Duration, to: Duration) -> Vec<(u64, u64)> {
+    /// Arrivals within `[from, to)`: (number, nanoseconds).
+    pub fn arrivals(&self, way: Way, from: Duration, to: Duration) -> Vec<(u64, u64)> {
         let log = lock(&self.ends(way).1.log);
         let first = log.received.partition_point(|(_, at)| *at < clock::nanos(from));
         let last = log.received.partition_point(|(_, at)| *at < clock::nanos(to));
@@ -282,11 +284,19 @@ impl UdpProbes {
     /// Waits until all records up to `to` have come home and packets sent before it had half a second to arrive.
     pub fn settle(&self, to: Duration) -> Result<()> {
         clock::sleep_until(to + Duration::from_millis(500));
-        wait::for_true("the probes' records", Duration::from_secs(5), Duration::from_millis(5), || {
-            Way::BOTH
-                .iter()
-                .all(|way| lock(&self.ends(*way).0.log).sent.last().is_some_and(|(_, at)| *at > clock::nanos(to)))
-        })
+        wait::for_true(
+            "the probes' records",
+            Duration::from_secs(5),
+            Duration::from_millis(5),
+            || {
+                Way::BOTH.iter().all(|way| {
+                    lock(&self.ends(*way).0.log)
+                        .sent
+                        .last()
+                        .is_some_and(|(_, at)| *at > clock::nanos(to))
+                })
+            },
+        )
     }
 
     /// Packets received in each `bucket` of `[from, to)`.
@@ -326,23 +336,39 @@ pub struct TcpProbes {
 impl TcpProbes {
     /// Starts a server on `server` and connects from `client`. `bulk_rate` is in bytes a second (`None`: no bulk
     /// stream; `Some(0)`: as fast as it goes).
-    pub fn start(run: &Run, client: &Ns, server: (&Ns, &str), bulk_rate: Option<u64>) -> Result<TcpProbes> {
+    pub fn start(
+        run: &Run,
+        client: &Ns,
+        server: (&Ns, &str),
+        bulk_rate: Option<u64>,
+    ) -> Result<TcpProbes> {
         let (ns, address) = server;
         let serve = Agent::start(run, ns, "tcp", &["serve", "--bind", address].map(str::to_owned))?;
-        wait::for_true("the TCP server", Duration::from_secs(10), Duration::from_millis(5), || {
-            lock(&serve.log).connected
-        })?;
+        wait::for_true(
+            "the TCP server",
+            Duration::from_secs(10),
+            Duration::from_millis(5),
+            || lock(&serve.log).connected,
+        )?;
         let bulk = match bulk_rate {
             None => None,
             Some(rate) => {
-                let args = ["bulk", "--to", address, "--rate", &rate.to_string()].map(str::to_owned);
+                let args =
+                    ["bulk", "--to", address, "--rate", &rate.to_string()].map(str::to_owned);
                 Some(Agent::start(run, client, "bulk", &args)?)
             }
         };
-        let idle = Agent::start(run, client, "idle", &["idle", "--to", address].map(str::to_owned))?;
-        wait::for_true("TCP connections", Duration::from_secs(20), Duration::from_millis(5), || {
-            lock(&idle.log).connected && bulk.as_ref().is_none_or(|bulk| lock(&bulk.log).connected)
-        })?;
+        let idle =
+            Agent::start(run, client, "idle", &["idle", "--to", address].map(str::to_owned))?;
+        wait::for_true(
+            "TCP connections",
+            Duration::from_secs(20),
+            Duration::from_millis(5),
+            || {
+                lock(&idle.log).connected
+                    && bulk.as_ref().is_none_or(|bulk| lock(&bulk.log).connected)
+            },
+        )?;
         Ok(TcpProbes { server: serve, bulk, idle, next_echo: 0 })
     }
 
@@ -384,7 +410,8 @@ impl TcpProbes {
             .is_ok();
         let mut broken = u64::from(!idle);
         if let Some(bulk) = &mut self.bulk {
-            let before = self.server.log.lock().map_or(0, |log| log.bytes.last().map_or(0, |last| last.0));
+            let before =
+                self.server.log.lock().map_or(0, |log| log.bytes.last().map_or(0, |last| last.0));
             let moved = wait::for_true("bulk", within, Duration::from_millis(2), || {
                 lock(&self.server.log)
                     .bytes
@@ -419,8 +446,11 @@ mod tests {
     fn loss_gap_and_order_are_judged() {
         let sent: Vec<_> = (0..10).map(|n| (n, n * MS)).collect();
         // 3 and 4 lost, 6 and 5 swapped, 8 twice, all 100 µs under way.
-        let received: Vec<_> =
-            [0, 1, 2, 6, 5, 7, 8, 8, 9].iter().enumerate().map(|(i, n)| (*n, n.max(&(i as u64)) * MS + MS / 10)).collect();
+        let received: Vec<_> = [0, 1, 2, 6, 5, 7, 8, 8, 9]
+            .iter()
+            .enumerate()
+            .map(|(i, n)| (*n, n.max(&(i as u64)) * MS + MS / 10))
+            .collect();
         let mut received = received;
         received.sort_by_key(|(_, at)| *at);
         let measure = judge(&sent, &received, 0, 10 * MS);

@@ -195,7 +195,8 @@ impl Cmd {
         if finished.status.success() {
             return Ok(finished.stdout);
         }
-        let said = if finished.stderr.trim().is_empty() { &finished.stdout } else { &finished.stderr };
+        let said =
+            if finished.stderr.trim().is_empty() { &finished.stdout } else { &finished.stderr };
         Err(Error::Command {
             command: self.line(),
             status: finished.status.to_string(),

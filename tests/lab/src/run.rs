@@ -254,7 +254,8 @@ fn delete_namespaces(names: &[String]) {
     for name in names {
         // Two rounds: a process may have been born while the first list was read.
         for _ in 0..2 {
-            let Ok(list) = Cmd::new("ip").args(["netns", "pids", name]).unregistered().run(brief) else {
+            let Ok(list) = Cmd::new("ip").args(["netns", "pids", name]).unregistered().run(brief)
+            else {
                 break;
             };
             for pid in list.split_whitespace().filter_map(|word| word.parse().ok()) {

@@ -136,7 +136,12 @@ pub struct Seen {
 
 impl Scene {
     /// Builds it. `say` is told each step.
-    pub fn build(run: &Run, bins: &Bins, setup: &Setup, say: &mut dyn FnMut(&str)) -> Result<Scene> {
+    pub fn build(
+        run: &Run,
+        bins: &Bins,
+        setup: &Setup,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Scene> {
         let net = Net::build(run)?;
         say("virtual network: two instance hosts, a LAN, a WAN, a router, a remote gateway");
         let wan = start_wan(run, &net)?;
@@ -144,14 +149,19 @@ impl Scene {
         let peer_ike = start_peer(run, &net)?;
         let mut instances = start_pair(run, bins, &net, &setup.config)?;
         let first = wait_pair_synced(&mut instances, PATIENCE)?;
-        say(&format!("instances left and right: {} owns, the other's shadow is in sync", instances[first].name));
+        say(&format!(
+            "instances left and right: {} owns, the other's shadow is in sync",
+            instances[first].name
+        ));
         let remote = start_remote(run, bins, &net, setup.peer)?;
         say(&format!("{} initiated: tunnel up", remote.describe()?));
         net.lhost.ping_until(net::RHOST, PATIENCE)?;
         let udp = UdpProbes::start(run, (&net.lhost, net::LHOST), (&net.rhost, net::RHOST), 1000)?;
         udp.wait_flowing(PATIENCE)?;
         let tcp = TcpProbes::start(run, &net.lhost, (&net.rhost, net::RHOST), setup.bulk)?;
-        say("traffic: 1,000 numbered UDP packets a second each way, a bulk TCP stream, an idle TCP connection");
+        say(
+            "traffic: 1,000 numbered UDP packets a second each way, a bulk TCP stream, an idle TCP connection",
+        );
         Ok(Scene {
             udp,
             tcp,
@@ -168,7 +178,8 @@ impl Scene {
     /// Ends the running captures, after new ones have started (so nothing on the WAN escapes the IV checker),
     /// and hands over what they saw.
     pub fn look(&mut self, run: &Run) -> Result<Seen> {
-        let next = (start_wan(run, &self.net)?, start_lan(run, &self.net)?, start_peer(run, &self.net)?);
+        let next =
+            (start_wan(run, &self.net)?, start_lan(run, &self.net)?, start_peer(run, &self.net)?);
         let missing = || Error::check("a capture is not running");
         let wan = self.wan.replace(next.0).ok_or_else(missing)?.stop()?;
         let lan = self.lan_arp.replace(next.1).ok_or_else(missing)?.stop()?;
@@ -186,11 +197,17 @@ impl Scene {
     pub fn check_clean(&self) -> Result<()> {
         for instance in &self.instances {
             let errors = instance.log_errors();
-            ensure(errors.is_empty(), || format!("{} logged: {}", instance.name, errors.join(" / ")))?;
+            ensure(errors.is_empty(), || {
+                format!("{} logged: {}", instance.name, errors.join(" / "))
+            })?;
         }
         ensure(self.ivs.iv_repeats == 0, || format!("IV repeats: {:?}", self.ivs.examples))?;
-        ensure(self.ivs.sequence_repeats == 0, || format!("sequence repeats: {:?}", self.ivs.examples))?;
-        ensure(self.ivs.message_id_repeats == 0, || format!("message id repeats: {:?}", self.ivs.examples))
+        ensure(self.ivs.sequence_repeats == 0, || {
+            format!("sequence repeats: {:?}", self.ivs.examples)
+        })?;
+        ensure(self.ivs.message_id_repeats == 0, || {
+            format!("message id repeats: {:?}", self.ivs.examples)
+        })
     }
 }
 
@@ -218,7 +235,13 @@ fn start_lan(run: &Run, net: &Net) -> Result<Capture> {
 }
 
 fn start_peer(run: &Run, net: &Net) -> Result<Capture> {
-    Capture::start(run, &net.peer, "eth0", "udp port 500 or (udp port 4500 and udp[8:4] = 0)", 65_535)
+    Capture::start(
+        run,
+        &net.peer,
+        "eth0",
+        "udp port 500 or (udp port 4500 and udp[8:4] = 0)",
+        65_535,
+    )
 }
 
 /// Starts both instances of a pair on the same configuration.
@@ -245,7 +268,10 @@ pub fn wait_pair_synced(instances: &mut [Daemon; 2], within: Duration) -> Result
             states[0].role, states[0].mode, states[1].role, states[1].mode
         );
         for owner in [0, 1] {
-            if states[owner].role == "owner" && states[owner].mode == "synced" && states[1 - owner].role == "shadow" {
+            if states[owner].role == "owner"
+                && states[owner].mode == "synced"
+                && states[1 - owner].role == "shadow"
+            {
                 return Ok(owner);
             }
         }

@@ -21,7 +21,9 @@ mod tests {
     #[test]
     fn nearest_rank_by_its_definition() {
         let values = [15.0, 20.0, 35.0, 40.0, 50.0];
-        for (percent, wanted) in [(5.0, 15.0), (30.0, 20.0), (40.0, 20.0), (50.0, 35.0), (100.0, 50.0)] {
+        for (percent, wanted) in
+            [(5.0, 15.0), (30.0, 20.0), (40.0, 20.0), (50.0, 35.0), (100.0, 50.0)]
+        {
             assert_eq!(nearest_rank(&values, percent), wanted);
         }
         assert_eq!(nearest_rank(&[], 50.0), 0.0);

@@ -33,7 +33,10 @@ impl Bins {
         let bins = Bins { tandemd: dir.join("tandemd"), tandem: dir.join("tandem") };
         for path in [&bins.tandemd, &bins.tandem] {
             if !path.exists() {
-                return Err(Error::Machine(format!("there is no {} (cargo build --release)", path.display())));
+                return Err(Error::Machine(format!(
+                    "there is no {} (cargo build --release)",
+                    path.display()
+                )));
             }
         }
         Ok(bins)
@@ -144,11 +147,7 @@ impl Config {
 
     /// One instance on its own, `left`.
     pub fn single() -> Config {
-        Config {
-            secret: None,
-            instances: vec![("left".into(), 0, Vec::new())],
-            ..Config::pair()
-        }
+        Config { secret: None, instances: vec![("left".into(), 0, Vec::new())], ..Config::pair() }
     }
 
     /// One instance in the remote gateway's place (see [`net::Net::virtual_peer`]); it initiates.
@@ -185,7 +184,8 @@ impl Config {
     pub fn write(&self, dir: &Path) -> Result<PathBuf> {
         std::fs::create_dir_all(dir.join("state")).doing(format!("create {}", dir.display()))?;
         let at = dir.display();
-        let mut text = format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
+        let mut text =
+            format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
         if let Some(secret) = &self.secret {
             secret_file(&dir.join("pair.key"), secret)?;
             let _ = writeln!(text, "[pair]\nsecret_file = \"{at}/pair.key\"");
@@ -370,7 +370,11 @@ impl Status {
 
     /// The tunnel of a connection.
     pub fn tunnel(&self, connection: &str) -> TunnelStatus {
-        self.tunnels.iter().find(|tunnel| tunnel.connection == connection).cloned().unwrap_or_default()
+        self.tunnels
+            .iter()
+            .find(|tunnel| tunnel.connection == connection)
+            .cloned()
+            .unwrap_or_default()
     }
 
     /// Whether `connection` is established with at least `children` installed children.
@@ -533,7 +537,12 @@ impl Daemon {
 
     /// The command, for those who want its exit status.
     pub fn tandem_cmd(&self, args: &[&str]) -> Cmd {
-        Cmd::new(&self.bins.tandem).arg("--socket").arg(self.socket()).arg("--config").arg(&self.config).args(args)
+        Cmd::new(&self.bins.tandem)
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("--config")
+            .arg(&self.config)
+            .args(args)
     }
 
     /// The command line with which a person asks it something.
@@ -544,15 +553,18 @@ impl Daemon {
     /// What it says of itself.
     pub fn status(&self) -> Result<Status> {
         let text = self.tandem_cmd(&["status", "--json"]).run(Duration::from_secs(3))?;
-        serde_json::from_str(&text).map_err(|error| Error::parse("tandem status --json", error.to_string()))
+        serde_json::from_str(&text)
+            .map_err(|error| Error::parse("tandem status --json", error.to_string()))
     }
 
     /// Resident memory, bytes.
     pub fn resident_bytes(&mut self) -> Result<u64> {
         let pid = self.proc()?.pid();
-        let text = std::fs::read_to_string(format!("/proc/{pid}/status")).doing("read a process's status")?;
+        let text = std::fs::read_to_string(format!("/proc/{pid}/status"))
+            .doing("read a process's status")?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-        let kilobytes: u64 = line.split_whitespace().next().unwrap_or_default().parse().unwrap_or(0);
+        let kilobytes: u64 =
+            line.split_whitespace().next().unwrap_or_default().parse().unwrap_or(0);
         Ok(kilobytes * 1024)
     }
 

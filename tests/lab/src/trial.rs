@@ -5,21 +5,19 @@
 //! SPIs come from the peer, exchanges from a capture at the peer, 1 s before to 10 s after.
 
 use crate::charon::Spis;
-use crate::clock;
 use crate::check;
+use crate::clock;
 use crate::error::{Result, ensure};
 use crate::net;
 use crate::probe::{Measure, Way};
 use crate::run::Run;
 use crate::scene::{PATIENCE, Scene};
 use crate::wait;
-use serde::Serialize;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 /// What is done to the pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum)]
 pub enum Kind {
     /// SIGKILL of the owner.
     Kill,
@@ -37,18 +35,24 @@ pub enum Kind {
 
 impl Kind {
     /// All, in the order of the table.
-    pub const ALL: [Kind; 6] =
-        [Kind::Kill, Kind::Stop, Kind::Switchover, Kind::Rejoin, Kind::StandbyKill, Kind::StandbyStop];
+    pub const ALL: [Kind; 6] = [
+        Kind::Kill,
+        Kind::Stop,
+        Kind::Switchover,
+        Kind::Rejoin,
+        Kind::StandbyKill,
+        Kind::StandbyStop,
+    ];
 
-    /// The key in JSON.
+    /// The key in JSON: the flag's spelling.
     pub fn key(self) -> &'static str {
         match self {
             Kind::Kill => "kill",
             Kind::Stop => "stop",
             Kind::Switchover => "switchover",
             Kind::Rejoin => "rejoin",
-            Kind::StandbyKill => "standby_kill",
-            Kind::StandbyStop => "standby_stop",
+            Kind::StandbyKill => "standby-kill",
+            Kind::StandbyStop => "standby-stop",
         }
     }
 
@@ -134,17 +138,70 @@ pub type Watch<'a> = &'a mut dyn FnMut(&Scene, Duration);
 
 /// Runs one trial and leaves the scene healed: both instances run and are in sync. `phase` (0 to 1) is where in
 /// the pair's rhythm the event falls.
-pub fn run_trial(run: &Run, scene: &mut Scene, kind: Kind, phase: f64, watch: Watch<'_>) -> Result<Outcome> {
-    // A rejoin needs a dead instance first; its death is not part of the trial.
-    let mut owner = scene.wait_synced(PATIENCE)?;
-    if kind == Kind::Rejoin {
-        scene.instances[owner].kill9()?;
-        scene.instances[owner].bury()?;
-        owner = 1 - owner;
-        wait::until("the survivor to own", PATIENCE, Duration::from_millis(10), || {
-            Ok((scene.instances[owner].status()?.main().role == "owner").then_some(()))
-        })?;
+pub fn run_trial(
+    run: &Run,
+    scene: &mut Scene,
+    kind: Kind,
+    phase: f64,
+    watch: Watch<'_>,
+) -> Result<Outcome> {
+    let outcome = hurt(run, scene, kind, phase, watch)?;
+    heal(scene, outcome)
+}
+
+/// The instance that owns, for a trial to start from. A rejoin needs a dead instance: if both live, the owner is
+/// killed first, which is no part of the trial.
+fn find_owner(scene: &mut Scene, kind: Kind) -> Result<usize> {
+    if kind != Kind::Rejoin {
+        return scene.wait_synced(PATIENCE);
     }
+    let dead = scene.instances.iter_mut().position(|instance| !instance.is_running());
+    let dead = match dead {
+        Some(dead) => dead,
+        None => {
+            let owner = scene.wait_synced(PATIENCE)?;
+            scene.instances[owner].kill9()?;
+            owner
+        }
+    };
+    scene.instances[dead].bury()?;
+    wait::until("the survivor to own", PATIENCE, Duration::from_millis(10), || {
+        Ok((scene.instances[1 - dead].status()?.main().role == "owner").then_some(()))
+    })?;
+    Ok(1 - dead)
+}
+
+/// Brings a dead instance back, waits until both are in sync, and judges who owns now.
+pub fn heal(scene: &mut Scene, mut outcome: Outcome) -> Result<Outcome> {
+    for instance in &mut scene.instances {
+        if !instance.is_running() {
+            instance.bury()?;
+            instance.start()?;
+        }
+    }
+    let owner = scene.wait_synced(PATIENCE)?;
+    outcome.owner_after = scene.instances[owner].name.clone();
+    let moves = matches!(outcome.kind, Kind::Kill | Kind::Stop | Kind::Switchover);
+    ensure((outcome.owner_after != outcome.owner_before) == moves, || {
+        format!(
+            "{}: owner was {}, is {}",
+            outcome.kind.title(),
+            outcome.owner_before,
+            outcome.owner_after
+        )
+    })?;
+    Ok(outcome)
+}
+
+/// One trial up to its measurement; what was killed stays dead until [`heal`].
+pub fn hurt(
+    run: &Run,
+    scene: &mut Scene,
+    kind: Kind,
+    phase: f64,
+    watch: Watch<'_>,
+) -> Result<Outcome> {
+    let owner = find_owner(scene, kind)?;
     scene.udp.wait_flowing(PATIENCE)?;
     let before = scene.remote.spis()?;
     scene.look(run)?.discard();
@@ -154,7 +211,9 @@ pub fn run_trial(run: &Run, scene: &mut Scene, kind: Kind, phase: f64, watch: Wa
         Kind::Rejoin | Kind::StandbyKill | Kind::StandbyStop => 1 - owner,
     };
     // One second of peace for the exchange count, then anywhere within five heartbeats.
-    let start = clock::now() + Duration::from_secs(1) + Duration::from_millis(100).mul_f64(phase.clamp(0.0, 1.0));
+    let start = clock::now()
+        + Duration::from_secs(1)
+        + Duration::from_millis(100).mul_f64(phase.clamp(0.0, 1.0));
     clock::sleep_until(start);
     let event = clock::now();
     match kind {
@@ -166,7 +225,14 @@ pub fn run_trial(run: &Run, scene: &mut Scene, kind: Kind, phase: f64, watch: Wa
     let recovered = watch_until_flowing(scene, event, watch);
     let mut thawed = None;
     let end = event + OBSERVE;
+    let mut synced_after = None;
     while clock::now() < end {
+        if kind == Kind::Rejoin
+            && synced_after.is_none()
+            && scene.wait_synced(Duration::ZERO).is_ok()
+        {
+            synced_after = Some(clock::now() - event);
+        }
         if matches!(kind, Kind::Stop | Kind::StandbyStop)
             && thawed.is_none()
             && clock::now() >= event + THAW_AFTER
@@ -198,25 +264,10 @@ pub fn run_trial(run: &Run, scene: &mut Scene, kind: Kind, phase: f64, watch: Wa
         arp_claims: 0,
         sent_after_thaw: 0,
         frames: 0,
-        synced_after: None,
+        synced_after,
     };
     look_at_captures(run, scene, hurt, thawed, &mut outcome)?;
 
-    // Heal.
-    if matches!(kind, Kind::Kill | Kind::StandbyKill) {
-        scene.instances[hurt].bury()?;
-        scene.instances[hurt].start()?;
-    }
-    let owner_after = scene.wait_synced(PATIENCE)?;
-    outcome.owner_after = scene.instances[owner_after].name.clone();
-    if matches!(kind, Kind::Rejoin) {
-        scene.instances[hurt].wait_ready(PATIENCE)?;
-    }
-    let moves = matches!(kind, Kind::Kill | Kind::Stop | Kind::Switchover);
-    ensure((owner_after != owner) == moves, || {
-        format!("{}: owner was {}, is {}", kind.title(), outcome.owner_before, outcome.owner_after)
-    })?;
-    scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
     Ok(outcome)
 }
 
@@ -230,7 +281,9 @@ fn watch_until_flowing(scene: &Scene, event: Duration, watch: Watch<'_>) -> Resu
     wait::until("traffic both ways after the event", OBSERVE, Duration::from_millis(2), || {
         watch(scene, event);
         let settled = event + Duration::from_millis(20);
-        Ok((clock::now() > settled && scene.udp.wait_arrivals_since(settled, Duration::ZERO).is_ok()).then_some(()))
+        Ok((clock::now() > settled
+            && scene.udp.wait_arrivals_since(settled, Duration::ZERO).is_ok())
+        .then_some(()))
     })
 }
 
@@ -253,7 +306,11 @@ fn look_at_captures(
     let virtual_lan: Ipv4Addr = net::VIRTUAL_LAN.parse().unwrap_or(Ipv4Addr::UNSPECIFIED);
     if outcome.kind != Kind::Rejoin {
         // An owner may still have answered a moment before it died: a frame on its way counts as before.
-        let quiet = if outcome.kind == Kind::Switchover { event + Duration::from_secs(1) } else { event + Duration::from_millis(5) };
+        let quiet = if outcome.kind == Kind::Switchover {
+            event + Duration::from_secs(1)
+        } else {
+            event + Duration::from_millis(5)
+        };
         outcome.arp_claims = check::arp_claims(&seen.wan, wan_mac, virtual_wan, quiet, end)
             + check::arp_claims(&seen.lan, lan_mac, virtual_lan, quiet, end);
     }

@@ -80,10 +80,17 @@ impl UmlPeer {
         let screen = Screen::default();
         let copy = Arc::clone(&screen);
         std::thread::spawn(move || collect(stdout, &copy));
-        let peer =
-            UmlPeer { proc: Mutex::new(proc), console: Mutex::new((stdin, 0)), screen, dir: dir.clone(), swanctl };
+        let peer = UmlPeer {
+            proc: Mutex::new(proc),
+            console: Mutex::new((stdin, 0)),
+            screen,
+            dir: dir.clone(),
+            swanctl,
+        };
         peer.wait_screen("LAB-READY", Duration::from_secs(60))?;
-        ensure(!lock(&peer.screen).contains("LAB-MODPROBE-FAILED"), || "the guest lacks ESP modules".into())?;
+        ensure(!lock(&peer.screen).contains("LAB-MODPROBE-FAILED"), || {
+            "the guest lacks ESP modules".into()
+        })?;
         peer.run(
             "ip link set lo up; ip addr add 198.51.100.7/24 dev vec0; ip addr add 10.2.0.1/24 dev vec1; \
              ip link set vec0 up; ip link set vec1 up; ip route add default via 198.51.100.1; \
@@ -93,16 +100,22 @@ impl UmlPeer {
         )?;
         let conf = dir.join("strongswan.conf");
         let log = dir.join("charon.log");
-        write_file(&conf, strongswan_conf(&log, Path::new("/run/charon.vici"), Backend::Kernel, ""))?;
+        write_file(
+            &conf,
+            strongswan_conf(&log, Path::new("/run/charon.vici"), Backend::Kernel, ""),
+        )?;
         peer.run(&format!(
             "STRONGSWAN_CONF={} {} > {}/charon.out 2>&1 < /dev/null &",
             conf.display(),
             charon.display(),
             dir.display()
         ))?;
-        wait::until_ok("charon in the guest", Duration::from_secs(60), Duration::from_millis(100), || {
-            peer.swanctl("--stats").map(drop)
-        })?;
+        wait::until_ok(
+            "charon in the guest",
+            Duration::from_secs(60),
+            Duration::from_millis(100),
+            || peer.swanctl("--stats").map(drop),
+        )?;
         peer.load(conns)?;
         Ok(peer)
     }
@@ -142,10 +155,15 @@ impl UmlPeer {
     }
 
     fn wait_screen(&self, text: &str, within: Duration) -> Result<()> {
-        wait::until(&format!("{text} on the guest's console"), within, Duration::from_millis(10), || {
-            lock(&self.proc).check_alive()?;
-            Ok(lock(&self.screen).contains(text).then_some(()))
-        })
+        wait::until(
+            &format!("{text} on the guest's console"),
+            within,
+            Duration::from_millis(10),
+            || {
+                lock(&self.proc).check_alive()?;
+                Ok(lock(&self.screen).contains(text).then_some(()))
+            },
+        )
     }
 
     fn swanctl(&self, args: &str) -> Result<String> {
@@ -165,7 +183,8 @@ impl UmlPeer {
 
     /// Initiates a child.
     pub fn initiate(&self, child: &str, within: Duration) -> Result<()> {
-        self.swanctl(&format!("--initiate --child {child} --timeout {}", within.as_secs())).map(drop)
+        self.swanctl(&format!("--initiate --child {child} --timeout {}", within.as_secs()))
+            .map(drop)
     }
 
     /// Every IKE SA it knows.
@@ -193,7 +212,8 @@ impl UmlPeer {
     pub fn describe(&self) -> Result<String> {
         let kernel = self.run("uname -r")?;
         let version = self.swanctl("--version --daemon")?;
-        let version = version.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
+        let version =
+            version.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()));
         let version = version.unwrap_or("?").trim_end_matches(',');
         Ok(format!("strongSwan {version} on Linux {} ESP", kernel.trim()))
     }
@@ -203,13 +223,18 @@ impl UmlPeer {
         let _ = self.swanctl("--terminate --ike gw --timeout 5");
         {
             let mut console = lock(&self.console);
-            writeln!(console.0, "quit").and_then(|()| console.0.flush()).doing("talk to the guest")?;
+            writeln!(console.0, "quit")
+                .and_then(|()| console.0.flush())
+                .doing("talk to the guest")?;
         }
         let mut proc = lock(&self.proc);
         let started = clock::now();
         if proc.bury(Duration::from_secs(20)).is_err() {
             proc.stop(Signal::SIGKILL, Duration::from_secs(5))?;
-            return Err(Error::check(format!("the guest did not power off in {:?}", clock::now() - started)));
+            return Err(Error::check(format!(
+                "the guest did not power off in {:?}",
+                clock::now() - started
+            )));
         }
         Ok(())
     }
@@ -224,13 +249,16 @@ fn collect(mut stdout: ChildStdout, screen: &Screen) {
 
 fn executable(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).doing("make the guest's init runnable")
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))
+        .doing("make the guest's init runnable")
 }
 
 /// Hands the namespace's two interfaces to the guest.
 fn wire_up(ns: &Ns) -> Result<()> {
     for (eth, tap, bridge) in [("eth0", "tap0", "br0"), ("eth1", "tap1", "br1")] {
-        ns.ip(&format!("addr flush dev {eth}\ntuntap add dev {tap} mode tap\nlink set {tap} up\n"))?;
+        ns.ip(&format!(
+            "addr flush dev {eth}\ntuntap add dev {tap} mode tap\nlink set {tap} up\n"
+        ))?;
         ns::bridge(ns, bridge, &[eth, tap])?;
     }
     Ok(())

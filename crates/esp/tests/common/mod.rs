@@ -12,56 +12,56 @@ use esp::{Batch, Command, Config, INITIAL_CEILING, Report, SLOT_LEN, Sa, Shard, 
 use wire::id::{ConnectionId, EndpointId, EspSpi, SpiLayout, Term};
 use wire::ts::{Cidr, TrafficSelector};
 
-pub const MAIN: EndpointId = EndpointId(0);
+pub(crate) const MAIN: EndpointId = EndpointId(0);
 /// A fence that never runs out.
-pub const OPEN: &[Duration] = &[Duration::MAX];
+pub(crate) const OPEN: &[Duration] = &[Duration::MAX];
 
-pub fn ms(ms: u64) -> Duration {
+pub(crate) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-pub fn unhex(text: &str) -> Vec<u8> {
+pub(crate) fn unhex(text: &str) -> Vec<u8> {
     let digits: Vec<u8> =
         text.bytes().filter_map(|c| (c as char).to_digit(16)).map(|d| d as u8).collect();
     assert_eq!(digits.len() % 2, 0, "odd number of hex digits");
     digits.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect()
 }
 
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-pub fn ts(cidr: &str) -> TrafficSelector {
+pub(crate) fn ts(cidr: &str) -> TrafficSelector {
     TrafficSelector::from(cidr.parse::<Cidr>().unwrap())
 }
 
-pub fn sock(text: &str) -> SocketAddr {
+pub(crate) fn sock(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
 /// A UDP packet from the left net to the right one, with a payload that tells
 /// which it is.
-pub fn udp(from: &str, to: &str, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn udp(from: &str, to: &str, payload: &[u8]) -> Vec<u8> {
     wire::ip::udp_packet(sock(from), sock(to), payload).unwrap()
 }
 
 /// From 10.1.0.9 to 10.2.0.5, which the SAs of [`sas`] carry left to right.
-pub fn numbered(number: u32) -> Vec<u8> {
+pub(crate) fn numbered(number: u32) -> Vec<u8> {
     udp("10.1.0.9:5000", "10.2.0.5:4000", &number.to_be_bytes())
 }
 
-pub fn number_of(packet: &[u8]) -> u32 {
+pub(crate) fn number_of(packet: &[u8]) -> u32 {
     u32::from_be_bytes(packet[packet.len() - 4..].try_into().unwrap())
 }
 
 /// Our SPI number `slot` of instance `instance`.
-pub fn spi(instance: u8, slot: u16) -> EspSpi {
+pub(crate) fn spi(instance: u8, slot: u16) -> EspSpi {
     SpiLayout::new(instance, 1, 0, slot).unwrap().spi()
 }
 
 /// Both ends' halves of one SA pair: the left net is 10.1.0.0/16 and
 /// fd01::/64, the right one 10.2.0.0/16 and fd02::/64.
-pub fn sas(alg: AeadAlg, slot: u16) -> (Sa, Sa) {
+pub(crate) fn sas(alg: AeadAlg, slot: u16) -> (Sa, Sa) {
     let key = |first: u8| {
         Secret::new((0..alg.keymat_len()).map(|i| first.wrapping_add(i as u8)).collect())
     };
@@ -99,7 +99,7 @@ pub fn sas(alg: AeadAlg, slot: u16) -> (Sa, Sa) {
     (left, right)
 }
 
-pub fn copy(sa: &Sa) -> Sa {
+pub(crate) fn copy(sa: &Sa) -> Sa {
     Sa {
         keymat_in: sa.keymat_in.duplicate(),
         keymat_out: sa.keymat_out.duplicate(),
@@ -109,29 +109,29 @@ pub fn copy(sa: &Sa) -> Sa {
     }
 }
 
-pub fn config() -> Config {
+pub(crate) fn config() -> Config {
     Config { queue_len: 64, ..Config::default() }
 }
 
 /// A shard that owns the endpoint in `term`, without obeying leases.
-pub fn owner(term: u64) -> Shard {
+pub(crate) fn owner(term: u64) -> Shard {
     let mut shard = Shard::new(config());
     own(&mut shard, term, 0, false);
     shard
 }
 
-pub fn own(shard: &mut Shard, term: u64, seq_jump: u64, obey_leases: bool) {
+pub(crate) fn own(shard: &mut Shard, term: u64, seq_jump: u64, obey_leases: bool) {
     shard.apply(Command::Own { endpoint: MAIN, term: Term(term), seq_jump, obey_leases }).unwrap();
 }
 
 /// Installs and uses an SA.
-pub fn install(shard: &mut Shard, sa: &Sa) {
+pub(crate) fn install(shard: &mut Shard, sa: &Sa) {
     shard.apply(Command::Install(Box::new(copy(sa)))).unwrap();
     shard.apply(Command::UseOutbound { spi_in: sa.spi_in }).unwrap();
 }
 
 /// Two owners with one SA pair between them.
-pub fn pair(alg: AeadAlg) -> (Shard, Shard, Sa, Sa) {
+pub(crate) fn pair(alg: AeadAlg) -> (Shard, Shard, Sa, Sa) {
     let (left_sa, right_sa) = sas(alg, 0);
     let (mut left, mut right) = (owner(2), owner(2));
     install(&mut left, &left_sa);
@@ -139,7 +139,7 @@ pub fn pair(alg: AeadAlg) -> (Shard, Shard, Sa, Sa) {
     (left, right, left_sa, right_sa)
 }
 
-pub fn batch_of<P: AsRef<[u8]>>(packets: &[P]) -> Batch {
+pub(crate) fn batch_of<P: AsRef<[u8]>>(packets: &[P]) -> Batch {
     let mut batch = Batch::new(packets.len().max(1), SLOT_LEN);
     for packet in packets {
         assert!(batch.push().unwrap().fill(packet.as_ref()));
@@ -148,7 +148,7 @@ pub fn batch_of<P: AsRef<[u8]>>(packets: &[P]) -> Batch {
 }
 
 /// One packet outbound: verdict, and the packet as it then stands.
-pub fn seal(shard: &mut Shard, now: Duration, inner: &[u8]) -> (Verdict, Vec<u8>) {
+pub(crate) fn seal(shard: &mut Shard, now: Duration, inner: &[u8]) -> (Verdict, Vec<u8>) {
     let mut batch = batch_of(&[inner]);
     shard.outbound(now, OPEN, &mut batch);
     let slot = &batch.slots()[0];
@@ -156,14 +156,14 @@ pub fn seal(shard: &mut Shard, now: Duration, inner: &[u8]) -> (Verdict, Vec<u8>
 }
 
 /// One packet outbound that must be sent.
-pub fn sealed(shard: &mut Shard, now: Duration, inner: &[u8]) -> Vec<u8> {
+pub(crate) fn sealed(shard: &mut Shard, now: Duration, inner: &[u8]) -> Vec<u8> {
     let (verdict, packet) = seal(shard, now, inner);
     assert!(matches!(verdict, Verdict::Send { .. }), "{verdict:?}");
     packet
 }
 
 /// One packet inbound: verdict, and the packet as it then stands.
-pub fn open(shard: &mut Shard, now: Duration, esp: &[u8]) -> (Verdict, Vec<u8>) {
+pub(crate) fn open(shard: &mut Shard, now: Duration, esp: &[u8]) -> (Verdict, Vec<u8>) {
     let mut batch = batch_of(&[esp]);
     shard.inbound(now, OPEN, &mut batch);
     let slot = &batch.slots()[0];
@@ -171,20 +171,20 @@ pub fn open(shard: &mut Shard, now: Duration, esp: &[u8]) -> (Verdict, Vec<u8>) 
 }
 
 /// One packet inbound that must be delivered.
-pub fn opened(shard: &mut Shard, now: Duration, esp: &[u8]) -> Vec<u8> {
+pub(crate) fn opened(shard: &mut Shard, now: Duration, esp: &[u8]) -> Vec<u8> {
     let (verdict, packet) = open(shard, now, esp);
     assert_eq!(verdict, Verdict::Deliver { endpoint: MAIN });
     packet
 }
 
-pub fn seq_of(esp: &[u8]) -> u32 {
+pub(crate) fn seq_of(esp: &[u8]) -> u32 {
     wire::esp::Header::parse(esp).unwrap().seq
 }
 
-pub fn iv_of(esp: &[u8]) -> [u8; 8] {
+pub(crate) fn iv_of(esp: &[u8]) -> [u8; 8] {
     esp[8..16].try_into().unwrap()
 }
 
-pub fn reports(shard: &mut Shard, now: Duration) -> Vec<Report> {
+pub(crate) fn reports(shard: &mut Shard, now: Duration) -> Vec<Report> {
     core::iter::from_fn(|| shard.poll_report(now)).collect()
 }

@@ -139,11 +139,7 @@ impl<'r> Table<'r> {
     /// Notes that a key is missing.
     pub(super) fn missing(&self, key: &str, expected: &str) {
         let message = format!("`{}` is missing", self.path(key));
-        self.reader.error(
-            &self.span,
-            message,
-            format!("expected `{key} = {expected}` in this table"),
-        );
+        self.reader.error(&self.span, message, format!("expected `{key}`: {expected}"));
     }
 
     /// A string that `parse` understands; its error, if any, says why not.
@@ -219,7 +215,7 @@ impl<'r> Table<'r> {
         Some(parsed)
     }
 
-    /// A whole number within a range, of a unit (for the message).
+    /// A whole number within a range, of a unit (for the message; may be empty).
     pub(super) fn number(
         &self,
         key: &str,
@@ -227,8 +223,8 @@ impl<'r> Table<'r> {
         range: RangeInclusive<u64>,
     ) -> Option<Placed<u64>> {
         let (value, span) = self.raw(key)?;
-        let expected =
-            format!("a whole number of {unit} from {} to {}", range.start(), range.end());
+        let unit = if unit.is_empty() { String::new() } else { format!(" of {unit}") };
+        let expected = format!("a whole number{unit} from {} to {}", range.start(), range.end());
         let DeValue::Integer(digits) = value else {
             self.wrong_type(key, value, &span, &expected);
             return None;

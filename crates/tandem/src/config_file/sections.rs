@@ -3,6 +3,7 @@
 //! other is the gateway's to check.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -175,8 +176,7 @@ fn inline_secret(table: &Table<'_>, keys: &[&str], instead: &str, example: &str)
 fn instances(tables: Vec<(String, Table<'_>)>, is_pair: bool) -> Vec<Instance> {
     let mut instances = Vec::new();
     for (name, table) in tables {
-        let index =
-            table.number("index", "instances", 0..=1).and_then(|n| u8::try_from(n.value).ok());
+        let index = table.number("index", "", 0..=1).and_then(|n| u8::try_from(n.value).ok());
         if is_pair && index.is_none() && !table.contains("index") {
             table.missing("index", "0 or 1");
         }
@@ -196,7 +196,7 @@ fn limits(table: Table<'_>) -> Limits {
     let d = Limits::default();
     let count = |key, most: u64, default: usize| {
         table
-            .number(key, "things", 1..=most)
+            .number(key, "", 1..=most)
             .and_then(|n| usize::try_from(n.value).ok())
             .unwrap_or(default)
     };
@@ -327,12 +327,10 @@ impl Section<'_, '_, '_> {
         // swanctl's default: the address.
         let first = served.as_ref().and_then(|names| names.first());
         let seat = first.and_then(|name| endpoints.iter().find(|e| &e.name == name));
+        // The gateway's checks report a name without an endpoint; nothing is ever made of this address.
+        let seat = seat.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |e| e.wan.address);
         let local_id = local_id.or_else(|| {
-            if table.contains("local_id") {
-                None
-            } else {
-                seat.map(|e| Identity::address(e.wan.address))
-            }
+            if table.contains("local_id") { None } else { Some(Identity::address(seat)) }
         });
         let remote_id = remote_id.or_else(|| match remote.as_ref()?.value {
             _ if table.contains("remote_id") => None,
@@ -369,7 +367,7 @@ impl Section<'_, '_, '_> {
             ike: ConnectionConfig {
                 name,
                 id: ConnectionId(0),
-                local_address: seat.map(|e| e.wan.address)?,
+                local_address: seat,
                 remote_address: remote?.value,
                 local_id: local_id?,
                 remote_id: remote_id?,

@@ -125,9 +125,8 @@ impl<'a> Notify<'a> {
         let (protocol, spi_size, kind) =
             (|| Some((r.u8()?, r.u8()?, r.u16()?)))().ok_or(Fault::Truncated)?;
         let spi = Spi::parse(r.take(usize::from(spi_size)).ok_or(Fault::Truncated)?);
-        if matches!(spi, Spi::Other(_)) {
-            return Err(Fault::Value);
-        }
+        // An SPI of another length is carried through: status types we do not know MUST be ignored (RFC 7296
+        // §3.10.1), so they must not spoil the message.
         Ok(Notify { protocol: ProtocolId(protocol), spi, kind: NotifyType(kind), data: r.rest() })
     }
 

@@ -1,6 +1,8 @@
 //! The vectors of tests/data, and a tiny seeded generator. Each test file uses a part.
 #![allow(dead_code, reason = "shared by several test binaries")]
 
+pub(crate) mod checks;
+
 const VECTORS: &str = include_str!("../data/vectors.txt");
 
 /// All vectors: name and bytes.

@@ -1,7 +1,7 @@
 //! `failover`: measures what the remote peer and the flows see when the pair is hurt, many times over.
 //!
 //! With `--json`, standard output is one document, a key for every kind of trial (`kill`, `stop`, `switchover`,
-//! `rejoin`, `standby_kill`, `standby_stop`):
+//! `rejoin`, `standby-kill`, `standby-stop`):
 //!
 //! ```json
 //! {"kill":{"trials":50,"gap_p50_ms":9.1,"gap_p99_ms":40.2,"gap_max_ms":40.2,"lost_max":41,"sent":1000000,
@@ -27,7 +27,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 #[derive(Parser)]
-#[command(about = "Measures the gap, the losses and all that must not happen when an instance of the pair is hurt")]
+#[command(
+    about = "Measures the gap, the losses and all that must not happen when an instance of the pair is hurt"
+)]
 struct Args {
     /// Trials of each kind
     #[arg(long, default_value_t = 5)]
@@ -104,7 +106,8 @@ struct Summary {
 impl Summary {
     fn of(outcomes: &[Outcome], packets_checked: u64, iv_repeats: u64) -> Summary {
         let gaps: Vec<f64> = outcomes.iter().map(|outcome| clock::millis(outcome.gap())).collect();
-        let sum = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).fold(0, u64::saturating_add);
+        let sum =
+            |value: fn(&Outcome) -> u64| outcomes.iter().map(value).fold(0, u64::saturating_add);
         let max = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).max().unwrap_or(0);
         let round = |value: f64| (value * 10.0).round() / 10.0;
         Summary {
@@ -130,9 +133,16 @@ impl Summary {
 
     /// What must never be seen, whatever the times.
     fn faults(&self) -> u64 {
-        [self.spis_changed, self.tcp_broken, self.iv_repeats, self.clear_text, self.arp_claims, self.sent_after_thaw]
-            .iter()
-            .fold(0, |sum, count| sum.saturating_add(*count))
+        [
+            self.spis_changed,
+            self.tcp_broken,
+            self.iv_repeats,
+            self.clear_text,
+            self.arp_claims,
+            self.sent_after_thaw,
+        ]
+        .iter()
+        .fold(0, |sum, count| sum.saturating_add(*count))
     }
 }
 
@@ -196,6 +206,7 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
                 outcome.ike_exchanges,
                 outcome.tcp_broken
             );
+            scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
             outcomes.push(outcome);
         }
         scene.look(run)?.discard();
@@ -217,7 +228,17 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
 fn table(kinds: &[Kind], summaries: &BTreeMap<&str, Summary>) {
     println!(
         "{:<26}{:>7}{:>9}{:>9}{:>9}{:>10}{:>10}{:>7}{:>6}{:>12}{:>8}",
-        "", "trials", "p50 ms", "p99 ms", "max ms", "lost max", "sent", "SPIs", "TCP", "IVs checked", "repeats"
+        "",
+        "trials",
+        "p50 ms",
+        "p99 ms",
+        "max ms",
+        "lost max",
+        "sent",
+        "SPIs",
+        "TCP",
+        "IVs checked",
+        "repeats"
     );
     for kind in kinds {
         let Some(s) = summaries.get(kind.key()) else { continue };
@@ -244,4 +265,3 @@ fn random_phase() -> f64 {
     let number = RandomState::new().hash_one(clock::now());
     (number >> 11) as f64 / (1_u64 << 53) as f64
 }
-

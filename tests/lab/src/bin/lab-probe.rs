@@ -80,7 +80,8 @@ fn main() -> std::io::Result<()> {
 fn burn() -> ! {
     let mut number = 1_u64;
     loop {
-        number = std::hint::black_box(number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
+        number =
+            std::hint::black_box(number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
     }
 }
 
@@ -114,7 +115,13 @@ fn record(out: &Sender<Record>, kind: u8, value: u64) {
     let _ = out.send(Record { kind, value, at: clock::nanos(clock::now()) });
 }
 
-fn udp(bind: IpAddr, to: IpAddr, rate: u32, size: usize, out: Sender<Record>) -> std::io::Result<()> {
+fn udp(
+    bind: IpAddr,
+    to: IpAddr,
+    rate: u32,
+    size: usize,
+    out: Sender<Record>,
+) -> std::io::Result<()> {
     let socket = UdpSocket::bind(SocketAddr::new(bind, UDP_PORT))?;
     let receiver = socket.try_clone()?;
     let received = out.clone();
@@ -243,7 +250,8 @@ fn idle(to: IpAddr, out: &Sender<Record>) -> std::io::Result<()> {
     while std::io::stdin().read(&mut byte)? == 1 {
         number += 1;
         let mut echo = [0; 8];
-        let asked = stream.write_all(&number.to_be_bytes()).and_then(|()| stream.read_exact(&mut echo));
+        let asked =
+            stream.write_all(&number.to_be_bytes()).and_then(|()| stream.read_exact(&mut echo));
         match asked {
             Ok(()) if echo == number.to_be_bytes() => record(out, b'E', number),
             Ok(()) => record(out, b'X', 0),

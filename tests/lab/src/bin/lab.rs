@@ -1,7 +1,11 @@
 //! `lab`: the lab's own checks and the named real-peer scenarios.
 
 use clap::{Parser, Subcommand};
+use lab::Error;
+use lab::interop::{self, Lab};
 use lab::run::Run;
+use lab::tandem::Bins;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -18,6 +22,20 @@ enum What {
     Baseline,
     /// A real kernel's ESP in user-mode-linux, against strongSwan.
     Kernel,
+    /// Plays named scenarios against a real strongSwan; a line for each, then `N passed, N failed`.
+    Interop {
+        /// Parts of names [default: all]
+        names: Vec<String>,
+        /// List the scenarios
+        #[arg(long)]
+        list: bool,
+        /// Full counts and lengths, as the bars want them
+        #[arg(long)]
+        full: bool,
+        /// Where tandemd and tandem are [default: beside this program]
+        #[arg(long)]
+        bin_dir: Option<PathBuf>,
+    },
     /// Removes what an earlier run that was killed left behind.
     Cleanup,
 }
@@ -27,7 +45,16 @@ fn main() -> ExitCode {
     let result = match args.what {
         What::Baseline => prove(lab::baseline::prove),
         What::Kernel => prove(lab::baseline::prove_kernel),
-        What::Cleanup => lab::run::clean_stale().map(|count| println!("{count} stale namespaces removed")),
+        What::Interop { list: true, .. } => {
+            for scenario in interop::all() {
+                println!("{:<28} {}", scenario.name, scenario.about);
+            }
+            Ok(())
+        }
+        What::Interop { names, full, bin_dir, .. } => play(&names, full, bin_dir.as_deref()),
+        What::Cleanup => {
+            lab::run::clean_stale().map(|count| println!("{count} stale namespaces removed"))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -45,4 +72,15 @@ fn prove(what: fn(&Run, &mut dyn FnMut(&str)) -> lab::Result<()>) -> lab::Result
         run.keep_files();
     }
     result
+}
+
+fn play(names: &[String], full: bool, bin_dir: Option<&Path>) -> lab::Result<()> {
+    let bins = Bins::find(bin_dir)?;
+    let bound = if full { 3 * 3600 } else { 1800 };
+    let run = Run::start(Some(Duration::from_secs(bound)))?;
+    match interop::run(&Lab { run: &run, bins: &bins, full }, names) {
+        Some(0) => Ok(()),
+        Some(failed) => Err(Error::check(format!("{failed} scenarios failed"))),
+        None => Err(Error::check("no scenario has such a name (lab interop --list)")),
+    }
 }

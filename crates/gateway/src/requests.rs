@@ -1,0 +1,261 @@
+//! What operators ask, and the answers that take time: a failover is answered when the other instance owns the
+//! endpoint, `up` when the tunnel stands or has failed.
+
+use std::time::Duration;
+
+use wire::id::{ConnectionId, EndpointId, Term};
+
+use crate::core::Gateway;
+use crate::endpoint::{Endpoint, Part};
+use crate::face::{Answer, Moved, Output, Refusal, Request};
+use crate::status::TunnelState;
+
+/// `up` is answered at the latest after this long.
+const UP_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A request without an answer so far.
+#[derive(Debug)]
+pub(crate) enum Pending {
+    /// Waits for the shards' counters.
+    Status { ticket: u64 },
+    /// Waits for the other instance.
+    Failover { ticket: u64, began: Duration, waiting: Vec<EndpointId>, done: Vec<Moved> },
+    /// Waits for the peer.
+    Up { ticket: u64, began: Duration, connection: ConnectionId },
+}
+
+impl Pending {
+    /// When it is answered at the latest.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        match self {
+            Self::Up { began, .. } => Some(*began + UP_PATIENCE),
+            Self::Status { .. } | Self::Failover { .. } => None,
+        }
+    }
+}
+
+fn refuse(why: Refusal, text: String, hint: &'static str) -> Answer {
+    Answer::Refused { why, text, hint: Some(hint) }
+}
+
+impl Gateway {
+    /// A request of an operator; the answer comes as [`Output::Answer`] with the ticket (any number but `u64::MAX`).
+    pub fn handle_request(&mut self, now: Duration, ticket: u64, request: &Request) {
+        let answer = match request {
+            Request::Status => {
+                self.pending.push(Pending::Status { ticket });
+                self.outputs.push_back(Output::Shard(esp::Command::Query { token: ticket }));
+                None
+            }
+            Request::Failover { endpoint } => self.failover(now, ticket, endpoint.as_deref()),
+            Request::Up { connection } => self.up(now, ticket, connection),
+            Request::Down { connection } => Some(self.down(now, connection)),
+            Request::Rekey { connection, ike, children } => Some(self.rekey(now, connection, *ike, *children)),
+        };
+        if let Some(answer) = answer {
+            self.outputs.push_back(Output::Answer { ticket, answer });
+        }
+        self.pump(now);
+    }
+
+    fn failover(&mut self, now: Duration, ticket: u64, name: Option<&str>) -> Option<Answer> {
+        let chosen: Vec<&Endpoint> = match name {
+            Some(name) => self.endpoints.iter().filter(|e| e.name == name).collect(),
+            None => self.endpoints.iter().filter(|e| e.owns()).collect(),
+        };
+        if let (Some(name), true) = (name, chosen.is_empty()) {
+            let known: Vec<&str> = self.endpoints.iter().map(|e| e.name.as_str()).collect();
+            let text = format!("no endpoint is named {name:?}; there is: {}", known.join(", "));
+            return Some(refuse(Refusal::UnknownName, text, "see `tandem status`"));
+        }
+        if chosen.is_empty() || chosen.iter().any(|e| !e.owns()) {
+            let text = "this instance does not own it".to_owned();
+            return Some(refuse(Refusal::NotOwner, text, "run the command on the other host"));
+        }
+        let waiting: Vec<EndpointId> = chosen.iter().map(|e| e.id).collect();
+        for endpoint in &waiting {
+            if let Err(error) = self.pair.switchover(now, ha::EndpointId(endpoint.0)) {
+                let text = format!("endpoint {endpoint}: {error}");
+                return Some(refuse(Refusal::NotReady, text, "wait until `tandem status` shows it synced"));
+            }
+        }
+        self.pending.push(Pending::Failover { ticket, began: now, waiting, done: Vec::new() });
+        None
+    }
+
+    /// The connection of a name, or the answer that there is none.
+    fn connection(&self, name: &str) -> Result<ConnectionId, Answer> {
+        let index = self.config.connections.iter().position(|connection| connection.ike.name == name);
+        index.and_then(|index| u16::try_from(index).ok()).map(ConnectionId).ok_or_else(|| {
+            let known: Vec<&str> = self.config.connections.iter().map(|c| c.ike.name.as_str()).collect();
+            let text = format!("no connection is named {name:?}; there is: {}", known.join(", "));
+            refuse(Refusal::UnknownName, text, "see `tandem status`")
+        })
+    }
+
+    /// Endpoints of a connection that are served here and now.
+    fn serving(&self, now: Duration, id: ConnectionId) -> Vec<usize> {
+        let endpoints = self.config.connection(id).map(|c| c.endpoints.as_slice()).unwrap_or_default();
+        let indices = endpoints.iter().map(|endpoint| usize::from(endpoint.0));
+        indices.filter(|index| self.endpoints.get(*index).is_some_and(|e| e.serves(now))).collect()
+    }
+
+    fn not_owner(name: &str) -> Answer {
+        let text = format!("{name}: this instance does not own the connection's endpoint");
+        refuse(Refusal::NotOwner, text, "run the command on the host that `tandem status` shows as owner")
+    }
+
+    fn up(&mut self, now: Duration, ticket: u64, name: &str) -> Option<Answer> {
+        let id = match self.connection(name) {
+            Ok(id) => id,
+            Err(answer) => return Some(answer),
+        };
+        let serving = self.serving(now, id);
+        if serving.is_empty() {
+            return Some(Self::not_owner(name));
+        }
+        for index in serving {
+            let (mut cx, endpoints) = self.context(now);
+            let Some(e) = endpoints.get_mut(index) else { continue };
+            e.last_error.remove(name);
+            e.ike.initiate(&mut cx, id);
+        }
+        self.pending.push(Pending::Up { ticket, began: now, connection: id });
+        None
+    }
+
+    fn down(&mut self, now: Duration, name: &str) -> Answer {
+        let id = match self.connection(name) {
+            Ok(id) => id,
+            Err(answer) => return answer,
+        };
+        let serving = self.serving(now, id);
+        if serving.is_empty() {
+            return Self::not_owner(name);
+        }
+        let mut closed = 0;
+        for index in serving {
+            let (mut cx, endpoints) = self.context(now);
+            let Some(e) = endpoints.get_mut(index) else { continue };
+            closed += e.ike.status(now).ike_sas.iter().filter(|sa| sa.connection.as_deref() == Some(name)).count();
+            e.ike.terminate(&mut cx, ike::Target::Connection(id));
+        }
+        Answer::Down { closed: u32::try_from(closed).unwrap_or(u32::MAX) }
+    }
+
+    fn rekey(&mut self, now: Duration, name: &str, ike: bool, children: bool) -> Answer {
+        let id = match self.connection(name) {
+            Ok(id) => id,
+            Err(answer) => return answer,
+        };
+        let serving = self.serving(now, id);
+        if serving.is_empty() {
+            return Self::not_owner(name);
+        }
+        let (mut ike_sas, mut child_sas) = (0, 0);
+        for index in serving {
+            let (mut cx, endpoints) = self.context(now);
+            let Some(e) = endpoints.get_mut(index) else { continue };
+            // Children first: an IKE SA that is being replaced takes no further exchange.
+            for sa in e.ike.status(now).ike_sas {
+                if sa.connection.as_deref() != Some(name) || !matches!(sa.state, "established" | "rekeying") {
+                    continue;
+                }
+                if children {
+                    for child in sa.children.iter().filter(|child| child.state == "installed") {
+                        child_sas += u32::from(e.ike.rekey(&mut cx, ike::Target::Child(child.spi_in)));
+                    }
+                }
+                if ike {
+                    ike_sas += u32::from(e.ike.rekey(&mut cx, ike::Target::Ike(sa.spi)));
+                }
+            }
+        }
+        Answer::Rekey { ike: ike_sas, children: child_sas }
+    }
+
+    /// Answers what can be answered now.
+    pub(crate) fn settle_requests(&mut self, now: Duration) {
+        for pending in std::mem::take(&mut self.pending) {
+            let (ticket, answer) = match pending {
+                Pending::Status { ticket } => match &self.snapshot {
+                    Some(snapshot) if snapshot.token == ticket => {
+                        (ticket, Answer::Status(Box::new(crate::view::status(self, now))))
+                    }
+                    _ => {
+                        self.pending.push(Pending::Status { ticket });
+                        continue;
+                    }
+                },
+                Pending::Failover { ticket, began, waiting, done } => {
+                    match self.settle_failover(now, began, waiting, done) {
+                        Ok(answer) => (ticket, answer),
+                        Err((waiting, done)) => {
+                            self.pending.push(Pending::Failover { ticket, began, waiting, done });
+                            continue;
+                        }
+                    }
+                }
+                Pending::Up { ticket, began, connection } => match self.settle_up(now, began, connection) {
+                    Some(answer) => (ticket, answer),
+                    None => {
+                        self.pending.push(Pending::Up { ticket, began, connection });
+                        continue;
+                    }
+                },
+            };
+            self.outputs.push_back(Output::Answer { ticket, answer });
+        }
+    }
+
+    fn settle_failover(
+        &self,
+        now: Duration,
+        began: Duration,
+        waiting: Vec<EndpointId>,
+        mut done: Vec<Moved>,
+    ) -> Result<Answer, (Vec<EndpointId>, Vec<Moved>)> {
+        let pair = self.pair.status(now);
+        let mut left = Vec::new();
+        for id in waiting {
+            let Some(e) = self.endpoints.get(usize::from(id.0)) else { continue };
+            let offering = pair.endpoints.iter().any(|s| s.endpoint == e.ha_id() && s.role == ha::Role::Offering);
+            match e.part {
+                Part::Holding { .. } => left.push(id),
+                Part::Owner { .. } if offering => left.push(id),
+                Part::Owner { .. } => {
+                    let text = format!("{}: the other instance did not take it; this one goes on", e.name);
+                    return Ok(refuse(Refusal::NotReady, text, "see `tandem status` and the log of the other host"));
+                }
+                Part::Steering { .. } | Part::Shadow => {
+                    let term = pair.endpoints.iter().find(|s| s.endpoint == e.ha_id()).map_or(0, |s| s.term.0);
+                    let took = now.saturating_sub(began);
+                    done.push(Moved { endpoint: e.name.clone(), term: Term(term), took });
+                }
+            }
+        }
+        if left.is_empty() { Ok(Answer::Moved(done)) } else { Err((left, done)) }
+    }
+
+    fn settle_up(&self, now: Duration, began: Duration, connection: ConnectionId) -> Option<Answer> {
+        let name = &self.config.connection(connection)?.ike.name;
+        let late = now >= began + UP_PATIENCE;
+        let mut states = Vec::new();
+        for endpoint in &self.config.connection(connection)?.endpoints {
+            let Some(e) = self.endpoints.get(usize::from(endpoint.0)) else { continue };
+            let status = e.ike.status(now);
+            let carries = |sa: &ike::IkeStatus| {
+                sa.connection.as_deref() == Some(name) && sa.children.iter().any(|child| child.state == "installed")
+            };
+            if let Some((text, _)) = e.last_error.get(name).filter(|(_, at)| *at >= began) {
+                return Some(Answer::Refused { why: Refusal::Failed, text: text.clone(), hint: None });
+            }
+            let up = status.ike_sas.iter().any(carries);
+            if !up && !late && e.owns() {
+                return None;
+            }
+            states.push((e.name.clone(), if up { TunnelState::Established } else { TunnelState::Connecting }));
+        }
+        Some(Answer::Up(states))
+    }
+}

@@ -1,0 +1,407 @@
+//! Who owns an endpoint: boot, takeover, healing, and the end of ownership.
+//!
+//! ```text
+//!   who follows and may own asks, each turn:
+//!   other dead (Proven) ───────────────► own
+//!   other dead (Silence) ── uplink up ──► own, jump 2²⁴, no initiating for 10 s
+//!   other never met ────── boot_wait ───► own (empty: a new lineage)
+//!   other alive, not owning ────────────► the better claim owns, once the other has echoed it
+//!   other alive, owning ────────────────► follow (unless its claim is of a lower class: emptier)
+//!
+//!   an owner that hears
+//!   a higher term of its lineage ───────► stands down at once, owes its tail
+//!   a rival with the better claim ──────► the same
+//!   a rival with the worse claim ───────► takes a term above both, announces again
+//! ```
+//! Claims are compared by class (owning or synced 2, unsynced 1, empty 0), then by term; equal
+//! empty ones by home, unless the home's uplink is dead. Both sides compare the same two claims,
+//! for each acts only when the other has echoed its present one: so just one of them acts.
+//! Empty means that the lineage has no record yet: an instance that booted alone and owns nothing
+//! worth keeping is no better than one that does not own.
+
+use crate::bug::Bug;
+use crate::codec::{Claim, ClaimRole, Frame, Handover, TailPut};
+use crate::config::{CHUNK, COUNTERS_MAX, JUMP_SILENCE, JUMP_UNSYNCED, QUIET, YIELD_PATIENCE};
+use crate::contact::Death;
+use crate::endpoint::{Cx, Endpoint, Role};
+use crate::event::{Event, HookState, How, Mode, Own, TailItem, Warning, Why};
+use crate::follower::Follower;
+use crate::owner::Owner;
+use crate::types::{Lineage, Opaque, Term, Value};
+use core::time::Duration;
+use std::collections::BTreeMap;
+
+/// Most keys and bytes of a loser's tail that a winner takes in.
+const TAIL_KEYS_MAX: usize = 1 << 20;
+
+/// A loser that owes the winner its tail.
+pub(crate) struct Yielding {
+    since: Duration,
+    /// The winner's process.
+    to: u64,
+    /// The winner's history is not ours: it knows nothing of what we hold.
+    foreign: bool,
+    counters: Option<Opaque>,
+}
+
+/// A tail on its way in.
+pub(crate) struct HandoverIn {
+    term: Term,
+    next_part: u64,
+    bytes: usize,
+    tail: Vec<TailPut>,
+    counters: Vec<u8>,
+}
+
+/// How much a claim is worth before terms are compared.
+pub(crate) fn class(claim: &Claim) -> u8 {
+    match claim.role {
+        _ if claim.position.0 == 0 || claim.lineage == Lineage::NONE => 0,
+        ClaimRole::Empty => 0,
+        ClaimRole::Owner => 2,
+        ClaimRole::Shadow if claim.synced => 2,
+        ClaimRole::Shadow | ClaimRole::Yielding => 1,
+    }
+}
+
+/// Whether `mine` beats `theirs`; the same question asked by the other gives the opposite answer.
+fn beats(mine: &Claim, theirs: &Claim, home: bool) -> bool {
+    let owners = mine.role == ClaimRole::Owner && theirs.role == ClaimRole::Owner;
+    if owners && mine.lineage == theirs.lineage {
+        return mine.term > theirs.term;
+    }
+    let (ours, other) = (class(mine), class(theirs));
+    if ours != other {
+        return ours > other;
+    }
+    if (ours > 0 || owners) && mine.term != theirs.term {
+        return mine.term > theirs.term;
+    }
+    let (home_claim, away_claim) = if home { (mine, theirs) } else { (theirs, mine) };
+    let home_wins = home_claim.uplink || !away_claim.uplink;
+    home_wins == home
+}
+
+impl Endpoint {
+    /// The newest claims of the other were heard.
+    pub(crate) fn handle_claims(&mut self, cx: &mut Cx<'_>) {
+        let Some(claim) = cx.contact.claim(self.hash).cloned() else { return };
+        self.terms.heard(claim.term.max(claim.floor));
+        self.terms.heard_top(claim.top.max(claim.term));
+        self.refresh_synced(cx);
+        self.notice_offer(cx);
+        if claim.role == ClaimRole::Owner {
+            self.handle_owned(cx, claim.term);
+        }
+        self.handle_refused(cx, claim.refused);
+        let Role::Owner(_) = &self.role else { return };
+        if claim.lineage == self.store.lineage && claim.term > self.store.term {
+            if cx.bug != Bug::IgnoreHigherTerm {
+                self.stand_down(cx, Why::Superseded);
+            }
+        } else if claim.role == ClaimRole::Owner
+            && !beats(&self.claim(false), &claim, self.home)
+            && cx.bug != Bug::IgnoreHigherTerm
+        {
+            self.stand_down(cx, Why::Healed);
+        } else {
+            self.compare(cx);
+        }
+    }
+
+    pub(crate) fn ownership_turn(&mut self, cx: &mut Cx<'_>) {
+        match &self.role {
+            Role::Owner(_) => self.heal(cx),
+            Role::Yielding(_) => self.yield_turn(cx),
+            Role::Follower(_) => {
+                if let Some((how, synced)) = self.claimable(cx) {
+                    let empty = self.store.lineage == Lineage::NONE;
+                    let how = if empty { How::Boot } else { how };
+                    match self.next_term(cx.bug) {
+                        Some(term) => self.acquire(cx, term, how, synced || empty),
+                        None => cx.out.warnings.push(Warning::TermNotReserved(self.id)),
+                    }
+                }
+            }
+        }
+    }
+
+    fn next_term(&self, bug: Bug) -> Option<Term> {
+        match bug {
+            Bug::TermParity => Some(Term(self.terms.top().0 + 1)),
+            Bug::TermReuse => Some(Term(self.store.term.0).next_of(self.terms.index())),
+            _ => self.terms.next(),
+        }
+    }
+
+    /// Whether we may own now, how, and whether our state is exact.
+    fn claimable(&self, cx: &Cx<'_>) -> Option<(How, bool)> {
+        let Role::Follower(follower) = &self.role else { return None };
+        let contact = cx.contact;
+        if cx.leaving || cx.barred {
+            return None;
+        }
+        if cx.config.lone {
+            return Some((How::Boot, true));
+        }
+        let theirs = contact.claim(self.hash);
+        let owned = theirs.is_some_and(|claim| claim.role == ClaimRole::Owner);
+        if contact.alive {
+            // In contact: only a claim that the other has heard counts, lest both act at once.
+            let mine = self.claim(false);
+            let won = match theirs {
+                None => true,
+                Some(theirs) if cx.bug == Bug::EmptyBeatsLiving => self.home && theirs.term.0 > 0,
+                Some(theirs) if owned => {
+                    theirs.lineage != mine.lineage && class(&mine) > class(theirs)
+                }
+                Some(theirs) => beats(&mine, theirs, self.home),
+            };
+            let heard = contact.echoed_since(self.claim_mark)
+                && contact.echoed_lately(cx.now, cx.config.dead_after);
+            let fresh = follower.synced && !owned;
+            return (won && heard).then_some((How::Free, fresh));
+        }
+        // A shadow that could not take over at once no longer knows what a solo owner did since.
+        let belief = cx.config.dead_after * 10;
+        let synced = follower.synced
+            && (contact.heard_at().is_none_or(|heard| cx.now < heard + belief)
+                || cx.bug == Bug::SoloBeforeEcho);
+        match contact.death {
+            // The new process behind a hello may own already.
+            Some(Death::Proven) if contact.heard_at().is_none() && owned => None,
+            Some(Death::Proven) if contact.met => Some((How::ProvenDeath, synced)),
+            Some(Death::Silence) if contact.met => self.uplink.then_some((How::Silence, synced)),
+            _ => {
+                let waited = cx.now >= contact.sign_at + cx.config.boot_wait
+                    && cx.now >= contact.listen_until;
+                (waited && self.uplink).then_some((How::Silence, synced))
+            }
+        }
+    }
+
+    /// Takes the endpoint under a new term (ha.md, "Takeover, in order").
+    pub(crate) fn acquire(&mut self, cx: &mut Cx<'_>, term: Term, how: How, synced: bool) {
+        let kept = matches!(self.role, Role::Owner(_));
+        if self.store.lineage == Lineage::NONE {
+            self.store.lineage = Lineage(cx.rng.draw());
+        }
+        self.store.term = term;
+        self.terms.heard(term);
+        if !kept {
+            self.dirty.clear();
+        }
+        let granted = matches!(how, How::Grant(_));
+        let silence = how == How::Silence;
+        let seq_jump = match (synced, silence) {
+            (false, _) => JUMP_UNSYNCED,
+            (true, true) => JUMP_SILENCE,
+            (true, false) => 0,
+        };
+        let owner = Owner::new(cx.now, self.store.position, self.store.digest());
+        self.role = Role::Owner(Box::new(if granted {
+            owner.granted(cx.now, self.store.position, cx.joined.usable().unwrap_or_default())
+        } else {
+            owner
+        }));
+        self.incoming = None;
+        tracing::info!(endpoint = self.id.0, term = term.0, how = how.name(), synced, "owner");
+        let endpoint = self.id;
+        cx.out.event(Event::Own(Own {
+            endpoint,
+            term,
+            how,
+            synced,
+            seq_jump,
+            obey_leases: granted,
+            quiet_until: silence.then_some(cx.now + QUIET),
+        }));
+        let mode = if granted { Mode::Synced } else { Mode::Solo };
+        cx.out.event(Event::Mode { endpoint, mode });
+        if kept {
+            // What waited for the shadow waits no more.
+            cx.out.event(Event::Acked { endpoint, position: self.store.position });
+        }
+        self.fence_turn(cx);
+        self.announce(cx);
+        self.notify(HookState::Master, cx.out);
+        self.reserve(cx);
+    }
+
+    /// A rival whose claim is worse: the winner takes a new term above both, once for each rival.
+    fn heal(&mut self, cx: &mut Cx<'_>) {
+        let Some(claim) = cx.contact.claim(self.hash) else { return };
+        let Some(boot) = cx.contact.peer.as_ref().map(|peer| peer.boot) else { return };
+        let rival = cx.contact.alive
+            && claim.role == ClaimRole::Owner
+            && self.healed != Some((boot, claim.term))
+            && beats(&self.claim(false), claim, self.home);
+        // Our offer taken: handled where claims are heard.
+        if !rival || matches!(&self.role, Role::Owner(owner) if owner.offer.is_some()) {
+            return;
+        }
+        if cx.bug == Bug::HealInOldTerm {
+            self.healed = Some((boot, claim.term));
+            return;
+        }
+        match self.terms.next() {
+            Some(term) => {
+                self.healed = Some((boot, claim.term));
+                self.acquire(cx, term, How::Heal, true);
+            }
+            None => cx.out.warnings.push(Warning::TermNotReserved(self.id)),
+        }
+    }
+
+    /// The other took what we offered: it is exact to the last record, and so are we.
+    pub(crate) fn granted(&mut self, cx: &mut Cx<'_>, term: Term) {
+        self.close_fence(cx.out);
+        self.store.term = term;
+        self.terms.heard(term);
+        self.dirty.clear();
+        self.role = Role::Follower(Follower::exact());
+        tracing::info!(endpoint = self.id.0, term = term.0, "switchover: handed over");
+        let endpoint = self.id;
+        cx.out.event(Event::StandDown { endpoint, why: Why::Granted, counters_wanted: false });
+        self.notify(HookState::Backup, cx.out);
+    }
+
+    /// Ownership ends. The state stays as an unsynced shadow's until the winner's snapshot
+    /// replaces it.
+    pub(crate) fn stand_down(&mut self, cx: &mut Cx<'_>, why: Why) {
+        if !matches!(self.role, Role::Owner(_)) {
+            return;
+        }
+        self.close_fence(cx.out);
+        let claim = cx.contact.claim(self.hash);
+        let to = cx.contact.peer.as_ref().map_or(0, |peer| peer.boot);
+        let counters_wanted =
+            why != Why::Goodbye && claim.is_some_and(|claim| claim.role == ClaimRole::Owner);
+        self.role = if counters_wanted {
+            let foreign = claim.is_none_or(|claim| claim.lineage != self.store.lineage);
+            Role::Yielding(Yielding { since: cx.now, to, foreign, counters: None })
+        } else {
+            Role::Follower(Follower::default())
+        };
+        self.incoming = None;
+        tracing::info!(endpoint = self.id.0, term = self.store.term.0, ?why, "no longer owner");
+        cx.out.event(Event::StandDown { endpoint: self.id, why, counters_wanted });
+        self.notify(HookState::Backup, cx.out);
+    }
+
+    /// The gateway reports final counters: for the grant, or for the winner after a split.
+    pub(crate) fn final_counters(&mut self, cx: &mut Cx<'_>, counters: Opaque) {
+        match &mut self.role {
+            Role::Owner(_) => self.grant(cx, &counters),
+            Role::Yielding(yielding) if counters.0.len() <= COUNTERS_MAX => {
+                yielding.counters = Some(counters);
+                self.yield_turn(cx);
+            }
+            _ => {}
+        }
+    }
+
+    fn yield_turn(&mut self, cx: &mut Cx<'_>) {
+        let Role::Yielding(yielding) = &self.role else { return };
+        let gone = cx.contact.death.is_some()
+            || cx.contact.peer.as_ref().is_none_or(|peer| peer.boot != yielding.to);
+        let ready = yielding.counters.is_some() || cx.now >= yielding.since + YIELD_PATIENCE;
+        if !gone && ready && cx.joined.epoch != 0 && cx.joined.compatible {
+            self.hand_over(cx);
+        } else if gone || (ready && cx.joined.epoch != 0) {
+            self.role = Role::Follower(Follower::default());
+        }
+    }
+
+    /// Sends the tail and the final counters; from then on we follow.
+    fn hand_over(&mut self, cx: &mut Cx<'_>) {
+        let Role::Yielding(yielding) = &mut self.role else { return };
+        let counters = yielding.counters.take().unwrap_or_default();
+        let keys: Vec<u64> = if yielding.foreign {
+            self.store.iter().map(|(key, _)| key).collect()
+        } else {
+            self.dirty.keys().copied().collect()
+        };
+        let (id, term) = (self.hash, self.store.term);
+        let mut keys = keys.into_iter();
+        let mut pieces = counters.0.chunks(CHUNK);
+        let mut part = 0;
+        loop {
+            let mut tail = Vec::new();
+            let mut size = 0;
+            while size < CHUNK
+                && let Some(key) = keys.next()
+            {
+                let value = self.store.get(key).map(|value| Value::clone(value));
+                size += 20 + value.as_ref().map_or(0, |value| value.len());
+                tail.push(TailPut { key, removed: value.is_none(), value: value.unwrap_or_default() });
+            }
+            let counters = pieces.next().unwrap_or_default();
+            let last = keys.len() == 0 && pieces.len() == 0;
+            let counters = Value::new(counters.to_vec());
+            cx.out.frame(&Frame::Handover(Handover { id, term, part, last, tail, counters }));
+            if last {
+                break;
+            }
+            part += 1;
+        }
+        self.dirty.clear();
+        self.role = Role::Follower(Follower::default());
+    }
+
+    /// A loser's tail comes in.
+    pub(crate) fn handle_handover(&mut self, cx: &mut Cx<'_>, piece: Handover) {
+        if !matches!(self.role, Role::Owner(_)) {
+            return;
+        }
+        if piece.part == 0 {
+            let (tail, counters) = (Vec::new(), Vec::new());
+            self.incoming =
+                Some(HandoverIn { term: piece.term, next_part: 0, bytes: 0, tail, counters });
+        }
+        let Some(incoming) = &mut self.incoming else { return };
+        incoming.bytes += piece.tail.iter().map(|item| item.value.len()).sum::<usize>();
+        let fits = incoming.term == piece.term
+            && incoming.next_part == piece.part
+            && incoming.tail.len() + piece.tail.len() <= TAIL_KEYS_MAX
+            && incoming.bytes <= 1 << 30
+            && incoming.counters.len() + piece.counters.len() <= COUNTERS_MAX;
+        if !fits {
+            self.incoming = None;
+            return;
+        }
+        incoming.next_part += 1;
+        incoming.tail.extend(piece.tail);
+        incoming.counters.extend_from_slice(&piece.counters);
+        if !piece.last {
+            return;
+        }
+        let Some(incoming) = self.incoming.take() else { return };
+        let dirty: &BTreeMap<u64, _> = &self.dirty;
+        let tail = incoming
+            .tail
+            .into_iter()
+            .map(|item| TailItem {
+                key: item.key,
+                value: (!item.removed).then_some(item.value),
+                touched: dirty.contains_key(&item.key),
+            })
+            .collect();
+        let counters = Opaque(incoming.counters);
+        cx.out.event(Event::Handover { endpoint: self.id, tail, counters });
+    }
+}
+
+impl How {
+    fn name(&self) -> &'static str {
+        match self {
+            How::Boot => "boot",
+            How::ProvenDeath => "proven death",
+            How::Silence => "silence",
+            How::Grant(_) => "switchover",
+            How::Heal => "heal",
+            How::Resume => "resume",
+            How::Free => "free",
+        }
+    }
+}

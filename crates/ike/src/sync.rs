@@ -1,0 +1,161 @@
+//! Message id synchronisation (RFC 6311) after a takeover in doubt, and our
+//! answer when the peer is a cluster itself.
+//!
+//! ```text
+//!  HDR(id 0), SK {N(IKEV2_MESSAGE_ID_SYNC: nonce, M1, P1)} ──►
+//!  ◄── HDR(id 0), SK {N(IKEV2_MESSAGE_ID_SYNC: nonce, P2, M2)}
+//! ```
+//! M1 is the id of our next request: the last one committed plus 256 (ha.md),
+//! so it lies above all that the old owner may have used. The request is
+//! committed before it is sent and never sent again by a later owner.
+
+use core::net::SocketAddr;
+
+use wire::ike::{
+    ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload, Payloads,
+};
+
+use crate::{
+    error::Error,
+    established,
+    state::{Fate, IkeSa, Outstanding, Phase, Request, Task},
+    step::{self, Step},
+};
+
+/// How far above the last committed id we continue.
+const JUMP: u32 = 256;
+
+struct Ids {
+    nonce: u32,
+    send: u32,
+    recv: u32,
+}
+
+impl Ids {
+    /// RFC 6311 §5.1: one notify and nothing else.
+    fn parse(payloads: &Payloads<'_>) -> Option<Self> {
+        let notify = payloads.notify(NotifyType::IKEV2_MESSAGE_ID_SYNC)?;
+        let (nonce, rest) = notify.data.split_first_chunk::<4>()?;
+        let (send, rest) = rest.split_first_chunk::<4>()?;
+        let (recv, rest) = rest.split_first_chunk::<4>()?;
+        (rest.is_empty() && payloads.len() == 1).then_some(Self {
+            nonce: u32::from_be_bytes(*nonce),
+            send: u32::from_be_bytes(*send),
+            recv: u32::from_be_bytes(*recv),
+        })
+    }
+
+    fn bytes(&self) -> [u8; 12] {
+        let mut out = [0; 12];
+        let words = [self.nonce, self.send, self.recv].map(u32::to_be_bytes);
+        for (to, from) in out.iter_mut().zip(words.iter().flatten()) {
+            *to = *from;
+        }
+        out
+    }
+}
+
+/// Asks the peer to agree on message ids. What the old owner had outstanding is
+/// forgotten; a Child SA it may have made is deleted at the peer afterwards.
+pub(crate) fn request(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Error> {
+    let nonce = step.cx.rng.next_u32();
+    let (path, now) = (sa.path, step.now());
+    let header = step::header(&sa, ExchangeType::INFORMATIONAL, false, 0);
+    let (spi, initiator) = (sa.spi, sa.initiator);
+    let Phase::Established(established) = &mut sa.phase else {
+        return Err(Error::Internal("sync of no IKE SA"));
+    };
+    let last = match established.request.take().map(|r| r.task) {
+        Some(Task::Child(new)) => {
+            established.orphans.push(new.spi_in);
+            established.send_next
+        }
+        // RFC 6311 §5.1: M1 above that of a sync that another owner sent.
+        Some(Task::Sync(_, m1)) => m1.max(established.send_next),
+        _ => established.send_next,
+    };
+    let m1 = last.saturating_add(JUMP);
+    let ids = Ids { nonce, send: m1, recv: established.recv_next };
+    let keys = established.keys.clone();
+    let mut builder = MessageBuilder::sealed(&header);
+    builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &ids.bytes())));
+    let bytes = step.seal(spi, initiator, &keys, builder)?;
+    established.request = Some(Request {
+        out: Outstanding { id: 0, bytes: bytes.as_slice().into(), sent_at: now, sent: 1 },
+        task: Task::Sync(nonce, m1),
+    });
+    step.send(&path, bytes);
+    step.put(sa);
+    Ok(())
+}
+
+/// The peer agreed.
+pub(crate) fn finish(
+    step: &mut Step<'_, '_>,
+    mut sa: IkeSa,
+    payloads: &Payloads<'_>,
+    nonce: u32,
+    m1: u32,
+) -> Result<(), Error> {
+    // RFC 6311 §5.1: dropped if the nonce differs.
+    let ids = Ids::parse(payloads).filter(|ids| ids.nonce == nonce).ok_or(Error::NotExpected)?;
+    let now = step.now();
+    let Phase::Established(established) = &mut sa.phase else { return Err(Error::NotExpected) };
+    established.request = None;
+    established.send_next = m1.max(ids.recv);
+    established.recv_next = established.recv_next.max(ids.send);
+    established.answered = None;
+    established.heard = now;
+    if established.fate == Fate::Doubtful {
+        established.fate = Fate::Live;
+    }
+    established::advance(step, &mut sa)?;
+    step.put(sa);
+    Ok(())
+}
+
+/// The peer is the cluster: agree, and forget what was outstanding.
+pub(crate) fn answer(
+    step: &mut Step<'_, '_>,
+    mut sa: IkeSa,
+    datagram: &[u8],
+    message: &Message<'_>,
+    from: SocketAddr,
+    to: SocketAddr,
+) -> Result<(), Error> {
+    if message.header.exchange != ExchangeType::INFORMATIONAL {
+        return Err(Error::NotExpected);
+    }
+    let keys = sa.established().ok_or(Error::NotExpected)?.keys.clone();
+    let opened = step::open(datagram, message, sa.initiator, &keys)?;
+    let payloads = opened.payloads()?;
+    let ids = Ids::parse(&payloads).ok_or(Error::NotExpected)?;
+    let now = step.now();
+    let (spi, initiator) = (sa.spi, sa.initiator);
+    let Phase::Established(established) = &mut sa.phase else { return Err(Error::NotExpected) };
+    // RFC 6311 §5.1: dropped in silence unless M1 is above all we have seen, so
+    // that a replay does nothing.
+    if ids.send < established.recv_next {
+        return Err(Error::NotExpected);
+    }
+    established.recv_next = ids.send;
+    established.send_next = established.send_next.max(ids.recv);
+    established.answered = None;
+    established.heard = now;
+    // RFC 6311 §9: do not wait for pending responses. What was asked for is
+    // asked for again when it is due.
+    if let Some(Task::Child(new)) = established.request.take().map(|r| r.task) {
+        established.orphans.push(new.spi_in);
+    }
+    let agreed = Ids { nonce: ids.nonce, send: established.send_next, recv: established.recv_next };
+    let mut builder = MessageBuilder::sealed(&message.header.to_response());
+    builder.push(&Payload::Notify(Notify::new(
+        NotifyType::IKEV2_MESSAGE_ID_SYNC,
+        &agreed.bytes(),
+    )));
+    let bytes = step.seal(spi, initiator, &keys, builder)?;
+    step.transmit(to, from, bytes);
+    established::advance(step, &mut sa)?;
+    step.put(sa);
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! `tandemd`: one instance, from its command line to its last goodbye.
+//!
+//! ```text
+//!  main thread = control thread (raised priority, tokio current-thread)
+//!    setup ──► control loop ──► gateway ──► outputs
+//!                 ▲   ▲  ▲                    │ commands, fences
+//!    pair link ───┘   │  └── control socket   ▼
+//!    port 500 ────────┘                    worker thread (shard, TUN, port 4500)
+//! ```
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `setup` | opens everything; every failure is one sentence with a hint |
+//! | `control` | the loop: drain inputs, one turn, carry out the outputs in order |
+//! | `addresses` | one task an endpoint: addresses, ARP and ND, announcements |
+//! | `answers` | the gateway's answers in the words of the control socket |
+
+mod addresses;
+mod answers;
+mod control;
+mod setup;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing::error;
+use tracing_subscriber::EnvFilter;
+
+use crate::config_file::{self, Options};
+
+/// The command line.
+#[derive(Debug, Parser)]
+#[command(name = "tandemd", version, about = "The Tandem IPsec gateway daemon")]
+struct Args {
+    /// Configuration file, the same on both hosts
+    #[arg(long, default_value = config_file::DEFAULT_PATH)]
+    config: PathBuf,
+    /// Which instance this is [default: the one named like this host]
+    #[arg(long)]
+    instance: Option<String>,
+    /// Write every key to FOLDER, in the tables of tshark. Whoever can read them can read all traffic
+    #[arg(long, value_name = "FOLDER")]
+    keylog: Option<PathBuf>,
+    /// What to log, as in `info` or `tandem=debug,ike=trace` [default: RUST_LOG, else info]
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+/// Runs the daemon until it is told to stop.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = args.log.clone().or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".into());
+    let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false);
+    // The journal has a clock of its own.
+    if under_systemd { subscriber.without_time().init() } else { subscriber.init() }
+    let options = Options { keylog: args.keylog.is_some(), ..Options::here(args.instance) };
+    let loaded = match config_file::load(&args.config, &options) {
+        Ok(loaded) => loaded,
+        Err(problem) => {
+            eprintln!("{problem}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(problem) => {
+            error!(%problem, "the runtime could not be started");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(async {
+        let parts = setup::open(loaded, args.keylog).await?;
+        control::run(parts).await
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            error!("{problem}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Opens everything a daemon needs. Every failure is one sentence that names the thing and says what to do.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use gateway::config::Config;
+use gateway::{Gateway, Start};
+use netio::clock::boottime;
+use netio::route::{LinkMonitor, Netlink};
+use netio::tun::Tun;
+use netio::udp::{BatchSocket, UdpSender};
+use rand_core::{OsRng, RngCore};
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+use wire::id::Term;
+
+use super::addresses::{Addresses, Order};
+use crate::config_file::{Loaded, host_needs};
+use crate::control_socket::{Call, Server};
+use crate::hook::Hook;
+use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath};
+use crate::routing;
+use crate::terms::TermFile;
+use crate::worker::{Fences, Outlets, Worker};
+
+/// How often the pair link tries to connect (ha.md).
+const RETRY: std::time::Duration = std::time::Duration::from_millis(200);
+/// Outer headers and ESP at their largest: IPv4 20, UDP 8, ESP 8, IV 8, padding 3, trailer 2, tag 16.
+const OVERHEAD: u32 = 65;
+/// IPv6 needs links of at least this MTU (RFC 8200 §5).
+const LEAST_MTU: u32 = 1280;
+/// Packets that may wait in the TUN (dataplane.md).
+const TUN_QUEUE: u32 = 2000;
+
+/// One endpoint's sockets and tasks, as the control loop uses them.
+pub(super) struct Place {
+    pub(super) name: String,
+    pub(super) wan: Option<String>,
+    pub(super) port_500: UdpSocket,
+    pub(super) port_4500: UdpSender,
+    pub(super) at_500: SocketAddr,
+    pub(super) at_4500: SocketAddr,
+    pub(super) orders: mpsc::UnboundedSender<Order>,
+}
+
+/// A daemon, opened.
+pub(super) struct Parts {
+    pub(super) gateway: Gateway,
+    pub(super) local: String,
+    pub(super) peer: String,
+    pub(super) places: Vec<Place>,
+    pub(super) fences: Fences,
+    pub(super) worker: Worker,
+    pub(super) outlets: Outlets,
+    pub(super) link: Option<LinkHandle>,
+    pub(super) link_events: Option<mpsc::Receiver<LinkEvent>>,
+    pub(super) calls: mpsc::Receiver<Call>,
+    pub(super) terms: Arc<Mutex<TermFile>>,
+    pub(super) hook: Hook,
+    pub(super) netlink: Netlink,
+    pub(super) monitor: LinkMonitor,
+    pub(super) keylog: Option<PathBuf>,
+}
+
+/// Opens everything.
+///
+/// # Errors
+/// The first thing that cannot be opened.
+pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Parts, String> {
+    let Loaded { config, daemon: settings, pair_secret, report } = loaded;
+    for row in report.rows() {
+        warn!(line = row.line, "configuration: {}", row.message);
+    }
+    netio::sched::forbid_core_dumps().map_err(|error| format!("core dumps cannot be switched off: {error}"))?;
+    if let Some(folder) = &keylog {
+        warn!(folder = %folder.display(), "KEY LOG IS ON: every key of every tunnel is written to disk in clear");
+        std::fs::create_dir_all(folder).map_err(|error| format!("key log {}: {error}", folder.display()))?;
+    }
+    let terms = TermFile::open(&settings.state_dir).map_err(|error| error.to_string())?;
+    let tun = Tun::open(&settings.tun).map_err(|error| {
+        format!("the TUN {:?} cannot be opened: {error}; is another tandemd running, and does this process have /dev/net/tun and CAP_NET_ADMIN?", settings.tun)
+    })?;
+    let tun = Arc::new(tun);
+    let netlink = Netlink::open().map_err(|error| format!("netlink: {error}"))?;
+    let mtu = match settings.mtu {
+        Some(mtu) => u32::from(mtu),
+        None => tunnel_mtu(&netlink, &config).await?,
+    };
+    tun.configure(mtu, TUN_QUEUE).map_err(|error| format!("the TUN {:?} cannot be configured: {error}", settings.tun))?;
+    let needs = netio::host::Needs { tun: Some(settings.tun.clone()), ..host_needs(&config) };
+    for problem in netio::host::prepare(&needs) {
+        warn!("host: {problem}");
+    }
+    let routes = |error: io::Error| format!("routes: {error}; does this process have CAP_NET_ADMIN?");
+    routing::protect(&netlink, &config).await.map_err(routes)?;
+    routing::lead_into_tun(&netlink, &config, tun.index()).await.map_err(routes)?;
+
+    let fences = Fences::new(config.endpoints.len());
+    let mut places = Vec::new();
+    let mut sockets = Vec::new();
+    for endpoint in &config.endpoints {
+        let interface = endpoint.wan.interface.get(usize::from(config.local)).cloned().flatten();
+        if let Some(name) = &interface {
+            let index = netio::route::index_of(name).map_err(|error| {
+                format!("endpoint {}: there is no interface {name:?}: {error} (ip -br link)", endpoint.name)
+            })?;
+            routing::set_uplink(&netlink, endpoint, index).await.map_err(routes)?;
+        }
+        let at_500 = SocketAddr::new(endpoint.wan.address, 500);
+        let at_4500 = SocketAddr::new(endpoint.wan.address, 4500);
+        let taken = |at: SocketAddr| {
+            move |error: io::Error| {
+                format!("UDP {at} cannot be opened: {error}; another IKE daemon may have the port (ss -lunp)")
+            }
+        };
+        let port_500 = netio::udp::control_socket(at_500).and_then(UdpSocket::from_std).map_err(taken(at_500))?;
+        let socket = BatchSocket::bind(at_4500, netio::udp::Options { recv_tos: true, ..Default::default() })
+            .map_err(taken(at_4500))?;
+        let addresses = Addresses::open(endpoint, config.local, tun.index(), netlink.clone(), fences.clone())
+            .map_err(|error| format!("endpoint {}: {error}", endpoint.name))?;
+        let (orders, received) = mpsc::unbounded_channel();
+        tokio::spawn(addresses.run(received));
+        places.push(Place {
+            name: endpoint.name.clone(),
+            wan: interface,
+            port_500,
+            port_4500: socket.sender(),
+            at_500,
+            at_4500,
+            orders,
+        });
+        sockets.push((endpoint.id, socket));
+    }
+
+    let (link, link_events) = match (&config.pair, pair_secret) {
+        (Some(pair), Some(secret)) => {
+            let links = pair.links.iter().map(|link| LinkPath { local: link.local, remote: link.remote }).collect();
+            let started = Link::start(LinkConfig {
+                index: config.local,
+                secret: zeroize::Zeroizing::new(secret.expose().to_vec()),
+                links,
+                dead_after: pair.timers.dead_after,
+                retry: RETRY,
+            });
+            let (handle, events) = started.map_err(|error| error.to_string())?;
+            (Some(handle), Some(events))
+        }
+        _ => (None, None),
+    };
+    let server = Server::bind(&settings.socket).await.map_err(|failure| match &failure.hint {
+        Some(hint) => format!("{failure}; {hint}"),
+        None => failure.to_string(),
+    })?;
+    let (sender, calls) = mpsc::channel(16);
+    tokio::spawn(server.run(sender));
+    let monitor = LinkMonitor::open().map_err(|error| format!("netlink monitor: {error}"))?;
+    let hook = Hook::start(settings.notify.clone(), config.instance_name(config.local).to_owned());
+
+    // Privileges belong to threads: give them up before the worker starts, so that it starts without them.
+    let priority = netio::sched::raise_thread_priority();
+    netio::sched::drop_privileges().map_err(|error| format!("privileges cannot be dropped: {error}"))?;
+    let shard = esp::Config { endpoints: config.endpoints.len(), ..esp::Config::default() };
+    let (worker, outlets) =
+        Worker::spawn("worker-0", crate::worker::Config { shard, tun, sockets, fences: fences.clone() })
+            .map_err(|error| format!("the worker cannot be started: {error}"))?;
+
+    let local = config.instance_name(config.local).to_owned();
+    let peer = config.pair.as_ref().map_or_else(String::new, |pair| config.instance_name(pair.peer).to_owned());
+    info!(instance = local, ?priority, mtu, tun = settings.tun, "tandemd {} starts", env!("CARGO_PKG_VERSION"));
+    let start = Start {
+        terms: config.endpoints.iter().map(|e| terms.reserved(&e.name).map(Term)).collect(),
+        config,
+        rng: Box::new(OsRng),
+        seed: OsRng.next_u64(),
+        release: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let gateway = Gateway::new(start, boottime()).map_err(|error| error.to_string())?;
+    Ok(Parts {
+        gateway,
+        local,
+        peer,
+        places,
+        fences,
+        worker,
+        outlets,
+        link,
+        link_events,
+        calls,
+        terms: Arc::new(Mutex::new(terms)),
+        hook,
+        netlink,
+        monitor,
+        keylog,
+    })
+}
+
+/// The smallest WAN MTU, less what a tunnel adds.
+async fn tunnel_mtu(netlink: &Netlink, config: &Config) -> Result<u32, String> {
+    let mut least = 1500;
+    for endpoint in &config.endpoints {
+        let Some(Some(name)) = endpoint.wan.interface.get(usize::from(config.local)) else { continue };
+        match netlink.link(name).await {
+            Ok(Some(link)) => least = least.min(link.mtu),
+            Ok(None) => return Err(format!("endpoint {}: there is no interface {name:?} (ip -br link)", endpoint.name)),
+            Err(error) => return Err(format!("interface {name:?}: {error}")),
+        }
+    }
+    Ok((least.saturating_sub(OVERHEAD)).max(LEAST_MTU))
+}

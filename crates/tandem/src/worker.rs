@@ -1,0 +1,194 @@
+//! A worker: one thread that carries packets between the TUN, the endpoints' sockets and the pair
+//! link. All decisions are `esp::Shard`'s; this room only reads a batch, asks, and writes.
+//!
+//! ```text
+//!   TUN ──read──► batch ──► shard.outbound ──► sendmmsg ──► UDP 4500 of the endpoint
+//!   UDP 4500 ──recvmmsg──► classify ─┬─ ESP ──► shard.inbound ──► TUN
+//!                                    ├─ IKE ──► queue to control (bounded, dropped when full)
+//!                                    └─ keepalive ──► dropped
+//!   verdict Steer ──► pair link       steered by the other ──► commands ──► shard
+//!   control ──commands──► before each batch      reports ──► control
+//! ```
+//! There is no lock and no allocation on the way of a packet. The fences are read when a batch is
+//! judged and again right before it is written: what became invalid in between is dropped and
+//! counted as late.
+
+mod counters;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
+use std::thread::JoinHandle;
+
+use netio::tun::Tun;
+use netio::udp::{BatchSocket, Options, SOCKET_BUFFER};
+use netio::wake::{EventFd, QueueClosed, QueueSender, queue};
+use wire::id::EndpointId;
+
+use crate::link::{SteerHead, SteerSender};
+
+pub use counters::{Counters, Snapshot};
+
+/// Packets in one batch: what one recvmmsg takes.
+pub const BATCH: usize = netio::udp::BATCH;
+
+/// How to open a port-4500 socket: with the outer TOS byte, which RFC 6040 needs.
+pub const SOCKET_OPTIONS: Options = Options { recv_tos: true, buffer_bytes: SOCKET_BUFFER };
+
+/// IKE messages that may wait for the control loop; more are dropped.
+const IKE_QUEUE: usize = 512;
+
+/// Reports that may wait for the control loop; the shard keeps the rest.
+const REPORT_QUEUE: usize = 1024;
+
+/// Commands that wait without the sender keeping any back.
+const COMMAND_QUEUE: usize = 4096;
+
+/// The port-4500 socket of one endpoint, bound to its WAN address.
+#[derive(Debug)]
+pub struct EndpointSocket {
+    /// Whose.
+    pub endpoint: EndpointId,
+    /// Opened with [`SOCKET_OPTIONS`].
+    pub socket: BatchSocket,
+}
+
+/// What a worker is made of.
+#[derive(Debug)]
+pub struct Start {
+    /// The TUN; the worker reads it alone.
+    pub tun: Arc<Tun>,
+    /// One for each endpoint.
+    pub sockets: Vec<EndpointSocket>,
+    /// Until when each endpoint may send, in nanoseconds of CLOCK_BOOTTIME; written by control.
+    pub fences: Arc<[AtomicU64]>,
+    /// Endpoints in the configuration.
+    pub endpoints: usize,
+}
+
+/// What control tells a worker. Order is kept, nothing is dropped.
+#[derive(Debug)]
+pub enum WorkerCommand {
+    /// For the shard.
+    Shard(esp::Command),
+    /// A packet (plain or ESP) that the other instance handed over.
+    Steered {
+        /// What it is and where it came from.
+        head: SteerHead,
+        /// The packet.
+        bytes: Vec<u8>,
+    },
+    /// Hand packets over by this sender from now on.
+    Steering(SteerSender),
+    /// End the thread.
+    Stop,
+}
+
+/// What a worker tells control.
+#[derive(Debug)]
+pub enum WorkerEvent {
+    /// From the shard.
+    Report(esp::Report),
+    /// Packets of this endpoint were handed to the other instance; at most every 100 ms.
+    Steered(EndpointId),
+    /// An IKE message that arrived on port 4500, without the non-ESP marker.
+    Ike {
+        /// The endpoint whose socket it came by.
+        endpoint: EndpointId,
+        /// The peer.
+        from: SocketAddr,
+        /// The message.
+        bytes: Vec<u8>,
+    },
+}
+
+/// Control's end of a worker. Dropping it ends the thread.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    commands: QueueSender<WorkerCommand>,
+    reports: Receiver<WorkerEvent>,
+    ike: Receiver<WorkerEvent>,
+    event: EventFd,
+    counters: Arc<Counters>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Starts the thread. All memory for packets is allocated here.
+pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
+    let (commands, asked) = queue(COMMAND_QUEUE)?;
+    let (ike_out, ike) = sync_channel(IKE_QUEUE);
+    let (reports_out, reports) = sync_channel(REPORT_QUEUE);
+    let event = EventFd::new()?;
+    let outlet = run::Outlet::new(reports_out, ike_out, event.clone());
+    let counters = Arc::new(Counters::default());
+    let state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
+    let thread = std::thread::Builder::new().name("worker-0".to_owned()).spawn(move || {
+        // A worker that panicked would leave the endpoint owned and silent: the process must
+        // die, so that the other instance takes over.
+        let _guard = AbortOnPanic;
+        if let Err(error) = state.run() {
+            tracing::error!(%error, "the worker cannot go on");
+        }
+    })?;
+    Ok(WorkerHandle { commands, reports, ike, event, counters, thread: Some(thread) })
+}
+
+impl WorkerHandle {
+    /// Queues a command. Errors: the worker has ended.
+    pub fn send(&mut self, command: WorkerCommand) -> Result<(), QueueClosed> {
+        self.commands.send(command)
+    }
+
+    /// Passes on commands kept back while the worker was slow; call it once per turn.
+    pub fn flush(&mut self) -> Result<(), QueueClosed> {
+        self.commands.flush()
+    }
+
+    /// Set whenever [`WorkerHandle::poll`] has something; clear it before polling until `None`.
+    #[must_use]
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// The next event, reports before IKE messages. Errors: the worker has ended, which is fatal.
+    pub fn poll(&mut self) -> Result<Option<WorkerEvent>, QueueClosed> {
+        for queue in [&self.reports, &self.ike] {
+            match queue.try_recv() {
+                Ok(event) => return Ok(Some(event)),
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return Err(QueueClosed),
+            }
+        }
+        Ok(None)
+    }
+
+    /// What the worker counted so far. The shard's own counters come by `esp::Command::Query`.
+    #[must_use]
+    pub fn counters(&self) -> Snapshot {
+        self.counters.snapshot()
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        let _ = self.commands.send(WorkerCommand::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}

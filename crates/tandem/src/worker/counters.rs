@@ -1,0 +1,71 @@
+//! What a worker read, wrote and dropped, beside its shard's own counters.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// Live counters: written by the worker once per batch, read by anyone.
+        #[derive(Debug, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub(super) $name: AtomicU64,)*
+        }
+
+        /// The counters at one moment.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Snapshot {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            pub(super) fn snapshot(&self) -> Snapshot {
+                Snapshot { $($name: self.$name.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Packets read from the TUN.
+    tun_read,
+    /// Packets written to the TUN.
+    tun_written,
+    /// Packets that the TUN refused.
+    tun_refused,
+    /// ESP packets received on port 4500.
+    esp_received,
+    /// IKE messages received on port 4500 and queued for control.
+    ike_received,
+    /// IKE messages dropped because control's queue was full.
+    ike_dropped,
+    /// NAT keepalives received.
+    keepalives,
+    /// Datagrams too short for anything.
+    short,
+    /// Datagrams longer than a slot.
+    truncated,
+    /// Receive calls that failed.
+    receive_errors,
+    /// ESP packets that the kernel took.
+    sent,
+    /// ESP packets that it did not take (full buffer, no route, …).
+    unsent,
+    /// Packets judged inside the fence and dropped right before they would have left.
+    late,
+    /// Batches with such packets.
+    late_batches,
+    /// Packets handed to the other instance.
+    steered,
+    /// Packets that should have been, while there was no way to.
+    steer_lost,
+    /// Packets that the other instance handed to us.
+    steered_in,
+    /// Sealed packets without UDP encapsulation, which no socket can send yet.
+    unencapsulated,
+}
+
+/// Adds to a counter that only this thread writes.
+pub(super) fn add(counter: &AtomicU64, count: u64) {
+    if count > 0 {
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,427 @@
+//! The loop itself.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::time::Duration;
+
+use esp::{Batch, Direction, Shard, Slot, Verdict};
+use netio::clock::boottime;
+use netio::tun::Tun;
+use netio::udp::{RecvMeta, SendItem};
+use netio::wake::{EventFd, Poller, QueueReceiver, Ready};
+use wire::id::EndpointId;
+use wire::ip::Ecn;
+use wire::natt::{self, Datagram};
+
+use super::counters::add;
+use super::{BATCH, Counters, EndpointSocket, Start, WorkerCommand, WorkerEvent};
+use crate::link::{STEER_HEADROOM, STEER_TAILROOM, SteerHead, SteerKind, SteerSender};
+
+const TUN: u64 = 0;
+const COMMANDS: u64 = 1;
+const FIRST_SOCKET: u64 = 2;
+
+/// Steering frames are sealed in the slot itself.
+const _: () = assert!(STEER_HEADROOM <= esp::HEADROOM && STEER_TAILROOM <= esp::TAILROOM);
+
+/// While control does not take reports, the shard is asked again after this.
+const REPORT_PAUSE: Duration = Duration::from_millis(1);
+
+/// Control hears that an endpoint's packets are handed over at most this often.
+const STEERED_PAUSE: Duration = Duration::from_millis(100);
+
+/// Everything a worker owns.
+pub(super) struct State {
+    shard: Shard,
+    io: Io,
+    sockets: Vec<EndpointSocket>,
+    commands: QueueReceiver<WorkerCommand>,
+    poller: Poller,
+    batch: Batch,
+    /// Which way the steered packets in the batch go; `None` while there are none.
+    collecting: Option<Direction>,
+    metas: Box<[RecvMeta; BATCH]>,
+    /// The fence words as last read.
+    fences: Vec<Duration>,
+    /// A report that control had no room for.
+    kept: Option<WorkerEvent>,
+}
+
+/// What writing needs, apart from batch and sockets.
+struct Io {
+    tun: Arc<Tun>,
+    words: Arc<[AtomicU64]>,
+    steer: Option<SteerSender>,
+    /// When each endpoint's handing over was last told.
+    steered_told: Vec<Duration>,
+    outlet: Outlet,
+    counters: Arc<Counters>,
+}
+
+/// The queues to control. Sending neither waits nor allocates.
+pub(super) struct Outlet {
+    reports: SyncSender<WorkerEvent>,
+    ike: SyncSender<WorkerEvent>,
+    event: EventFd,
+}
+
+impl Outlet {
+    pub(super) fn new(reports: SyncSender<WorkerEvent>, ike: SyncSender<WorkerEvent>, event: EventFd) -> Self {
+        Self { reports, ike, event }
+    }
+
+    /// Gives the event back when there is no room.
+    fn report(&self, event: WorkerEvent) -> Result<(), WorkerEvent> {
+        match self.reports.try_send(event) {
+            Ok(()) => {
+                self.event.set();
+                Ok(())
+            }
+            Err(TrySendError::Full(event)) => Err(event),
+            // Control is gone; the command queue says so next.
+            Err(TrySendError::Disconnected(_)) => Ok(()),
+        }
+    }
+
+    /// False when it was dropped.
+    fn ike(&self, event: WorkerEvent) -> bool {
+        let taken = self.ike.try_send(event).is_ok();
+        if taken {
+            self.event.set();
+        }
+        taken
+    }
+}
+
+/// Whether the thread goes on.
+#[derive(PartialEq, Eq)]
+enum Flow {
+    Go,
+    Stop,
+}
+
+impl State {
+    pub(super) fn new(
+        start: Start,
+        commands: QueueReceiver<WorkerCommand>,
+        outlet: Outlet,
+        counters: Arc<Counters>,
+    ) -> io::Result<Self> {
+        let poller = Poller::new()?;
+        poller.add(&*start.tun, TUN)?;
+        poller.add(commands.event(), COMMANDS)?;
+        for (place, token) in start.sockets.iter().zip(FIRST_SOCKET..) {
+            poller.add(&place.socket, token)?;
+        }
+        let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
+        Ok(Self {
+            batch: Batch::new(BATCH, shard.slot_len),
+            shard: Shard::new(shard),
+            fences: vec![Duration::ZERO; start.fences.len()],
+            io: Io {
+                tun: start.tun,
+                words: start.fences,
+                steer: None,
+                steered_told: vec![Duration::ZERO; start.endpoints],
+                outlet,
+                counters,
+            },
+            sockets: start.sockets,
+            commands,
+            poller,
+            collecting: None,
+            metas: Box::new([RecvMeta::EMPTY; BATCH]),
+            kept: None,
+        })
+    }
+
+    /// Runs until told to stop or control is gone.
+    pub(super) fn run(mut self) -> io::Result<()> {
+        let mut ready = Ready::default();
+        loop {
+            if self.obey() == Flow::Stop {
+                return Ok(());
+            }
+            self.flush();
+            self.report();
+            let timeout = self.timeout();
+            self.poller.wait(&mut ready, timeout)?;
+            for token in ready.tokens() {
+                // What control decided meanwhile comes before the next packets.
+                if self.obey() == Flow::Stop {
+                    return Ok(());
+                }
+                match token {
+                    TUN => self.from_tun()?,
+                    COMMANDS => {
+                        self.commands.event().clear();
+                    }
+                    socket => self.from_socket((socket - FIRST_SOCKET) as usize),
+                }
+            }
+        }
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        let wait = self.shard.next_wakeup().map(|at| at.saturating_sub(boottime()));
+        match self.kept {
+            None => wait,
+            // Control does not take reports: do not spin over the shard's next one.
+            Some(_) => Some(REPORT_PAUSE),
+        }
+    }
+
+    /// Applies all commands that are there. Steered packets between two other commands are
+    /// judged between them.
+    fn obey(&mut self) -> Flow {
+        loop {
+            let command = match self.commands.take() {
+                Ok(Some(command)) => command,
+                Ok(None) => break,
+                Err(_) => return Flow::Stop,
+            };
+            if !matches!(command, WorkerCommand::Steered { .. }) {
+                self.judge_steered();
+            }
+            match command {
+                WorkerCommand::Steered { head, bytes } => self.collect(&head, &bytes),
+                WorkerCommand::Shard(command) => {
+                    if let Err(error) = self.shard.apply(command) {
+                        match error {
+                            // A lease or a top for an SA removed a moment ago.
+                            esp::CommandError::UnknownSa(_) => tracing::debug!(%error, "worker command"),
+                            _ => tracing::error!(%error, "worker command"),
+                        }
+                    }
+                }
+                WorkerCommand::Steering(sender) => self.io.steer = Some(sender),
+                WorkerCommand::Stop => return Flow::Stop,
+            }
+        }
+        self.judge_steered();
+        Flow::Go
+    }
+
+    /// Puts a packet from the other instance into the batch, which holds one direction at a time.
+    fn collect(&mut self, head: &SteerHead, bytes: &[u8]) {
+        let direction = match head.kind {
+            SteerKind::Plain => Direction::Outbound,
+            SteerKind::Esp => Direction::Inbound,
+            // Control handles these itself.
+            SteerKind::Ike => return,
+        };
+        if self.batch.is_full() || self.collecting.is_some_and(|collecting| collecting != direction) {
+            self.judge_steered();
+        }
+        let Some(slot) = self.batch.push() else { return };
+        if !slot.fill(bytes) {
+            self.batch.pop();
+            add(&self.io.counters.truncated, 1);
+            return;
+        }
+        slot.steered = true;
+        slot.peer = head.from.filter(|_| direction == Direction::Inbound);
+        self.collecting = Some(direction);
+        add(&self.io.counters.steered_in, 1);
+    }
+
+    /// Judges and writes the steered packets collected in the batch.
+    fn judge_steered(&mut self) {
+        if let Some(direction) = self.collecting.take() {
+            self.judge(direction);
+        }
+    }
+
+    /// Asks the shard about the batch, writes it and empties it.
+    fn judge(&mut self, direction: Direction) {
+        self.io.read_fences(&mut self.fences);
+        match direction {
+            Direction::Outbound => self.shard.outbound(boottime(), &self.fences, &mut self.batch),
+            Direction::Inbound => self.shard.inbound(boottime(), &self.fences, &mut self.batch),
+        }
+        self.io.write(&mut self.batch, &mut self.sockets);
+        self.batch.clear();
+    }
+
+    /// Works off the shard's queues whose time has come.
+    fn flush(&mut self) {
+        while self.shard.next_wakeup().is_some_and(|at| at <= boottime()) {
+            self.io.read_fences(&mut self.fences);
+            if self.shard.flush(boottime(), &self.fences, &mut self.batch) == 0 {
+                break;
+            }
+            self.io.write(&mut self.batch, &mut self.sockets);
+        }
+        self.batch.clear();
+    }
+
+    /// Passes the shard's reports on; what does not fit stays there.
+    fn report(&mut self) {
+        if let Some(event) = self.kept.take()
+            && let Err(event) = self.io.outlet.report(event)
+        {
+            self.kept = Some(event);
+            return;
+        }
+        let now = boottime();
+        while self.shard.next_wakeup().is_some_and(|at| at <= now) {
+            let Some(report) = self.shard.poll_report(now) else { return };
+            if let Err(event) = self.io.outlet.report(WorkerEvent::Report(report)) {
+                self.kept = Some(event);
+                return;
+            }
+        }
+    }
+
+    fn from_tun(&mut self) -> io::Result<()> {
+        while let Some(slot) = self.batch.push() {
+            match self.io.tun.read(slot.room()) {
+                Ok(Some(length)) => slot.set_len(length),
+                Ok(None) => {
+                    self.batch.pop();
+                    break;
+                }
+                Err(error) => {
+                    self.batch.pop();
+                    return Err(error);
+                }
+            }
+        }
+        if !self.batch.is_empty() {
+            add(&self.io.counters.tun_read, self.batch.len() as u64);
+            self.judge(Direction::Outbound);
+        }
+        Ok(())
+    }
+
+    fn from_socket(&mut self, at: usize) {
+        let Some(EndpointSocket { endpoint, socket }) = self.sockets.get_mut(at) else { return };
+        let endpoint = *endpoint;
+        let errors = socket.receive_errors();
+        let slots = self.batch.unused();
+        let got = socket.recv(slots.iter_mut().map(Slot::room), &mut self.metas[..]);
+        add(&self.io.counters.receive_errors, socket.receive_errors() - errors);
+        // ESP packets move to the front; the rest is dealt with on the spot.
+        let mut kept = 0;
+        for (i, meta) in self.metas.iter().enumerate().take(got) {
+            let Some(slot) = slots.get_mut(i) else { break };
+            slot.set_len(meta.len);
+            if self.io.is_esp(slot, meta, endpoint) {
+                slot.ecn = Ecn::of(meta.tos);
+                slot.peer = Some(meta.from);
+                slots.swap(kept, i);
+                kept += 1;
+            }
+        }
+        if kept > 0 {
+            self.batch.commit(kept);
+            add(&self.io.counters.esp_received, kept as u64);
+            self.judge(Direction::Inbound);
+        }
+    }
+}
+
+impl Io {
+    /// Until when an endpoint may send.
+    fn valid_until(&self, endpoint: EndpointId) -> Duration {
+        let word = self.words.get(usize::from(endpoint.0));
+        word.map_or(Duration::ZERO, |word| Duration::from_nanos(word.load(Ordering::Acquire)))
+    }
+
+    fn read_fences(&self, into: &mut [Duration]) {
+        for (to, word) in into.iter_mut().zip(self.words.iter()) {
+            *to = Duration::from_nanos(word.load(Ordering::Acquire));
+        }
+    }
+
+    /// True for an ESP packet; everything else is handled here.
+    fn is_esp(&self, slot: &Slot, meta: &RecvMeta, endpoint: EndpointId) -> bool {
+        let counters = &self.counters;
+        if meta.truncated {
+            add(&counters.truncated, 1);
+            return false;
+        }
+        match natt::classify(slot.packet()) {
+            Datagram::Esp(_) => return true,
+            Datagram::Ike(bytes) => {
+                let event = WorkerEvent::Ike { endpoint, from: meta.from, bytes: bytes.to_vec() };
+                let taken = self.outlet.ike(event);
+                add(if taken { &counters.ike_received } else { &counters.ike_dropped }, 1);
+            }
+            Datagram::Keepalive => add(&counters.keepalives, 1),
+            Datagram::Short => add(&counters.short, 1),
+        }
+        false
+    }
+
+    /// Writes a judged batch. The fences are compared here once more, right before the calls.
+    fn write(&mut self, batch: &mut Batch, sockets: &mut [EndpointSocket]) {
+        let counters = Arc::clone(&self.counters);
+        let now = boottime();
+        let mut late = 0_u64;
+        let (mut to_send, mut sent) = (0_u64, 0_u64);
+        for EndpointSocket { endpoint, socket } in sockets.iter_mut() {
+            let open = now < self.valid_until(*endpoint);
+            let items = batch.slots().iter().filter_map(|slot| match slot.verdict() {
+                Verdict::Send { endpoint: of, to, udp_encap: true, .. } if of == *endpoint => {
+                    if !open {
+                        late += 1;
+                        return None;
+                    }
+                    to_send += 1;
+                    Some(SendItem { to, bytes: slot.packet(), tos: slot.outer_traffic_class() })
+                }
+                _ => None,
+            });
+            sent += socket.send(items) as u64;
+        }
+        let (mut written, mut refused, mut unencapsulated) = (0, 0, 0);
+        for slot in batch.slots_mut() {
+            match slot.verdict() {
+                Verdict::Deliver { endpoint } => {
+                    if now >= self.valid_until(endpoint) {
+                        late += 1;
+                    } else if self.tun.write(slot.packet()).is_ok() {
+                        written += 1;
+                    } else {
+                        refused += 1;
+                    }
+                }
+                Verdict::Steer { endpoint } => self.hand_over(now, endpoint, slot, sockets),
+                Verdict::Send { udp_encap: false, .. } => unencapsulated += 1,
+                Verdict::Send { .. } | Verdict::Held | Verdict::Drop(_) | Verdict::Pending => {}
+            }
+        }
+        add(&counters.sent, sent);
+        add(&counters.unsent, to_send - sent);
+        add(&counters.tun_written, written);
+        add(&counters.tun_refused, refused);
+        add(&counters.unencapsulated, unencapsulated);
+        add(&counters.late, late);
+        add(&counters.late_batches, u64::from(late > 0));
+    }
+
+    fn hand_over(&mut self, now: Duration, endpoint: EndpointId, slot: &mut Slot, sockets: &[EndpointSocket]) {
+        let head = match slot.direction() {
+            Direction::Outbound => SteerHead { kind: SteerKind::Plain, endpoint, from: None, local_port: 0 },
+            Direction::Inbound => {
+                let place = sockets.iter().find(|place| place.endpoint == endpoint);
+                let local_port = place.map_or(0, |place| place.socket.local_addr().port());
+                SteerHead { kind: SteerKind::Esp, endpoint, from: slot.peer, local_port }
+            }
+        };
+        let sent = match (&self.steer, slot.widen(STEER_HEADROOM, STEER_TAILROOM)) {
+            (Some(sender), Some(buffer)) => sender.send_in_place(&head, buffer),
+            _ => false,
+        };
+        add(if sent { &self.counters.steered } else { &self.counters.steer_lost }, 1);
+        if let Some(told) = self.steered_told.get_mut(usize::from(endpoint.0))
+            && now >= *told + STEERED_PAUSE
+            && self.outlet.report(WorkerEvent::Steered(endpoint)).is_ok()
+        {
+            *told = now;
+        }
+    }
+}
