@@ -242,6 +242,15 @@ impl Gateway {
         self.pump(now);
     }
 
+    /// A worker handed packets of this endpoint to the other instance: stragglers still arrive.
+    pub fn note_steered(&mut self, now: Duration, endpoint: EndpointId) {
+        if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
+            && let Part::Steering { last } = &mut e.part
+        {
+            *last = now;
+        }
+    }
+
     /// Whether every endpoint is the other instance's, or nobody's.
     pub fn owns_nothing(&self) -> bool {
         !self.endpoints.iter().any(Endpoint::owns)
@@ -321,15 +330,6 @@ impl Gateway {
             if sa.last_in > before(sa.spi_in) && e.serves(now) {
                 let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
                 e.ike.note_inbound(&mut cx, sa.spi_in);
-            }
-        }
-        let steered = |snapshot: &esp::Snapshot| snapshot.stats.steered;
-        if self.snapshot.as_deref().map(steered) != Some(steered(&snapshot)) {
-            // Stragglers still arrive, so the endpoint is not quiet yet.
-            for e in &mut self.endpoints {
-                if let Part::Steering { last } = &mut e.part {
-                    *last = now;
-                }
             }
         }
         self.snapshot = Some(snapshot);

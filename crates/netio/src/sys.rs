@@ -59,8 +59,7 @@ pub(crate) fn is_transient(error: &io::Error) -> bool {
 #[cfg(test)]
 pub(crate) fn in_new_namespace<R: Send + 'static>(body: impl FnOnce() -> R + Send + 'static) -> R {
     let run = move || {
-        // SAFETY: unshare takes no pointer; it moves only this thread to a new namespace.
-        check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).expect("these tests need root");
+        crate::netns::isolate_thread().expect("these tests need root");
         body()
     };
     match std::thread::spawn(run).join() {

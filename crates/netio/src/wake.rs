@@ -145,7 +145,9 @@ impl Poller {
             Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => {
                 let millis = match timeout {
                     None => -1,
-                    Some(time) => i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX),
+                    Some(time) => {
+                        i32::try_from(time.as_nanos().div_ceil(1_000_000)).unwrap_or(i32::MAX)
+                    }
                 };
                 let (events, room) = (ready.events.as_mut_ptr(), ready.events.len() as libc::c_int);
                 // SAFETY: the array has room for the given number of events.
@@ -163,7 +165,11 @@ impl Poller {
         }
     }
 
-    fn wait_precisely(&self, ready: &mut Ready, timeout: Option<Duration>) -> io::Result<libc::c_int> {
+    fn wait_precisely(
+        &self,
+        ready: &mut Ready,
+        timeout: Option<Duration>,
+    ) -> io::Result<libc::c_int> {
         let time = timeout.map(|time| libc::timespec {
             tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
             tv_nsec: libc::c_long::from(time.subsec_nanos()),
@@ -325,7 +331,10 @@ mod tests {
             })
             .min()
             .unwrap();
-        assert!(shortest >= Duration::from_micros(200) && shortest < Duration::from_micros(900), "{shortest:?}");
+        assert!(
+            shortest >= Duration::from_micros(200) && shortest < Duration::from_micros(900),
+            "{shortest:?}"
+        );
     }
 
     #[tokio::test(flavor = "current_thread")]

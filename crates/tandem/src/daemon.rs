@@ -13,11 +13,13 @@
 //! | `setup` | opens everything; every failure is one sentence with a hint |
 //! | `control` | the loop: drain inputs, one turn, carry out the outputs in order |
 //! | `addresses` | one task an endpoint: addresses, ARP and ND, announcements |
+//! | `fences` | the words that say until when each endpoint may send |
 //! | `answers` | the gateway's answers in the words of the control socket |
 
 mod addresses;
 mod answers;
 mod control;
+mod fences;
 mod setup;
 
 use std::path::PathBuf;

@@ -140,7 +140,9 @@ impl std::fmt::Debug for LinkEvent {
             Self::StreamUp { link } => write!(f, "StreamUp(link {link})"),
             Self::StreamDown { link, end } => write!(f, "StreamDown(link {link}, {end:?})"),
             Self::Frame(bytes) => write!(f, "Frame({} B)", bytes.len()),
-            Self::Heartbeat { link, bytes } => write!(f, "Heartbeat(link {link}, {} B)", bytes.len()),
+            Self::Heartbeat { link, bytes } => {
+                write!(f, "Heartbeat(link {link}, {} B)", bytes.len())
+            }
             Self::ProbeResult { link, result } => write!(f, "ProbeResult(link {link}, {result:?})"),
             Self::Steered { head, bytes } => write!(f, "Steered({head:?}, {} B)", bytes.len()),
         }
@@ -182,12 +184,14 @@ impl Link {
         let mut receivers = Vec::new();
         for (link, path) in config.links.iter().enumerate() {
             let link = u8::try_from(link).unwrap_or(u8::MAX);
-            let failed = |what| move |source: io::Error| LinkError {
-                link,
-                what,
-                address: path.local,
-                hint: hint(&source),
-                source,
+            let failed = |what| {
+                move |source: io::Error| LinkError {
+                    link,
+                    what,
+                    address: path.local,
+                    hint: hint(&source),
+                    source,
+                }
             };
             listeners.push(stream::listen(path.local).map_err(failed("TCP"))?);
             let (sender, receiver) = open_udp(path.local).map_err(failed("UDP"))?;
@@ -231,8 +235,12 @@ fn hint(error: &io::Error) -> &'static str {
         io::ErrorKind::AddrNotAvailable => {
             "the address is not on this host: is the interface up, and is --instance the right one? (ip -br address)"
         }
-        io::ErrorKind::AddrInUse => "another process has the port: is tandemd running already? (ss -lntup)",
-        io::ErrorKind::PermissionDenied => "ports below 1024 need CAP_NET_BIND_SERVICE: choose a higher one",
+        io::ErrorKind::AddrInUse => {
+            "another process has the port: is tandemd running already? (ss -lntup)"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need CAP_NET_BIND_SERVICE: choose a higher one"
+        }
         _ => "see the addresses under [instances.…] links",
     }
 }
@@ -332,7 +340,8 @@ impl LinkHandle {
         tx.scratch.resize(datagram::HEADER, 0);
         tx.scratch.extend_from_slice(bytes);
         tx.scratch.resize(bytes.len() + OVERHEAD, 0);
-        sealer.seal(link, &mut tx.scratch).is_some() && port.udp.send_to(&tx.scratch, port.remote).is_ok()
+        sealer.seal(link, &mut tx.scratch).is_some()
+            && port.udp.send_to(&tx.scratch, port.remote).is_ok()
     }
 
     /// Tries a TCP connection to the other's pair port on a link;
@@ -356,7 +365,11 @@ impl LinkHandle {
     #[must_use]
     pub fn steer_sender(&self) -> Option<SteerSender> {
         let heard = self.shared.rx().heard.clone();
-        let newest = heard.iter().enumerate().filter_map(|(i, at)| Some(((*at)?, i))).max_by_key(|(at, _)| *at);
+        let newest = heard
+            .iter()
+            .enumerate()
+            .filter_map(|(i, at)| Some(((*at)?, i)))
+            .max_by_key(|(at, _)| *at);
         let tx = self.shared.tx();
         let link = match (newest, &tx.stream) {
             (Some((_, link)), _) => u8::try_from(link).ok()?,

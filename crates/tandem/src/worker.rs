@@ -90,6 +90,7 @@ pub enum WorkerCommand {
 }
 
 /// What a worker tells control.
+#[expect(clippy::large_enum_variant, reason = "a box would be an allocation on the way of packets")]
 #[derive(Debug)]
 pub enum WorkerEvent {
     /// From the shard.
@@ -126,7 +127,7 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
     let event = EventFd::new()?;
     let outlet = run::Outlet::new(reports_out, ike_out, event.clone());
     let counters = Arc::new(Counters::default());
-    let state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
+    let mut state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
     let thread = std::thread::Builder::new().name("worker-0".to_owned()).spawn(move || {
         // A worker that panicked would leave the endpoint owned and silent: the process must
         // die, so that the other instance takes over.

@@ -209,7 +209,10 @@ pub struct ChildSa {
 
 /// The SPIs of everything established: equal before and after means that the peer has noticed nothing.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Spis(pub Vec<(u64, u64, Vec<(u32, u32)>)>);
+pub struct Spis(pub Vec<SaSpis>);
+
+/// One IKE SA's SPIs (initiator's, responder's), and its children's (in, out).
+pub type SaSpis = (u64, u64, Vec<(u32, u32)>);
 
 impl Spis {
     /// Of what is established and installed, in a comparable order.

@@ -138,8 +138,16 @@ impl World {
             }
             Event::Mode { endpoint, mode } => {
                 self.ledger.modes.push((host, mode));
+                let before = self.gw(host, endpoint).mode.replace(mode);
+                // Invariant 4: an owner goes solo only when the other knows, or counts as dead.
+                let contact = self.hosts[host].pair.as_ref().unwrap().status(self.local(host)).contact;
+                if (before, mode) == (Some(Mode::Synced), Mode::Solo)
+                    && contact
+                    && self.solo_unheard(host, endpoint.0)
+                {
+                    self.fail("invariant 4: solo although the shadow believes itself in sync");
+                }
                 let gateway = self.gw(host, endpoint);
-                gateway.mode = Some(mode);
                 match mode {
                     Mode::Solo => {
                         gateway.obey = false;
@@ -248,10 +256,6 @@ impl World {
         let later = gateway.waiting.split_off(&(position.0 + 1));
         let done = core::mem::replace(&mut gateway.waiting, later);
         let solo = gateway.mode == Some(Mode::Solo) || gateway.mode.is_none();
-        // Invariant 4: an owner goes solo only when the other knows, or counts as dead.
-        if solo && unheard && self.hosts[host].pair.as_ref().unwrap().status(self.local(host)).contact {
-            self.fail("invariant 4: solo although the shadow believes itself in sync");
-        }
         // Invariant 4: what is acknowledged is installed at the other, if it lives and follows.
         let theirs = self.status(other, endpoint.0);
         if !solo
@@ -399,7 +403,7 @@ impl World {
         if gateway.own.is_none() || gateway.hold {
             return;
         }
-        if self.rng.chance(30) {
+        if self.workload && self.rng.chance(30) {
             let key = 1 + self.rng.below(6);
             let value = self.rng.draw().to_le_bytes().to_vec();
             let other = 1 + self.rng.below(6);

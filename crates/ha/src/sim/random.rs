@@ -138,6 +138,9 @@ fn single(seed: u64, bug: Bug, verbose: bool) {
     if !world.converged() {
         world.fail("no convergence after one fault");
     }
+    // What is still on its way may hide an older value.
+    world.workload = false;
+    world.run_for(300 * MS);
     world.check_nothing_lost();
     if world.ledger.mismatches > 0 {
         world.fail("digests differed");

@@ -142,6 +142,7 @@ pub(super) struct World {
     bug: Bug,
     pub(super) verbose: bool,
     pub(super) boot_wait: Us,
+    pub(super) workload: bool,
     pub(super) config_digests: [u64; 2],
 }
 
@@ -185,6 +186,7 @@ impl World {
             bug,
             verbose: false,
             boot_wait: 1000 * MS,
+            workload: true,
             config_digests: [7, 7],
         };
         world.at(world.now, Happening::Connect);

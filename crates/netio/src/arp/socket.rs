@@ -362,8 +362,7 @@ mod tests {
             let (ask, asked) = std::sync::mpsc::channel::<&'static str>();
             let (say, heard) = std::sync::mpsc::channel();
             std::thread::spawn(move || {
-                // SAFETY: takes no pointer; moves only this thread.
-                check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).unwrap();
+                crate::netns::isolate_thread().unwrap();
                 // SAFETY: takes no pointer.
                 say.send(unsafe { libc::gettid() }.to_string()).unwrap();
                 for command in asked {

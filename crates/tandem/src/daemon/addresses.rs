@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 use wire::id::EndpointId;
 
-use crate::worker::Fences;
+use super::fences::Fences;
 
 /// What the gateway decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use gateway::{Answer, Output};
 use netio::clock::{Timer, boottime};
 use netio::route::LinkEvent as InterfaceEvent;
+use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
@@ -22,7 +23,7 @@ use super::answers;
 use crate::control_socket::{Request, Response};
 use crate::hook::Change;
 use crate::link::{LinkEvent, ProbeResult, SteerHead, SteerKind, StreamEnd};
-use crate::worker::{Command as WorkerCommand, IkeDatagram};
+use crate::worker::{WorkerCommand, WorkerEvent};
 
 /// A planned stop hands the endpoints over first, for at most this long.
 const HAND_OVER: Duration = Duration::from_millis(1_500);
@@ -66,6 +67,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
     let mut terminate = signal(SignalKind::terminate()).map_err(fail("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(fail("signals"))?;
     let mut timer = Timer::new().map_err(fail("timer"))?;
+    let wake = AsyncFd::new(parts.worker.event().clone()).map_err(fail("worker"))?;
     let (done, mut results) = mpsc::unbounded_channel();
     let mut parts = parts;
     let mut link_events = parts.link_events.take();
@@ -82,7 +84,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
     control.uplinks().await;
     sd_notify::notify(false, &[sd_notify::NotifyState::Ready]).map_err(fail("systemd"))?;
     loop {
-        control.drain(&mut link_events, &mut results);
+        control.drain(&mut link_events, &mut results)?;
         let now = boottime();
         control.parts.gateway.handle_turn(now);
         control.carry_out()?;
@@ -100,8 +102,11 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
             _ = terminate.recv() => control.stop(),
             _ = interrupt.recv() => control.stop(),
             event = next_event(&mut link_events) => control.link_event(event),
-            message = control.parts.outlets.ike.recv() => control.ike(message.ok_or("the worker has ended")?),
-            report = control.parts.outlets.reports.recv() => control.report(report.ok_or("the worker has ended")?),
+            guard = wake.readable() => {
+                let mut guard = guard.map_err(fail("worker"))?;
+                control.parts.worker.event().clear();
+                guard.clear_ready();
+            }
             result = timer.expired() => result.map_err(fail("timer"))?,
             () = readable(&control.parts.places) => {}
             call = control.parts.calls.recv() => if let Some(call) = call { control.request(call) },
@@ -142,20 +147,17 @@ impl Control {
         &mut self,
         link_events: &mut Option<mpsc::Receiver<LinkEvent>>,
         results: &mut mpsc::UnboundedReceiver<Done>,
-    ) {
+    ) -> Result<(), String> {
         if let Some(events) = link_events {
             for _ in 0..TURN {
                 let Ok(event) = events.try_recv() else { break };
                 self.link_event(event);
             }
         }
-        for _ in 0..TURN {
-            let Ok(report) = self.parts.outlets.reports.try_recv() else { break };
-            self.report(report);
-        }
-        for _ in 0..TURN {
-            let Ok(message) = self.parts.outlets.ike.try_recv() else { break };
-            self.ike(message);
+        // The event was cleared before, so what comes from now on wakes the loop again. Both of the worker's queues are
+        // bounded, hence so is this.
+        while let Some(event) = self.parts.worker.poll().map_err(|error| error.to_string())? {
+            self.worker_event(event);
         }
         for index in 0..self.parts.places.len() {
             for _ in 0..TURN {
@@ -170,6 +172,7 @@ impl Control {
         while let Ok(result) = results.try_recv() {
             self.task_done(result);
         }
+        Ok(())
     }
 
     fn link_event(&mut self, event: LinkEvent) {
@@ -204,7 +207,7 @@ impl Control {
         if let Some(handle) = &self.parts.link
             && let Some(sender) = handle.steer_sender()
         {
-            self.command(WorkerCommand::SteerVia(Some(sender)));
+            self.command(WorkerCommand::Steering(sender));
         }
     }
 
@@ -220,13 +223,17 @@ impl Control {
         }
     }
 
-    fn report(&mut self, report: esp::Report) {
-        self.parts.gateway.handle_report(boottime(), report);
-    }
-
-    fn ike(&mut self, message: IkeDatagram) {
-        let IkeDatagram { endpoint, from, to, bytes } = message;
-        self.parts.gateway.handle_ike(boottime(), endpoint, from, to, &bytes, false);
+    fn worker_event(&mut self, event: WorkerEvent) {
+        let now = boottime();
+        match event {
+            WorkerEvent::Report(report) => self.parts.gateway.handle_report(now, report),
+            WorkerEvent::Steered(endpoint) => self.parts.gateway.note_steered(now, endpoint),
+            WorkerEvent::Ike { endpoint, from, bytes } => {
+                if let Some(place) = self.parts.places.get(usize::from(endpoint.0)) {
+                    self.parts.gateway.handle_ike(now, endpoint, from, place.at_4500, &bytes, false);
+                }
+            }
+        }
     }
 
     fn command(&mut self, command: WorkerCommand) {

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 use wire::id::Term;
 
+use super::fences::Fences;
 use super::addresses::{Addresses, Order};
 use crate::config_file::{Loaded, host_needs};
 use crate::control_socket::{Call, Server};
@@ -24,7 +25,7 @@ use crate::hook::Hook;
 use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath};
 use crate::routing;
 use crate::terms::TermFile;
-use crate::worker::{Fences, Outlets, Worker};
+use crate::worker::{self, EndpointSocket, WorkerHandle};
 
 /// How often the pair link tries to connect (ha.md).
 const RETRY: std::time::Duration = std::time::Duration::from_millis(200);
@@ -53,8 +54,7 @@ pub(super) struct Parts {
     pub(super) peer: String,
     pub(super) places: Vec<Place>,
     pub(super) fences: Fences,
-    pub(super) worker: Worker,
-    pub(super) outlets: Outlets,
+    pub(super) worker: WorkerHandle,
     pub(super) link: Option<LinkHandle>,
     pub(super) link_events: Option<mpsc::Receiver<LinkEvent>>,
     pub(super) calls: mpsc::Receiver<Call>,
@@ -117,7 +117,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
             }
         };
         let port_500 = netio::udp::control_socket(at_500).and_then(UdpSocket::from_std).map_err(taken(at_500))?;
-        let socket = BatchSocket::bind(at_4500, netio::udp::Options { recv_tos: true, ..Default::default() })
+        let socket = BatchSocket::bind(at_4500, worker::SOCKET_OPTIONS)
             .map_err(taken(at_4500))?;
         let addresses = Addresses::open(endpoint, config.local, tun.index(), netlink.clone(), fences.clone())
             .map_err(|error| format!("endpoint {}: {error}", endpoint.name))?;
@@ -132,7 +132,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
             at_4500,
             orders,
         });
-        sockets.push((endpoint.id, socket));
+        sockets.push(EndpointSocket { endpoint: endpoint.id, socket });
     }
 
     let (link, link_events) = match (&config.pair, pair_secret) {
@@ -162,9 +162,8 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     // Privileges belong to threads: give them up before the worker starts, so that it starts without them.
     let priority = netio::sched::raise_thread_priority();
     netio::sched::drop_privileges().map_err(|error| format!("privileges cannot be dropped: {error}"))?;
-    let shard = esp::Config { endpoints: config.endpoints.len(), ..esp::Config::default() };
-    let (worker, outlets) =
-        Worker::spawn("worker-0", crate::worker::Config { shard, tun, sockets, fences: fences.clone() })
+    let worker =
+        worker::spawn(worker::Start { tun, sockets, fences: fences.words(), endpoints: config.endpoints.len() })
             .map_err(|error| format!("the worker cannot be started: {error}"))?;
 
     let local = config.instance_name(config.local).to_owned();
@@ -185,7 +184,6 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         places,
         fences,
         worker,
-        outlets,
         link,
         link_events,
         calls,

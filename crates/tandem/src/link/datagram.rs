@@ -48,7 +48,11 @@ pub(crate) struct Keys {
 impl Keys {
     pub(crate) fn random(rng: &mut dyn crypto::Rng) -> Self {
         let length = ALG.keymat_len();
-        Self { id: rng.next_u32(), heartbeat: Secret::random(length, rng), steer: Secret::random(length, rng) }
+        Self {
+            id: rng.next_u32(),
+            heartbeat: Secret::random(length, rng),
+            steer: Secret::random(length, rng),
+        }
     }
 
     /// The body of a keys record.
@@ -154,7 +158,11 @@ pub(crate) struct Opener {
 
 impl Opener {
     /// Opens in place; gives the plaintext.
-    pub(crate) fn open<'d>(&mut self, link: u8, datagram: &'d mut [u8]) -> Result<&'d [u8], Refused> {
+    pub(crate) fn open<'d>(
+        &mut self,
+        link: u8,
+        datagram: &'d mut [u8],
+    ) -> Result<&'d [u8], Refused> {
         if purpose_of(datagram)? != self.purpose {
             return Err(Refused::Unknown);
         }
@@ -168,7 +176,10 @@ impl Opener {
             return Err(Refused::Replayed);
         }
         let aad = header_and_link(self.purpose, self.id, counter, link);
-        let plain = self.key.open_in_place(counter.to_be_bytes(), &aad, rest).map_err(|_| Refused::Forged)?;
+        let plain = self
+            .key
+            .open_in_place(counter.to_be_bytes(), &aad, rest)
+            .map_err(|_| Refused::Forged)?;
         // Only an authentic datagram moves the window.
         self.window.mark(counter);
         Ok(plain)

@@ -71,7 +71,11 @@ pub(crate) struct TooLong;
 
 impl Assembler {
     /// Takes a chunk; gives the frame that it completes.
-    pub(crate) fn push(&mut self, last: bool, chunk: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, TooLong> {
+    pub(crate) fn push(
+        &mut self,
+        last: bool,
+        chunk: &[u8],
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, TooLong> {
         if self.partial.len() + chunk.len() > FRAME_MAX {
             return Err(TooLong);
         }

@@ -68,10 +68,20 @@ pub(super) fn spawn(start: Start) {
         let (internal, inbox) = mpsc::channel(INTERNAL_QUEUE);
         let mut side_tasks = JoinSet::new();
         for (link, listener) in (0_u8..).zip(start.listeners) {
-            side_tasks.spawn(accept_loop(Arc::clone(&start.shared), link, listener, internal.clone()));
+            side_tasks.spawn(accept_loop(
+                Arc::clone(&start.shared),
+                link,
+                listener,
+                internal.clone(),
+            ));
         }
         for (link, socket) in (0_u8..).zip(start.receivers) {
-            side_tasks.spawn(datagram_loop(Arc::clone(&start.shared), link, socket, start.events.clone()));
+            side_tasks.spawn(datagram_loop(
+                Arc::clone(&start.shared),
+                link,
+                socket,
+                start.events.clone(),
+            ));
         }
         let links = start.shared.ports.len();
         let manager = Manager {
@@ -124,7 +134,11 @@ struct Manager {
 struct Gone;
 
 impl Manager {
-    async fn run(mut self, mut asked: mpsc::UnboundedReceiver<Command>, mut inbox: mpsc::Receiver<Internal>) {
+    async fn run(
+        mut self,
+        mut asked: mpsc::UnboundedReceiver<Command>,
+        mut inbox: mpsc::Receiver<Internal>,
+    ) {
         let mut retry = interval(self.retry);
         retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let watch_every = (self.dead_after / 4).max(Duration::from_millis(1));
@@ -183,7 +197,8 @@ impl Manager {
             }
             Internal::Accepted { link, stream, session, keys } => {
                 let initiator = 1 - self.shared.index.min(1);
-                let better = self.stream.as_ref().is_none_or(|active| initiator <= active.initiator);
+                let better =
+                    self.stream.as_ref().is_none_or(|active| initiator <= active.initiator);
                 if !better || self.leaving {
                     return Ok(());
                 }
@@ -192,12 +207,12 @@ impl Manager {
                 self.adopt(link, initiator, stream, session, 1);
                 self.come_up(&keys).await
             }
-            Internal::PeerKeys { generation, keys } => {
-                match &self.stream {
-                    Some(active) if active.generation == generation && !active.up => self.come_up(&keys).await,
-                    _ => Ok(()),
+            Internal::PeerKeys { generation, keys } => match &self.stream {
+                Some(active) if active.generation == generation && !active.up => {
+                    self.come_up(&keys).await
                 }
-            }
+                _ => Ok(()),
+            },
             Internal::Frame { generation, bytes } => match &self.stream {
                 Some(active) if active.generation == generation && active.up => {
                     self.tell(LinkEvent::Frame(bytes)).await
@@ -222,14 +237,28 @@ impl Manager {
     }
 
     /// Makes a connection the stream, sends our keys on it and starts its tasks.
-    fn adopt(&mut self, link: u8, initiator: u8, stream: TcpStream, session: Session, first_number: u64) {
+    fn adopt(
+        &mut self,
+        link: u8,
+        initiator: u8,
+        stream: TcpStream,
+        session: Session,
+        first_number: u64,
+    ) {
         self.generation += 1;
         let keys = Keys::random(&mut rand_core::OsRng);
         let outbox = Arc::new(Outbox::new(Arc::new(session)));
         outbox.push(Kind::Keys, &keys.encode());
         let mut tasks = JoinSet::new();
         let internal = self.internal.clone();
-        stream::run(&mut tasks, stream, Arc::clone(&outbox), first_number, self.generation, internal);
+        stream::run(
+            &mut tasks,
+            stream,
+            Arc::clone(&outbox),
+            first_number,
+            self.generation,
+            internal,
+        );
         self.stream = Some(Active {
             generation: self.generation,
             link,
@@ -281,7 +310,8 @@ impl Manager {
         let Some(active) = &self.stream else { return Ok(()) };
         let heard = self.shared.rx().heard.get(usize::from(active.link)).copied().flatten();
         // A stream that never came up gets the time of a handshake.
-        let patience = if active.up { self.dead_after } else { self.dead_after.max(Duration::from_secs(1)) };
+        let patience =
+            if active.up { self.dead_after } else { self.dead_after.max(Duration::from_secs(1)) };
         let last = heard.map_or(active.since, |heard| heard.max(active.since));
         if now < last + patience {
             return Ok(());
@@ -291,7 +321,10 @@ impl Manager {
 
     fn connect(&mut self) {
         let lower = self.shared.index == 0;
-        if self.stream.is_some() || self.leaving || (!lower && self.none_since.elapsed() < self.retry * 5) {
+        if self.stream.is_some()
+            || self.leaving
+            || (!lower && self.none_since.elapsed() < self.retry * 5)
+        {
             return;
         }
         for (link, attempt) in (0_u8..).zip(&mut self.attempts) {
@@ -336,7 +369,12 @@ impl Manager {
     }
 }
 
-async fn accept_loop(shared: Arc<Shared>, link: u8, listener: TcpListener, internal: mpsc::Sender<Internal>) {
+async fn accept_loop(
+    shared: Arc<Shared>,
+    link: u8,
+    listener: TcpListener,
+    internal: mpsc::Sender<Internal>,
+) {
     let under_way = Arc::new(Semaphore::new(stream::HANDSHAKES_MAX));
     let Some(remote) = shared.port(link).map(|port| port.remote.ip()) else { return };
     let mut handshakes = JoinSet::new();
@@ -370,7 +408,12 @@ async fn accept_loop(shared: Arc<Shared>, link: u8, listener: TcpListener, inter
     }
 }
 
-async fn datagram_loop(shared: Arc<Shared>, link: u8, socket: UdpSocket, events: mpsc::Sender<LinkEvent>) {
+async fn datagram_loop(
+    shared: Arc<Shared>,
+    link: u8,
+    socket: UdpSocket,
+    events: mpsc::Sender<LinkEvent>,
+) {
     let Some(remote) = shared.port(link).map(|port| port.remote) else { return };
     let mut buffer = vec![0; 1 << 16];
     loop {
@@ -403,7 +446,8 @@ fn open(shared: &Shared, link: u8, datagram: &mut [u8]) -> Result<LinkEvent, Ref
     let rx = &mut *shared.rx();
     match purpose {
         Purpose::Heartbeat => {
-            let bytes = rx.heartbeat.as_mut().ok_or(Refused::OtherKey)?.open(link, datagram)?.to_vec();
+            let bytes =
+                rx.heartbeat.as_mut().ok_or(Refused::OtherKey)?.open(link, datagram)?.to_vec();
             if let Some(heard) = rx.heard.get_mut(usize::from(link)) {
                 *heard = Some(Instant::now());
             }

@@ -49,7 +49,8 @@ pub(crate) fn derive_psk(secret: &[u8]) -> Zeroizing<[u8; 32]> {
     let mut psk = Zeroizing::new([0; 32]);
     let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, PROLOGUE).extract(secret);
     // Filling the length that the algorithm asks for cannot fail.
-    let filled = prk.expand(&[b"noise psk"], hkdf::HKDF_SHA256).and_then(|okm| okm.fill(&mut psk[..]));
+    let filled =
+        prk.expand(&[b"noise psk"], hkdf::HKDF_SHA256).and_then(|okm| okm.fill(&mut psk[..]));
     debug_assert!(filled.is_ok());
     psk
 }
@@ -62,7 +63,10 @@ pub(crate) struct Initiator {
 
 impl Initiator {
     /// Starts a handshake; gives the first message.
-    pub(crate) fn start(psk: &[u8; 32], index: u8) -> Result<(Self, [u8; MESSAGE_LEN]), HandshakeError> {
+    pub(crate) fn start(
+        psk: &[u8; 32],
+        index: u8,
+    ) -> Result<(Self, [u8; MESSAGE_LEN]), HandshakeError> {
         let mut state = builder(psk)?.build_initiator().map_err(|_| HandshakeError::Internal)?;
         let message = write(&mut state, index)?;
         Ok((Self { state, index }, message))
@@ -100,9 +104,14 @@ fn write(state: &mut HandshakeState, index: u8) -> Result<[u8; MESSAGE_LEN], Han
     }
 }
 
-fn read(state: &mut HandshakeState, message: &[u8; MESSAGE_LEN], own: u8) -> Result<(), HandshakeError> {
+fn read(
+    state: &mut HandshakeState,
+    message: &[u8; MESSAGE_LEN],
+    own: u8,
+) -> Result<(), HandshakeError> {
     let mut payload = [0; MESSAGE_LEN];
-    let length = state.read_message(message, &mut payload).map_err(|_| HandshakeError::NotAuthentic)?;
+    let length =
+        state.read_message(message, &mut payload).map_err(|_| HandshakeError::NotAuthentic)?;
     match payload.get(..length) {
         Some([VERSION, index]) if *index != own => Ok(()),
         Some([VERSION, index]) => Err(HandshakeError::EqualIndex(*index)),
@@ -141,7 +150,12 @@ impl Session {
     }
 
     /// Opens the body of record number `counter` into `plain`, which is wiped by its owner.
-    pub(crate) fn open(&self, counter: u64, body: &[u8], plain: &mut Zeroizing<Vec<u8>>) -> Result<(), Broken> {
+    pub(crate) fn open(
+        &self,
+        counter: u64,
+        body: &[u8],
+        plain: &mut Zeroizing<Vec<u8>>,
+    ) -> Result<(), Broken> {
         plain.resize(body.len(), 0);
         let length = self.state.read_message(counter, body, plain).map_err(|_| Broken)?;
         plain.truncate(length);
@@ -181,7 +195,10 @@ mod tests {
         let psk = derive_psk(b"secret");
         let (_, first) = Initiator::start(&psk, 1).unwrap();
         assert_eq!(respond(&psk, 1, &first).err(), Some(HandshakeError::EqualIndex(1)));
-        assert_eq!(respond(&derive_psk(b"other"), 1, &first).err(), Some(HandshakeError::NotAuthentic));
+        assert_eq!(
+            respond(&derive_psk(b"other"), 1, &first).err(),
+            Some(HandshakeError::NotAuthentic)
+        );
     }
 
     #[test]

@@ -30,7 +30,9 @@ pub(super) async fn probe(local: SocketAddr, remote: SocketAddr) -> ProbeResult 
                     return result;
                 }
             }
-            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => return ProbeResult::Refused,
+            Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                return ProbeResult::Refused;
+            }
             // Reset between SYN and ACK, or no route: what was known before stands.
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => {}
             Ok(Err(_)) | Err(_) => return result,

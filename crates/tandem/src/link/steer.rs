@@ -60,8 +60,12 @@ impl SteerHead {
             },
         };
         let mut out = [0; HEAD];
-        let fields: [&[u8]; 4] =
-            [&[kind, self.endpoint.0, family], &address, &port.to_be_bytes(), &self.local_port.to_be_bytes()];
+        let fields: [&[u8]; 4] = [
+            &[kind, self.endpoint.0, family],
+            &address,
+            &port.to_be_bytes(),
+            &self.local_port.to_be_bytes(),
+        ];
         for (to, from) in out.iter_mut().zip(fields.into_iter().flatten()) {
             *to = *from;
         }
@@ -116,7 +120,8 @@ impl SteerSender {
     pub fn send_in_place(&self, head: &SteerHead, buffer: &mut [u8]) -> bool {
         let Some(place) = buffer.get_mut(HEADER..STEER_HEADROOM) else { return false };
         place.copy_from_slice(&head.encode());
-        self.sealer.seal(self.link, buffer).is_some() && self.socket.send_to(buffer, self.to).is_ok()
+        self.sealer.seal(self.link, buffer).is_some()
+            && self.socket.send_to(buffer, self.to).is_ok()
     }
 
     /// The same for a packet elsewhere; `scratch` is kept by the caller between calls.

@@ -78,7 +78,7 @@ pub(super) async fn initiate(shared: &Shared, link: u8) -> Option<(TcpStream, Se
         Ok(Some(Err(None))) => {
             // One may be a restart in a bad moment; a series is a refusal.
             super::Counters::add(&shared.counters.hang_ups);
-            if shared.counters.snapshot().hang_ups % 5 == 0 {
+            if shared.counters.snapshot().hang_ups.is_multiple_of(5) {
                 shared.counters.refused_by_other(from);
             }
             None
@@ -93,7 +93,11 @@ pub(super) async fn initiate(shared: &Shared, link: u8) -> Option<(TcpStream, Se
 
 /// The accepting side, up to the initiator's first record. Only who holds the secret and chose
 /// this connection gets so far.
-pub(super) async fn accept(shared: &Shared, mut stream: TcpStream, from: IpAddr) -> Option<(TcpStream, Session, Keys)> {
+pub(super) async fn accept(
+    shared: &Shared,
+    mut stream: TcpStream,
+    from: IpAddr,
+) -> Option<(TcpStream, Session, Keys)> {
     let handshake = async {
         let _ = stream.set_nodelay(true);
         let mut message = [0; MESSAGE_LEN];
@@ -110,7 +114,8 @@ pub(super) async fn accept(shared: &Shared, mut stream: TcpStream, from: IpAddr)
         let mut plain = Zeroizing::new(Vec::new());
         session.open(0, &body, &mut plain).ok()?;
         let (kind, keys) = plain.split_first()?;
-        let keys = (Kind::from_byte(*kind) == Some(Kind::Keys)).then(|| Keys::decode(keys)).flatten()?;
+        let keys =
+            (Kind::from_byte(*kind) == Some(Kind::Keys)).then(|| Keys::decode(keys)).flatten()?;
         Some(Ok((session, keys)))
     };
     match timeout(HANDSHAKE_TIME, handshake).await {
@@ -206,7 +211,12 @@ pub(super) fn run(
     });
 }
 
-async fn write_loop(mut write: OwnedWriteHalf, outbox: Arc<Outbox>, generation: u64, to_manager: mpsc::Sender<Internal>) {
+async fn write_loop(
+    mut write: OwnedWriteHalf,
+    outbox: Arc<Outbox>,
+    generation: u64,
+    to_manager: mpsc::Sender<Internal>,
+) {
     let mut bytes = Vec::new();
     loop {
         let (closing, over) = {
@@ -301,4 +311,3 @@ async fn read_loop(
         }
     }
 }
-

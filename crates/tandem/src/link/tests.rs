@@ -22,7 +22,9 @@ fn config(index: u8, secret: &[u8], port: u16, links: u8) -> LinkConfig {
     LinkConfig {
         index,
         secret: Zeroizing::new(secret.to_vec()),
-        links: (0..links).map(|link| LinkPath { local: address(link, index), remote: address(link, other) }).collect(),
+        links: (0..links)
+            .map(|link| LinkPath { local: address(link, index), remote: address(link, other) })
+            .collect(),
         dead_after: DEAD_AFTER,
         retry: Duration::from_millis(50),
     }
@@ -59,7 +61,10 @@ impl Side {
     /// The next event that is no heartbeat.
     async fn next(&mut self) -> LinkEvent {
         loop {
-            let event = timeout(Duration::from_secs(5), self.events.recv()).await.expect("an event").unwrap();
+            let event = timeout(Duration::from_secs(5), self.events.recv())
+                .await
+                .expect("an event")
+                .unwrap();
             if !matches!(event, LinkEvent::Heartbeat { .. }) {
                 return event;
             }
@@ -81,7 +86,8 @@ impl Side {
 }
 
 async fn both(port: u16, links: u8) -> (Side, Side) {
-    let (mut left, mut right) = (Side::start(0, b"s", port, links), Side::start(1, b"s", port, links));
+    let (mut left, mut right) =
+        (Side::start(0, b"s", port, links), Side::start(1, b"s", port, links));
     assert_eq!(left.up().await, right.up().await);
     (left, right)
 }
@@ -138,7 +144,10 @@ async fn goodbye_death_and_silence_are_told_apart() {
         right.handle.probe(link);
     }
     for _ in 0..2 {
-        assert!(matches!(right.next().await, LinkEvent::ProbeResult { result: ProbeResult::Refused, .. }));
+        assert!(matches!(
+            right.next().await,
+            LinkEvent::ProbeResult { result: ProbeResult::Refused, .. }
+        ));
     }
     assert!(died.elapsed() < Duration::from_millis(50), "{:?}", died.elapsed());
     // And comes back.
@@ -146,7 +155,10 @@ async fn goodbye_death_and_silence_are_told_apart() {
     left.up().await;
     right.up().await;
     left.handle.probe(0);
-    assert_eq!(left.next().await, LinkEvent::ProbeResult { link: 0, result: ProbeResult::Accepted });
+    assert_eq!(
+        left.next().await,
+        LinkEvent::ProbeResult { link: 0, result: ProbeResult::Accepted }
+    );
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -167,7 +179,9 @@ async fn steered_packets_arrive_from_any_thread() {
         assert_eq!(right.next().await, LinkEvent::Steered { head, bytes: vec![i; 1400] });
     }
     assert!(worker.join().unwrap());
-    assert!(left.handle.send_steer(&SteerHead { kind: SteerKind::Plain, from: None, ..head }, b"plain"));
+    assert!(
+        left.handle.send_steer(&SteerHead { kind: SteerKind::Plain, from: None, ..head }, b"plain")
+    );
     let LinkEvent::Steered { head: got, bytes } = right.next().await else { panic!() };
     assert_eq!((got.kind, got.from, &bytes[..]), (SteerKind::Plain, None, &b"plain"[..]));
 }
@@ -245,7 +259,10 @@ async fn junk_replays_and_strangers_change_nothing() {
     // The two copies, and the eight cut ones that are long enough to show a counter seen before.
     assert_eq!(after.replayed - before.replayed, 2 + 8);
     assert!(after.short >= before.short + 20 && after.unknown >= before.unknown + 250, "{after:?}");
-    assert!(after.other_key >= before.other_key + 2 && after.strangers == before.strangers + 1, "{after:?}");
+    assert!(
+        after.other_key >= before.other_key + 2 && after.strangers == before.strangers + 1,
+        "{after:?}"
+    );
     assert_eq!((after.streams, after.broken_streams), (before.streams, before.broken_streams));
     left.handle.send_frame(b"still");
     assert_eq!(right.next().await, LinkEvent::Frame(Zeroizing::new(b"still".to_vec())));
@@ -263,7 +280,8 @@ async fn datagrams_under_an_earlier_streams_keys_are_refused() {
     left.up().await;
     right.up().await;
     let before = right.handle.counters().other_key;
-    let head = SteerHead { kind: SteerKind::Plain, endpoint: EndpointId(0), from: None, local_port: 0 };
+    let head =
+        SteerHead { kind: SteerKind::Plain, endpoint: EndpointId(0), from: None, local_port: 0 };
     assert!(old.send(&head, b"old", &mut Vec::new()));
     assert!(left.handle.send_steer(&head, b"new"));
     let LinkEvent::Steered { bytes, .. } = right.next().await else { panic!() };

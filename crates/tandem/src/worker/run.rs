@@ -68,11 +68,19 @@ pub(super) struct Outlet {
 }
 
 impl Outlet {
-    pub(super) fn new(reports: SyncSender<WorkerEvent>, ike: SyncSender<WorkerEvent>, event: EventFd) -> Self {
+    pub(super) fn new(
+        reports: SyncSender<WorkerEvent>,
+        ike: SyncSender<WorkerEvent>,
+        event: EventFd,
+    ) -> Self {
         Self { reports, ike, event }
     }
 
     /// Gives the event back when there is no room.
+    #[expect(
+        clippy::result_large_err,
+        reason = "a box would be an allocation on the way of packets"
+    )]
     fn report(&self, event: WorkerEvent) -> Result<(), WorkerEvent> {
         match self.reports.try_send(event) {
             Ok(()) => {
@@ -138,7 +146,7 @@ impl State {
     }
 
     /// Runs until told to stop or control is gone.
-    pub(super) fn run(mut self) -> io::Result<()> {
+    pub(super) fn run(&mut self) -> io::Result<()> {
         let mut ready = Ready::default();
         loop {
             if self.obey() == Flow::Stop {
@@ -154,11 +162,11 @@ impl State {
                     return Ok(());
                 }
                 match token {
-                    TUN => self.from_tun()?,
+                    TUN => self.read_tun()?,
                     COMMANDS => {
                         self.commands.event().clear();
                     }
-                    socket => self.from_socket((socket - FIRST_SOCKET) as usize),
+                    socket => self.read_socket((socket - FIRST_SOCKET) as usize),
                 }
             }
         }
@@ -191,7 +199,9 @@ impl State {
                     if let Err(error) = self.shard.apply(command) {
                         match error {
                             // A lease or a top for an SA removed a moment ago.
-                            esp::CommandError::UnknownSa(_) => tracing::debug!(%error, "worker command"),
+                            esp::CommandError::UnknownSa(_) => {
+                                tracing::debug!(%error, "worker command")
+                            }
                             _ => tracing::error!(%error, "worker command"),
                         }
                     }
@@ -212,7 +222,8 @@ impl State {
             // Control handles these itself.
             SteerKind::Ike => return,
         };
-        if self.batch.is_full() || self.collecting.is_some_and(|collecting| collecting != direction) {
+        if self.batch.is_full() || self.collecting.is_some_and(|collecting| collecting != direction)
+        {
             self.judge_steered();
         }
         let Some(slot) = self.batch.push() else { return };
@@ -275,7 +286,7 @@ impl State {
         }
     }
 
-    fn from_tun(&mut self) -> io::Result<()> {
+    fn read_tun(&mut self) -> io::Result<()> {
         while let Some(slot) = self.batch.push() {
             match self.io.tun.read(slot.room()) {
                 Ok(Some(length)) => slot.set_len(length),
@@ -296,7 +307,7 @@ impl State {
         Ok(())
     }
 
-    fn from_socket(&mut self, at: usize) {
+    fn read_socket(&mut self, at: usize) {
         let Some(EndpointSocket { endpoint, socket }) = self.sockets.get_mut(at) else { return };
         let endpoint = *endpoint;
         let errors = socket.receive_errors();
@@ -403,9 +414,17 @@ impl Io {
         add(&counters.late_batches, u64::from(late > 0));
     }
 
-    fn hand_over(&mut self, now: Duration, endpoint: EndpointId, slot: &mut Slot, sockets: &[EndpointSocket]) {
+    fn hand_over(
+        &mut self,
+        now: Duration,
+        endpoint: EndpointId,
+        slot: &mut Slot,
+        sockets: &[EndpointSocket],
+    ) {
         let head = match slot.direction() {
-            Direction::Outbound => SteerHead { kind: SteerKind::Plain, endpoint, from: None, local_port: 0 },
+            Direction::Outbound => {
+                SteerHead { kind: SteerKind::Plain, endpoint, from: None, local_port: 0 }
+            }
             Direction::Inbound => {
                 let place = sockets.iter().find(|place| place.endpoint == endpoint);
                 let local_port = place.map_or(0, |place| place.socket.local_addr().port());

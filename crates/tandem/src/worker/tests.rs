@@ -1,1 +1,436 @@
+//! A real worker over a real TUN and real sockets, in a namespace of its own; the remote peer is a
+//! bare shard with a UDP socket. These tests need root and fail without it.
+//!
+//! ```text
+//!  application 10.1.0.9 ── TUN ── worker 127.0.0.1:4500 ══ ESP ══ 127.0.0.2:4500 peer (10.2.0.5)
+//! ```
 
+use super::*;
+use std::net::UdpSocket;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crypto::Secret;
+use crypto::aead::AeadAlg;
+use esp::{Batch, Command, INITIAL_CEILING, Reason, Report, SLOT_LEN, Sa, Shard};
+use netio::clock::boottime;
+use wire::id::{ConnectionId, EspSpi, SpiLayout, Term};
+use wire::ts::{Cidr, TrafficSelector};
+
+use crate::link::{Link, LinkConfig, LinkEvent, LinkPath, SteerKind};
+
+const MAIN: EndpointId = EndpointId(0);
+const PEER: &str = "127.0.0.2:4500";
+const APPLICATION: &str = "10.1.0.9:5000";
+const FAR: &str = "10.2.0.5:4000";
+
+fn isolated(body: impl FnOnce() + Send + 'static) {
+    let run = move || {
+        netio::netns::isolate_thread().expect("these tests need root");
+        ip("link set lo up");
+        body();
+    };
+    if let Err(panic) = std::thread::spawn(run).join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn ip(arguments: &str) {
+    let status =
+        std::process::Command::new("ip").args(arguments.split_whitespace()).status().unwrap();
+    assert!(status.success(), "ip {arguments}");
+}
+
+fn spi(instance: u8) -> EspSpi {
+    SpiLayout::new(instance, 1, 0, 3).unwrap().spi()
+}
+
+/// One end of the SA pair: `ours` is 0 for the worker, 1 for the peer.
+fn sa(ours: u8, local: &str) -> Box<Sa> {
+    let alg = AeadAlg::Aes256Gcm16;
+    let key = |byte: u8| Secret::new(vec![byte; alg.keymat_len()]);
+    let nets = ["10.1.0.0/16", "10.2.0.0/16"]
+        .map(|net| vec![TrafficSelector::from(net.parse::<Cidr>().unwrap())]);
+    let [worker_net, peer_net] = nets;
+    let (local_ts, remote_ts) =
+        if ours == 0 { (worker_net, peer_net) } else { (peer_net, worker_net) };
+    Box::new(Sa {
+        endpoint: MAIN,
+        connection: ConnectionId(0),
+        spi_in: spi(ours),
+        spi_out: spi(1 - ours),
+        alg,
+        keymat_in: key(1 + ours),
+        keymat_out: key(2 - ours),
+        local_ts,
+        remote_ts,
+        local: local.parse().unwrap(),
+        remote: if ours == 0 { PEER } else { "127.0.0.1:4500" }.parse().unwrap(),
+        udp_encap: true,
+        next_seq: 1,
+        ceiling: INITIAL_CEILING,
+        born: Term(2),
+    })
+}
+
+/// Owns the endpoint first: an SA installed by its owner starts at 1, a later owner's at the ceiling.
+fn own(mut apply: impl FnMut(Command), local: &str, ours: u8, term: u64) {
+    apply(Command::Own { endpoint: MAIN, term: Term(term), seq_jump: 0, obey_leases: false });
+    apply(Command::Install(sa(ours, local)));
+    apply(Command::UseOutbound { spi_in: spi(ours) });
+}
+
+struct Host {
+    worker: WorkerHandle,
+    fences: Arc<[AtomicU64]>,
+}
+
+impl Host {
+    /// A worker that owns the endpoint, or not yet, at that address.
+    fn new(tun: &str, local: &str, owner: bool) -> Self {
+        let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
+        let mut worker = spawn(start(tun, local, &fences)).unwrap();
+        if owner {
+            own(|command| worker.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
+        } else {
+            worker.send(WorkerCommand::Shard(Command::Install(sa(0, local)))).unwrap();
+            worker.send(WorkerCommand::Shard(Command::UseOutbound { spi_in: spi(0) })).unwrap();
+        }
+        Self { worker, fences }
+    }
+
+    fn event(&mut self) -> WorkerEvent {
+        let deadline = Instant::now() + Duration::from_secs(3);
+        loop {
+            if let Some(event) = self.worker.poll().unwrap() {
+                return event;
+            }
+            assert!(Instant::now() < deadline, "no event");
+            netio::udp::wait_readable(self.worker.event(), 100).unwrap();
+            self.worker.event().clear();
+        }
+    }
+
+    fn wait_for(&self, what: impl Fn(&Snapshot) -> bool) -> Snapshot {
+        let deadline = Instant::now() + Duration::from_secs(3);
+        loop {
+            let counters = self.worker.counters();
+            if what(&counters) {
+                return counters;
+            }
+            assert!(Instant::now() < deadline, "{counters:?}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
+    let tun = Tun::open(tun).unwrap();
+    tun.configure(1400, 2000).unwrap();
+    let socket = BatchSocket::bind(local.parse().unwrap(), SOCKET_OPTIONS).unwrap();
+    Start {
+        tun: Arc::new(tun),
+        sockets: vec![EndpointSocket { endpoint: MAIN, socket }],
+        fences: Arc::clone(fences),
+        endpoints: 1,
+    }
+}
+
+/// The remote gateway with a host behind it.
+struct Peer {
+    shard: Shard,
+    batch: Batch,
+    socket: UdpSocket,
+}
+
+impl Peer {
+    fn new() -> Self {
+        let mut shard = Shard::new(esp::Config::default());
+        own(|command| shard.apply(command).unwrap(), PEER, 1, 1);
+        let socket = UdpSocket::bind(PEER).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        Self { shard, batch: Batch::new(1, SLOT_LEN), socket }
+    }
+
+    /// Sealed, as it would come over the wire.
+    fn seal(&mut self, payload: &[u8]) -> Vec<u8> {
+        let inner =
+            wire::ip::udp_packet(FAR.parse().unwrap(), APPLICATION.parse().unwrap(), payload)
+                .unwrap();
+        self.batch.clear();
+        assert!(self.batch.push().unwrap().fill(&inner));
+        self.shard.outbound(boottime(), &[Duration::MAX], &mut self.batch);
+        assert!(matches!(self.batch.slots()[0].verdict(), esp::Verdict::Send { .. }));
+        self.batch.slots()[0].packet().to_vec()
+    }
+
+    fn send(&mut self, to: &str, payload: &[u8]) {
+        let datagram = self.seal(payload);
+        self.socket.send_to(&datagram, to).unwrap();
+    }
+
+    /// The payload of the next packet and where it came from.
+    fn receive(&mut self) -> (Vec<u8>, SocketAddr) {
+        self.batch.clear();
+        let slot = self.batch.push().unwrap();
+        let (length, from) = self.socket.recv_from(slot.room()).expect("a packet at the peer");
+        slot.set_len(length);
+        self.shard.inbound(boottime(), &[Duration::MAX], &mut self.batch);
+        let slot = &self.batch.slots()[0];
+        assert!(matches!(slot.verdict(), esp::Verdict::Deliver { .. }), "{:?}", slot.verdict());
+        (slot.packet()[28..].to_vec(), from)
+    }
+
+    fn hears_nothing(&self) {
+        self.socket.set_nonblocking(true).unwrap();
+        assert!(self.socket.recv_from(&mut [0; 2000]).is_err(), "nothing may leave");
+        self.socket.set_nonblocking(false).unwrap();
+    }
+}
+
+/// A socket of a host on the LAN side, and the routes around it.
+fn application(tun: &str) -> UdpSocket {
+    ip(&format!("address add 10.1.0.9/32 dev {tun}"));
+    ip(&format!("route add 10.2.0.0/16 dev {tun} src 10.1.0.9"));
+    let socket = UdpSocket::bind(APPLICATION).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    socket.connect(FAR).unwrap();
+    socket
+}
+
+fn receive(socket: &UdpSocket) -> Vec<u8> {
+    let mut buffer = [0; 2000];
+    let length = socket.recv(&mut buffer).expect("a packet at the application");
+    buffer[..length].to_vec()
+}
+
+#[test]
+fn packets_pass_both_ways_in_order_and_windows_are_reported() {
+    isolated(|| {
+        let mut host = Host::new("tdm0", "127.0.0.1:4500", true);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        for number in 0..1000_u32 {
+            application.send(&number.to_be_bytes()).unwrap();
+            if number % 100 == 99 {
+                for expected in number - 99..=number {
+                    assert_eq!(peer.receive().0, expected.to_be_bytes());
+                }
+            }
+        }
+        for number in 0..1000_u32 {
+            peer.send("127.0.0.1:4500", &number.to_be_bytes());
+            if number % 100 == 99 {
+                for expected in number - 99..=number {
+                    assert_eq!(receive(&application), expected.to_be_bytes());
+                }
+            }
+        }
+        let counters = host.worker.counters();
+        assert_eq!(
+            (counters.sent, counters.tun_written, counters.late),
+            (1000, 1000, 0),
+            "{counters:?}"
+        );
+        let mut top = 0;
+        while top < 1000 {
+            if let WorkerEvent::Report(Report::Windows(tops)) = host.event() {
+                assert!(tops.as_slice()[0].1 > top);
+                top = tops.as_slice()[0].1;
+            }
+        }
+    });
+}
+
+#[test]
+fn a_closed_fence_lets_nothing_out_either_way() {
+    isolated(|| {
+        let mut host = Host::new("tdm0", "127.0.0.1:4500", true);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        application.send(b"open").unwrap();
+        peer.receive();
+        host.fences[0].store(u64::try_from(boottime().as_nanos()).unwrap(), Ordering::Release);
+        application.send(b"closed").unwrap();
+        peer.send("127.0.0.1:4500", b"closed");
+        host.wait_for(|counters| counters.tun_read >= 2 && counters.esp_received >= 1);
+        host.worker.send(WorkerCommand::Shard(Command::Query { token: 1 })).unwrap();
+        let stats = loop {
+            if let WorkerEvent::Report(Report::Snapshot(snapshot)) = host.event() {
+                break snapshot.stats;
+            }
+        };
+        assert_eq!(stats.dropped(Reason::Fenced), 2);
+        peer.hears_nothing();
+        assert_eq!(host.worker.counters().tun_written, 0);
+        host.fences[0].store(u64::MAX, Ordering::Release);
+        application.send(b"open again").unwrap();
+        assert_eq!(peer.receive().0, b"open again");
+    });
+}
+
+#[test]
+fn ike_goes_to_control_and_junk_is_counted() {
+    isolated(|| {
+        let mut host = Host::new("tdm0", "127.0.0.1:4500", true);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        let to = "127.0.0.1:4500";
+        peer.socket.send_to(&[0xff], to).unwrap();
+        peer.socket.send_to(&[0, 0, 0], to).unwrap();
+        peer.socket.send_to(&[7; 40], to).unwrap();
+        peer.socket.send_to(&[9; 3000], to).unwrap();
+        peer.send(to, b"between");
+        let mut ike = vec![0; 4];
+        ike.extend(b"an IKE message");
+        peer.socket.send_to(&ike, to).unwrap();
+        peer.send(to, b"after");
+        let (endpoint, from, bytes) = loop {
+            if let WorkerEvent::Ike { endpoint, from, bytes } = host.event() {
+                break (endpoint, from, bytes);
+            }
+        };
+        assert_eq!(
+            (endpoint, from.to_string().as_str(), &bytes[..]),
+            (MAIN, PEER, &b"an IKE message"[..])
+        );
+        assert_eq!(receive(&application), b"between");
+        assert_eq!(receive(&application), b"after");
+        let c = host.worker.counters();
+        assert_eq!(
+            (c.keepalives, c.short, c.truncated, c.ike_received, c.esp_received),
+            (1, 1, 1, 1, 3),
+            "{c:?}"
+        );
+        // Beyond the queue's bound IKE messages are dropped, ESP goes on.
+        for _ in 0..3000 {
+            peer.socket.send_to(&ike, to).unwrap();
+        }
+        peer.send(to, b"still");
+        assert_eq!(receive(&application), b"still");
+        let c = host.wait_for(|c| c.ike_received + c.ike_dropped == 3001);
+        assert!(c.ike_dropped >= 3000 - 2 * IKE_QUEUE as u64, "{c:?}");
+    });
+}
+
+/// A pair link over loopback, both ends up.
+async fn links() -> (
+    (crate::link::LinkHandle, tokio::sync::mpsc::Receiver<LinkEvent>),
+    tokio::sync::mpsc::Receiver<LinkEvent>,
+    crate::link::LinkHandle,
+) {
+    let config = |index: u8| LinkConfig {
+        index,
+        secret: zeroize::Zeroizing::new(b"s".to_vec()),
+        links: vec![LinkPath {
+            local: SocketAddr::from(([127, 9, 0, index], 4600)),
+            remote: SocketAddr::from(([127, 9, 0, 1 - index], 4600)),
+        }],
+        dead_after: Duration::from_secs(10),
+        retry: Duration::from_millis(20),
+    };
+    let (left, mut left_events) = Link::start(config(0)).unwrap();
+    let (right, mut right_events) = Link::start(config(1)).unwrap();
+    assert_eq!(left_events.recv().await, Some(LinkEvent::StreamUp { link: 0 }));
+    assert_eq!(right_events.recv().await, Some(LinkEvent::StreamUp { link: 0 }));
+    ((left, left_events), right_events, right)
+}
+
+#[test]
+fn steered_packets_are_carried_on_by_the_other_instance() {
+    isolated(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let ((left_link, _left_events), mut right_events, _right_link) = runtime.block_on(links());
+        let mut old = Host::new("tdm0", "127.0.0.1:4500", true);
+        let mut new = Host::new("tdm1", "127.0.0.3:4500", false);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        application.send(b"first").unwrap();
+        assert_eq!(peer.receive(), (b"first".to_vec(), "127.0.0.1:4500".parse().unwrap()));
+
+        // The switchover as the shards see it.
+        old.worker.send(WorkerCommand::Steering(left_link.steer_sender().unwrap())).unwrap();
+        old.worker.send(WorkerCommand::Shard(Command::Hold { endpoint: MAIN })).unwrap();
+        application.send(b"queued").unwrap();
+        old.wait_for(|counters| counters.tun_read >= 2);
+        old.worker
+            .send(WorkerCommand::Shard(Command::Disown { endpoint: MAIN, steer: true }))
+            .unwrap();
+        let own = Command::Own { endpoint: MAIN, term: Term(3), seq_jump: 0, obey_leases: false };
+        new.worker.send(WorkerCommand::Shard(own)).unwrap();
+        application.send(b"late").unwrap();
+        old.wait_for(|counters| counters.tun_read >= 3);
+        // Both hosts share one namespace here: the return route follows the owner.
+        ip("route replace 10.2.0.0/16 dev tdm1 src 10.1.0.9");
+        peer.send("127.0.0.1:4500", b"inbound");
+        let mut kinds = Vec::new();
+        while kinds.len() < 3 {
+            let event = runtime.block_on(async {
+                tokio::time::timeout(Duration::from_secs(2), right_events.recv())
+                    .await
+                    .expect("a steered packet")
+            });
+            if let Some(LinkEvent::Steered { head, bytes }) = event {
+                kinds.push(head.kind);
+                assert_eq!(head.endpoint, MAIN);
+                if head.kind == SteerKind::Esp {
+                    assert_eq!((head.from, head.local_port), (Some(PEER.parse().unwrap()), 4500));
+                }
+                new.worker.send(WorkerCommand::Steered { head, bytes }).unwrap();
+            }
+        }
+        assert_eq!(kinds.iter().filter(|kind| **kind == SteerKind::Esp).count(), 1);
+        // Sealed by the new owner, queued packets first, and opened by it.
+        assert_eq!(peer.receive(), (b"queued".to_vec(), "127.0.0.3:4500".parse().unwrap()));
+        assert_eq!(peer.receive().0, b"late");
+        assert_eq!(receive(&application), b"inbound");
+        let told = std::iter::from_fn(|| Some(old.event()))
+            .take(10)
+            .any(|event| matches!(event, WorkerEvent::Steered(MAIN)));
+        assert!(told);
+        assert_eq!(old.worker.counters().steered, 3);
+        assert_eq!(old.worker.counters().steer_lost, 0);
+        assert_eq!(new.worker.counters().steered_in, 3);
+    });
+}
+
+#[test]
+fn no_allocation_while_packets_pass() {
+    isolated(|| {
+        let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
+        let local = "127.0.0.1:4500";
+        let (mut commands, asked) = queue(64).unwrap();
+        let (reports, taken) = sync_channel(REPORT_QUEUE);
+        let (ike, _) = sync_channel(1);
+        let outlet = run::Outlet::new(reports, ike, EventFd::new().unwrap());
+        let counters = Arc::new(Counters::default());
+        let mut state =
+            run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::clone(&counters))
+                .unwrap();
+        own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        let worker = std::thread::spawn(move || {
+            // Warm up (until the first stop), then measure (until the second).
+            state.run().unwrap();
+            allocation_counter::measure(|| state.run().unwrap())
+        });
+        let mut exchange = |count: u32| {
+            for number in 0..count {
+                application.send(&number.to_be_bytes()).unwrap();
+                assert_eq!(peer.receive().0, number.to_be_bytes());
+                peer.send(local, &number.to_be_bytes());
+                assert_eq!(receive(&application), number.to_be_bytes());
+                while taken.try_recv().is_ok() {}
+            }
+        };
+        exchange(500);
+        commands.send(WorkerCommand::Stop).unwrap();
+        exchange(5000);
+        commands.send(WorkerCommand::Stop).unwrap();
+        let measured = worker.join().unwrap();
+        assert_eq!(measured.count_total, 0, "{measured:?}");
+        let passed = counters.snapshot();
+        assert!(passed.sent >= 5500 && passed.tun_written >= 5500, "{passed:?}");
+    });
+}

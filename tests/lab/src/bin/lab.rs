@@ -65,7 +65,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn prove(what: fn(&Run, &mut dyn FnMut(&str)) -> lab::Result<()>) -> lab::Result<()> {
+/// A proof tells each step to the closure.
+type Proof = fn(&Run, &mut dyn FnMut(&str)) -> lab::Result<()>;
+
+fn prove(what: Proof) -> lab::Result<()> {
     let run = Run::start(Some(Duration::from_secs(180)))?;
     let result = what(&run, &mut |line| println!("  {line}"));
     if result.is_err() {

@@ -228,7 +228,9 @@ fn cookie(lab: &Lab<'_>) -> Result<String> {
         .map_err(|error| stage.with_log(error))?;
     let numbers: Vec<u32> =
         printed.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-    ensure(matches!(numbers[..], [6, cookies] if cookies >= 1), || format!("answers and cookies: {printed}"))?;
+    ensure(matches!(numbers[..], [6, cookies] if cookies >= 1), || {
+        format!("answers and cookies: {printed}")
+    })?;
     // The real peer, from the same source, has to bring a cookie, and does.
     stage.peer_up()?;
     stage.ping_both()?;

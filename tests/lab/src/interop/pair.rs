@@ -596,7 +596,8 @@ for frame in frames + frames[::-1]:
 
 fn mismatch(lab: &Lab<'_>) -> Result<String> {
     let mut found = Vec::new();
-    let spoils: [(&str, fn(&mut Config)); 2] = [
+    type Spoil = fn(&mut Config);
+    let spoils: [(&str, Spoil); 2] = [
         ("secret", |config| config.secret = Some("f".repeat(64))),
         ("configuration", |config| config.branch().children[0].local_ts.push("10.9.0.0/24".into())),
     ];
