@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use wire::id::{EndpointId, EspSpi, IkeSpi, Term};
 
+use crate::bug::Bug;
 use crate::config::Config;
 use crate::endpoint::{Datagram, Endpoint, INBOX, Part, STEER_QUIET};
 use crate::face::Output;
@@ -61,6 +62,7 @@ pub struct Gateway {
     /// Requests whose answer is not known yet.
     pub(crate) pending: Vec<Pending>,
     pub(crate) counters: Counts,
+    pub(crate) bug: Bug,
 }
 
 /// Totals for `tandem status`.
@@ -109,6 +111,7 @@ impl Gateway {
             snapshot: None,
             pending: Vec::new(),
             counters: Counts::default(),
+            bug: Bug::None,
         };
         let policies = crate::pair_config::policies(&gateway.config);
         gateway.outputs.push_back(Output::Shard(esp::Command::Policies(policies)));
@@ -407,8 +410,9 @@ impl Gateway {
     /// Lets go what is committed.
     pub(crate) fn release(&mut self, index: usize) -> bool {
         let Some(e) = self.endpoints.get_mut(index) else { return false };
+        let committed = if self.bug == Bug::SendBeforeCommit { u64::MAX } else { e.committed };
         let mut released = false;
-        while let Some(release) = e.held.pop(e.committed) {
+        while let Some(release) = e.held.pop(committed) {
             released = true;
             for spi_in in release.use_outbound {
                 self.outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in }));

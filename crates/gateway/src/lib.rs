@@ -17,6 +17,7 @@
 //! number is used that the shadow does not know to avoid (leases); IKE runs outside the fence.
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
+mod bug;
 pub mod config;
 mod core;
 mod endpoint;
@@ -31,5 +32,7 @@ mod spi;
 pub mod status;
 mod view;
 
+#[cfg(feature = "bugs")]
+pub use crate::bug::Bug;
 pub use crate::core::{Gateway, Start, StartError};
 pub use crate::face::{Answer, Moved, Output, Refusal, Request};

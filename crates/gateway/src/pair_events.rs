@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use wire::id::{EndpointId, EspSpi, IkeSpi, Term};
 
+use crate::bug::Bug;
 use crate::core::Gateway;
 use crate::endpoint::{Part, Sync};
 use crate::face::Output;
@@ -51,6 +52,9 @@ impl Gateway {
             }
             ha::Event::Fence { endpoint, valid_until } => {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+                    if self.bug == Bug::FenceNeverLowered && valid_until < e.valid_until {
+                        return;
+                    }
                     e.valid_until = valid_until;
                     self.outputs.push_back(Output::Fence { endpoint: e.id, valid_until });
                 }
@@ -120,6 +124,7 @@ impl Gateway {
     fn finish_own(&mut self, now: Duration, own: ha::Own) {
         let index = usize::from(own.endpoint.0);
         let term = Term(own.term.0);
+        let exact = own.synced || self.bug == Bug::DoubtIgnored;
         let (mut cx, endpoints) = self.context(now);
         let Some(e) = endpoints.get_mut(index) else { return };
         let inbox = match std::mem::replace(&mut e.part, Part::Owner { sync: None }) {
@@ -129,7 +134,7 @@ impl Gateway {
         e.term = term;
         e.owes_counters = false;
         e.leases.void();
-        let doubt = if own.synced { ike::Doubt::None } else { ike::Doubt::InDoubt };
+        let doubt = if exact { ike::Doubt::None } else { ike::Doubt::InDoubt };
         if let Some(until) = own.quiet_until {
             e.ike.hold_initiations(until);
         }
@@ -238,6 +243,7 @@ impl Gateway {
     fn side(&mut self, endpoint: ha::EndpointId, bytes: &[u8]) {
         let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
         match peer_message::decode::<Side>(bytes) {
+            Some(Side::Ceilings(_)) if self.bug == Bug::CeilingsForgotten => {}
             Some(Side::Ceilings(list)) => {
                 for said in list {
                     let spi_in = EspSpi(said.spi_in);
@@ -271,12 +277,13 @@ impl Gateway {
             }
             ha::Mode::Syncing(sync_id) => {
                 if let Part::Owner { sync } = &mut e.part {
-                    *sync = Some(Sync { id: sync_id, obeying: false });
+                    *sync = Some(Sync { id: sync_id, obeying: self.bug == Bug::LeasesIgnored });
                 }
                 for ceilings in e.leases.say_all() {
                     self.say_ceilings(now, index, ceilings);
                 }
-                self.outputs.push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on: true }));
+                let on = self.bug != Bug::LeasesIgnored;
+                self.outputs.push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on }));
             }
             ha::Mode::Synced => tracing::info!(endpoint = e.name, "the other instance can take over at any moment"),
         }

@@ -76,6 +76,10 @@ pub(crate) struct Claim {
     /// The highest term it has used, heard or refused: an offer must be above.
     #[n(11)]
     pub(crate) floor: Term,
+    /// The highest offered term that was taken by its grant. (An owner by silence may bear the very
+    /// number that the other was about to grant.)
+    #[n(12)]
+    pub(crate) taken: Term,
 }
 
 /// A heartbeat. Times are nanoseconds on the clock of whoever sent them first.

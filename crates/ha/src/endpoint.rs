@@ -97,8 +97,12 @@ pub(crate) struct Endpoint {
     /// Keys changed since the last record that the other acknowledged: the log's tail, compacted.
     pub(crate) dirty: BTreeMap<u64, Position>,
     pub(crate) uplink: bool,
+    /// When it came back, if it ever went.
+    pub(crate) uplink_since: Option<Duration>,
     /// The highest term offered to us that we refused.
     pub(crate) refused: Term,
+    /// The highest term that we took by a grant.
+    pub(crate) taken: Term,
     /// The rival (boot, term) above which we have already taken a new term.
     pub(crate) healed: Option<(u64, Term)>,
     pub(crate) incoming: Option<HandoverIn>,
@@ -126,7 +130,9 @@ impl Endpoint {
             role: Role::Follower(Follower::default()),
             dirty: BTreeMap::new(),
             uplink: true,
+            uplink_since: None,
             refused: Term::NONE,
+            taken: Term::NONE,
             healed: None,
             incoming: None,
             uplink_switch_at: None,
@@ -169,6 +175,7 @@ impl Endpoint {
             refused: self.refused,
             top: self.terms.known(),
             floor: self.terms.top(),
+            taken: self.taken,
         }
     }
 
@@ -222,7 +229,9 @@ impl Endpoint {
             echoed_at: contact.echoed_at(),
             dead: !contact.alive,
             proven: contact.death == Some(Death::Proven),
-            other_cannot_take: contact.claim(self.hash).is_some_and(|claim| !claim.uplink),
+            other_cannot_take: contact
+                .claim(self.hash)
+                .is_some_and(|claim| !claim.uplink && claim.role != ClaimRole::Owner),
         };
         let times = Times {
             heartbeat: cx.config.heartbeat,

@@ -32,7 +32,8 @@ pub(crate) struct View {
     pub(crate) dead: bool,
     /// That judgement rests on proof.
     pub(crate) proven: bool,
-    /// The other reports a dead uplink for this endpoint, so it will not take over by silence.
+    /// The other reports a dead uplink for this endpoint and does not own it (as after a full
+    /// partition it might), so it will not take over by silence.
     pub(crate) other_cannot_take: bool,
 }
 

@@ -86,13 +86,13 @@ impl Endpoint {
     /// The newest claims of the other were heard.
     pub(crate) fn handle_claims(&mut self, cx: &mut Cx<'_>) {
         let Some(claim) = cx.contact.claim(self.hash).cloned() else { return };
-        self.terms.heard(claim.term.max(claim.floor));
+        // While it offers a term to us, its own floor stands at that term, which is ours to take.
+        let floor = if claim.offered == Term::NONE { claim.floor } else { Term::NONE };
+        self.terms.heard(claim.term.max(floor));
         self.terms.heard_top(claim.top.max(claim.term));
         self.refresh_synced(cx);
         self.notice_offer(cx);
-        if claim.role == ClaimRole::Owner {
-            self.handle_owned(cx, claim.term);
-        }
+        self.handle_owned(cx, claim.taken);
         self.handle_refused(cx, claim.refused);
         let Role::Owner(_) = &self.role else { return };
         if claim.lineage == self.store.lineage && claim.term > self.store.term {
@@ -124,6 +124,13 @@ impl Endpoint {
                 }
             }
         }
+    }
+
+    /// Our uplink works, and the other had the time to hear so. An owner that hears us but is not
+    /// echoed goes on for as long as we report a dead uplink (fence, rule 4): it must have closed
+    /// before a living uplink lets us take over by silence.
+    pub(crate) fn uplink_lately(&self, cx: &Cx<'_>) -> bool {
+        self.uplink && self.uplink_since.is_none_or(|since| cx.now >= since + cx.config.dead_after)
     }
 
     fn next_term(&self, bug: Bug) -> Option<Term> {
@@ -167,15 +174,16 @@ impl Endpoint {
         let synced = follower.synced
             && (contact.heard_at().is_none_or(|heard| cx.now < heard + belief)
                 || cx.bug == Bug::SoloBeforeEcho);
+        let uplink = self.uplink_lately(cx);
         match contact.death {
             // The new process behind a hello may own already.
             Some(Death::Proven) if contact.heard_at().is_none() && owned => None,
             Some(Death::Proven) if contact.met => Some((How::ProvenDeath, synced)),
-            Some(Death::Silence) if contact.met => self.uplink.then_some((How::Silence, synced)),
+            Some(Death::Silence) if contact.met => uplink.then_some((How::Silence, synced)),
             _ => {
                 let waited = cx.now >= contact.sign_at + cx.config.boot_wait
                     && cx.now >= contact.listen_until;
-                (waited && self.uplink).then_some((How::Silence, synced))
+                (waited && uplink).then_some((How::Silence, synced))
             }
         }
     }

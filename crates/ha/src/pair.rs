@@ -395,6 +395,9 @@ impl Pair {
     /// Whether this endpoint's uplink works here. It does until told otherwise.
     pub fn handle_uplink(&mut self, now: Duration, endpoint: EndpointId, up: bool) {
         if let Some(endpoint) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+            if up && !endpoint.uplink {
+                endpoint.uplink_since = Some(now);
+            }
             endpoint.uplink = up;
         }
         self.finish(now);

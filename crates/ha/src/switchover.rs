@@ -175,6 +175,7 @@ impl Endpoint {
             tracing::info!(endpoint = self.id.0, patient, exact, free, contact, "grant refused");
             return self.refuse(cx, piece.term);
         }
+        self.taken = piece.term;
         cx.out.frame(&Frame::Owned { id: self.hash, term: piece.term });
         self.acquire(cx, piece.term, How::Grant(Opaque(counters)), true);
     }
@@ -199,7 +200,7 @@ impl Endpoint {
                 if !offer.sent {
                     owner.offer = None;
                     cx.out.event(Event::Resume { endpoint: self.id });
-                } else if (self.uplink || cx.contact.death == Some(Death::Proven))
+                } else if (self.uplink_lately(cx) || cx.contact.death == Some(Death::Proven))
                     && let Some(term) = self.terms.next()
                 {
                     self.acquire(cx, term, How::Resume, true);

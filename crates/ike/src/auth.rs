@@ -358,6 +358,8 @@ pub(crate) fn establish(
         refused_since: None,
         init_hash: None,
         origin: step.now(),
+        synced: None,
+        synced_m1: 0,
     }
 }
 

@@ -412,6 +412,7 @@ pub(crate) fn answer(
         }
     }
     established.unwant(&child.name);
+    established.refused_since = None;
     established.children.push(child);
     Ok(())
 }
@@ -550,12 +551,16 @@ fn settle(
     let Phase::Established(established) = &mut sa.phase else { return };
     established.unwant(&new.name);
     established.refused_since = None;
-    let rival = new.rival.as_ref().filter(|rival| {
-        established.child(rival.spi_in).is_some_and(|c| c.state == ChildState::Live)
-    });
     // The SA with the lowest of the four nonces is closed by whoever asked for
-    // it; without a living rival ours survives in any case.
-    if rival.is_some_and(|rival| nonces.lowest() < &rival.nonce[..]) {
+    // it. If that is ours, the peer's must live, or what it was rekeyed to
+    // while our response was on its way; else ours survives in any case.
+    let others_live = established.children.iter().any(|c| {
+        let rival = new.rival.as_ref().is_some_and(|r| r.spi_in == c.spi_in);
+        let sends = c.outbound > 0 && Some(c.spi_in) != new.rekeys;
+        c.name == new.name && c.state == ChildState::Live && (rival || sends)
+    });
+    let lowest = new.rival.as_ref().is_some_and(|rival| nonces.lowest() < &rival.nonce[..]);
+    if lowest && others_live {
         child.state = ChildState::Doomed;
         announce(step, sa, conn, &child);
         let Phase::Established(established) = &mut sa.phase else { return };
@@ -658,7 +663,7 @@ fn refused(
         }
         _ => {
             if kind == NotifyType::TEMPORARY_FAILURE {
-                established.refused_since.get_or_insert(now);
+                crate::established::refused(established, now);
             }
             postpone(established, conn, &new, now, later);
         }

@@ -262,7 +262,7 @@ impl Endpoint {
         let backoff = self.registry.of(&sa).map(|c| c.timers.retransmit).unwrap_or_default();
         let overdue = sa.outstanding().filter(|out| retransmit::again_at(out, &backoff).is_due(now));
         let result = match overdue {
-            Some(out) if out.sent > backoff.tries => {
+            Some(out) if out.sent > retransmit::tries(&sa, &backoff) => {
                 self.step(cx, |step| retransmit::give_up(step, sa))
             }
             Some(_) => {

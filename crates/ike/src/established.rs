@@ -14,7 +14,7 @@ use core::{net::SocketAddr, time::Duration};
 use crypto::hash::sha256;
 use wire::{
     id::EspSpi,
-    ike::{Delete, ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload},
+    ike::{Delete, ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload, Payloads},
 };
 
 use crate::{
@@ -35,7 +35,7 @@ use crate::{
 /// How long a closed IKE SA repeats its last answer.
 const CLOSED_FOR: Duration = Duration::from_secs(15);
 /// TEMPORARY_FAILURE for so long closes the IKE SA (RFC 7296 §2.25).
-pub(crate) const REFUSED_FOR: Duration = Duration::from_secs(180);
+const REFUSED_FOR: Duration = Duration::from_secs(180);
 /// Terms after which a key is replaced (ha.md: 2^14).
 const TERMS_PER_KEY: u64 = 1 << 14;
 
@@ -67,8 +67,15 @@ pub(crate) fn on_request(
             return Ok(());
         }
     }
-    if id == 0 && established.recv_next != 0 && established.sync {
-        return sync::answer(step, sa, datagram, message, from, to);
+    // Message id 0 is also that of the first request of an original responder:
+    // the content tells (RFC 6311 §5.1).
+    if id == 0 && established.sync && header.exchange == ExchangeType::INFORMATIONAL {
+        let known = established.synced.as_ref().is_some_and(|s| s.request[..] == hash);
+        let opened = step::open(datagram, message, sa.initiator, &established.keys)?;
+        let wanted = |p: &Payloads<'_>| p.notify(NotifyType::IKEV2_MESSAGE_ID_SYNC).is_some();
+        if known || opened.payloads().is_ok_and(|p| wanted(&p)) {
+            return sync::answer(step, sa, datagram, message, from, to);
+        }
     }
     // RFC 7296 §2.3: outside the window, in silence.
     if id != established.recv_next {
@@ -359,9 +366,6 @@ fn next(
     if established.expires_at.is_due(now) {
         return Next::DeleteIke(DeleteReason::Expired);
     }
-    if established.refused_since.is_some_and(|since| since.after(REFUSED_FOR).is_due(now)) {
-        return Next::DeleteIke(DeleteReason::Error);
-    }
     let mut lost = Vec::new();
     for n in 0..established.children.len() {
         let (useless, expired) = match established.children.get(n) {
@@ -397,6 +401,8 @@ fn next(
     let due = established.children.iter().find(|c| {
         c.state == ChildState::Live
             && (c.rekey_at.is_due(now) || term.saturating_sub(c.term) >= TERMS_PER_KEY)
+            // The peer may not have our answer yet, so it may not know it.
+            && c.outbound > 0
             // The peer rekeyed it and will delete it.
             && !established.children.iter().any(|o| o.replaces == Some(c.spi_in))
     });
@@ -413,6 +419,18 @@ fn next(
         return Next::Liveness;
     }
     Next::Nothing
+}
+
+/// The peer answered TEMPORARY_FAILURE. RFC 7296 §2.25: after several minutes of
+/// nothing else the two states have parted, and the IKE SA is closed.
+pub(crate) fn refused(established: &mut Established, now: Stamp) {
+    match established.refused_since {
+        None => established.refused_since = Some(now),
+        Some(since) if since.after(REFUSED_FOR) <= now => {
+            established.fate = Fate::Deleting(DeleteReason::Error);
+        }
+        Some(_) => {}
+    }
 }
 
 /// A child went away: if it is ours to bring up and nothing replaces it, we

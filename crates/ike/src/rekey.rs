@@ -346,7 +346,7 @@ fn refused(
     if let Phase::Established(established) = &mut sa.phase {
         established.rekey_at = again;
         if kind == NotifyType::TEMPORARY_FAILURE {
-            established.refused_since.get_or_insert(now);
+            established::refused(established, now);
         }
     }
     Ok(())

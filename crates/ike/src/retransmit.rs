@@ -15,9 +15,24 @@ use crate::{
     step::Step,
 };
 
+/// See [`tries`]: 26 s with the default times.
+const SHORT_TRIES: u8 = 5;
+
 /// When an outstanding request is to be repeated or given up.
 pub(crate) fn again_at(out: &Outstanding, backoff: &Retransmit) -> Stamp {
     out.sent_at.after(backoff.wait(out.sent))
+}
+
+/// How often a request may be repeated. What is half-open at the peer is gone
+/// there after some 30 s, so IKE_SA_INIT and IKE_AUTH are better begun anew; and
+/// for the Delete of an IKE SA nobody needs to wait long.
+pub(crate) fn tries(sa: &IkeSa, backoff: &Retransmit) -> u8 {
+    match (&sa.phase, sa.established().and_then(Established::task)) {
+        (Phase::InitSent(_) | Phase::AuthSent(_), _) | (_, Some(Task::DeleteIke)) => {
+            backoff.tries.min(SHORT_TRIES)
+        }
+        _ => backoff.tries,
+    }
 }
 
 /// When an SA next wants [`tick`].
@@ -54,7 +69,9 @@ fn earliest(e: &Established, conn: Option<&ConnectionConfig>, busy: bool) -> Opt
         Fate::Live => e.expires_at.min(e.rekey_at),
     };
     let children = e.children.iter().filter_map(|c| match c.state {
-        ChildState::Live if e.children.iter().any(|o| o.replaces == Some(c.spi_in)) => {
+        ChildState::Live
+            if c.outbound == 0 || e.children.iter().any(|o| o.replaces == Some(c.spi_in)) =>
+        {
             Some(c.expires_at)
         }
         ChildState::Live => Some(c.rekey_at.min(c.expires_at)),
@@ -63,12 +80,10 @@ fn earliest(e: &Established, conn: Option<&ConnectionConfig>, busy: bool) -> Opt
     });
     let dpd = conn.map(|c| c.timers.dpd).filter(|dpd| !dpd.is_zero());
     let wanted = e.wanted.iter().map(|w| w.at);
-    let refused = e.refused_since.map(|since| since.after(established::REFUSED_FOR));
     children
         .chain([fate])
         .chain(dpd.map(|dpd| e.heard.after(dpd)))
         .chain(wanted)
-        .chain(refused)
         .min()
 }
 

@@ -253,6 +253,12 @@ pub(crate) struct Established {
     /// The established time of the first IKE SA of this line, for status.
     #[n(17)]
     pub(crate) origin: Stamp,
+    /// The last synchronisation of the peer's that we answered, and its M1: a
+    /// repetition gets the same bytes, a replay nothing else.
+    #[n(18)]
+    pub(crate) synced: Option<Answered>,
+    #[n(19)]
+    pub(crate) synced_m1: u32,
 }
 
 /// What is to become of an IKE SA.

@@ -11,6 +11,7 @@
 
 use core::net::SocketAddr;
 
+use crypto::hash::sha256;
 use wire::ike::{
     ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload, Payloads,
 };
@@ -18,7 +19,8 @@ use wire::ike::{
 use crate::{
     error::Error,
     established,
-    state::{Fate, IkeSa, Outstanding, Phase, Request, Task},
+    record::Bytes,
+    state::{Answered, Fate, IkeSa, Outstanding, Phase, Request, Task},
     step::{self, Step},
 };
 
@@ -126,7 +128,14 @@ pub(crate) fn answer(
     if message.header.exchange != ExchangeType::INFORMATIONAL {
         return Err(Error::NotExpected);
     }
-    let keys = sa.established().ok_or(Error::NotExpected)?.keys.clone();
+    let established = sa.established().ok_or(Error::NotExpected)?;
+    let hash = sha256(&[datagram]);
+    if let Some(synced) = established.synced.as_ref().filter(|s| s.request[..] == hash) {
+        let bytes = synced.response.to_vec();
+        step.transmit(to, from, bytes);
+        return Ok(());
+    }
+    let keys = established.keys.clone();
     let opened = step::open(datagram, message, sa.initiator, &keys)?;
     let payloads = opened.payloads()?;
     let ids = Ids::parse(&payloads).ok_or(Error::NotExpected)?;
@@ -135,7 +144,8 @@ pub(crate) fn answer(
     let Phase::Established(established) = &mut sa.phase else { return Err(Error::NotExpected) };
     // RFC 6311 §5.1: dropped in silence unless M1 is above all we have seen, so
     // that a replay does nothing.
-    if ids.send < established.recv_next {
+    let replayed = established.synced.is_some() && ids.send <= established.synced_m1;
+    if ids.send < established.recv_next || replayed {
         return Err(Error::NotExpected);
     }
     established.recv_next = ids.send;
@@ -154,6 +164,9 @@ pub(crate) fn answer(
         &agreed.bytes(),
     )));
     let bytes = step.seal(spi, initiator, &keys, builder)?;
+    established.synced_m1 = ids.send;
+    established.synced =
+        Some(Answered { request: Bytes::from(&hash[..]), response: bytes.as_slice().into() });
     step.transmit(to, from, bytes);
     established::advance(step, &mut sa)?;
     step.put(sa);

@@ -465,7 +465,8 @@ mod tests {
         let (calls, mut inbox) = mpsc::channel(1);
         let mut client = BufReader::new(client);
         send(client.get_mut(), &Request::Status {}, WRITE).await.unwrap();
-        serve(server, 1000, 990, &calls).await.unwrap();
+        let served = serve(server, 1000, 990, &calls);
+        tokio::time::timeout(WRITE, served).await.unwrap().unwrap();
         let line = read_line(&mut client, MAX_REQUEST).await.unwrap().unwrap();
         let response: Response = serde_json::from_slice(&line).unwrap();
         assert!(matches!(response, Response::Error(Failure { fault: Fault::Denied, .. })));

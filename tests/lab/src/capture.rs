@@ -8,16 +8,8 @@ use crate::proc::{Cmd, Proc};
 use crate::run::Run;
 use crate::{clock, wait};
 use nix::sys::signal::Signal;
-use nix::time::{ClockId, clock_gettime};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-/// How far CLOCK_REALTIME (in captures) is ahead of CLOCK_BOOTTIME (everywhere else).
-fn realtime_lead() -> Duration {
-    // The two readings lie microseconds apart: far below what captures are compared for.
-    let realtime = clock_gettime(ClockId::CLOCK_REALTIME).map(Duration::from).unwrap_or_default();
-    realtime.saturating_sub(clock::now())
-}
 
 /// A running tcpdump.
 #[derive(Debug)]
@@ -55,7 +47,7 @@ impl Capture {
                 Ok(text.contains("listening on").then_some(()))
             },
         )?;
-        Ok(Capture { proc, path, lead: realtime_lead() })
+        Ok(Capture { proc, path, lead: clock::realtime_lead() })
     }
 
     /// Ends the capture and reads it. Fails if the kernel dropped packets: then "0 seen" would say nothing.

@@ -131,10 +131,16 @@ impl Conn {
         for (key, value) in &self.settings {
             let _ = writeln!(out, "    {key} = {value}");
         }
-        let _ =
-            writeln!(out, "    local {{\n      auth = psk\n      id = {}\n    }}", self.local_id);
-        let _ =
-            writeln!(out, "    remote {{\n      auth = psk\n      id = {}\n    }}", self.remote_id);
+        let _ = writeln!(
+            out,
+            "    local {{\n      auth = psk\n      id = \"{}\"\n    }}",
+            self.local_id
+        );
+        let _ = writeln!(
+            out,
+            "    remote {{\n      auth = psk\n      id = \"{}\"\n    }}",
+            self.remote_id
+        );
         let _ = writeln!(out, "    children {{");
         for child in &self.children {
             let _ = writeln!(out, "      {} {{", child.name);
@@ -150,7 +156,8 @@ impl Conn {
         }
         let _ = writeln!(out, "    }}\n  }}\n}}");
         let _ = writeln!(out, "secrets {{\n  ike-{} {{", self.name);
-        let _ = writeln!(out, "    id-1 = {}\n    id-2 = {}", self.local_id, self.remote_id);
+        let _ =
+            writeln!(out, "    id-1 = \"{}\"\n    id-2 = \"{}\"", self.local_id, self.remote_id);
         let _ = writeln!(out, "    secret = \"{}\"\n  }}\n}}", self.psk);
     }
 }

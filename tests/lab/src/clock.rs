@@ -26,3 +26,23 @@ pub fn nanos(at: Duration) -> u64 {
 pub fn millis(span: Duration) -> f64 {
     span.as_secs_f64() * 1e3
 }
+
+/// How far CLOCK_REALTIME, the clock of logs and captures, is ahead of this one.
+pub fn realtime_lead() -> Duration {
+    // The two readings lie microseconds apart: far below what they are compared for.
+    let realtime = clock_gettime(ClockId::CLOCK_REALTIME).map(Duration::from).unwrap_or_default();
+    realtime.saturating_sub(now())
+}
+
+/// The time of day (UTC) as logs print it: `09:28:25.774`.
+pub fn time_of_day(at: Duration) -> String {
+    let since = at + realtime_lead();
+    let seconds = since.as_secs() % 86_400;
+    format!(
+        "{:02}:{:02}:{:02}.{:03}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        since.subsec_millis()
+    )
+}

@@ -281,6 +281,45 @@ impl UdpProbes {
         judge(&sent, &log.received, clock::nanos(from), clock::nanos(to))
     }
 
+    /// The packets of one way, sent within `[from, to)`, that never arrived: (number, when sent).
+    pub fn lost(&self, way: Way, from: Duration, to: Duration) -> Vec<(u64, Duration)> {
+        let (sender, receiver) = self.ends(way);
+        let received: BTreeSet<u64> =
+            lock(&receiver.log).received.iter().map(|(number, _)| *number).collect();
+        let sent = lock(&sender.log).sent.clone();
+        sent.into_iter()
+            .map(|(number, at)| (number, Duration::from_nanos(at)))
+            .filter(|(number, at)| (from..to).contains(at) && !received.contains(number))
+            .collect()
+    }
+
+    /// Where losses fell, in words and in the time of day (UTC) that logs use.
+    pub fn tell_losses(&self, from: Duration, to: Duration) -> String {
+        let mut text = Vec::new();
+        for way in Way::BOTH {
+            let lost = self.lost(way, from, to);
+            let mut index = 0;
+            while let Some((_, start)) = lost.get(index) {
+                // Losses within 20 ms belong together.
+                let mut end = index;
+                while lost
+                    .get(end + 1)
+                    .is_some_and(|next| next.1 - lost[end].1 < Duration::from_millis(20))
+                {
+                    end += 1;
+                }
+                let at = clock::time_of_day(*start);
+                text.push(format!(
+                    "{} {} from {at} on",
+                    end + 1 - index,
+                    if way == Way::Out { "towards the peer" } else { "from the peer" }
+                ));
+                index = end + 1;
+            }
+        }
+        text.join(", ")
+    }
+
     /// Waits until all records up to `to` have come home and packets sent before it had half a second to arrive.
     pub fn settle(&self, to: Duration) -> Result<()> {
         clock::sleep_until(to + Duration::from_millis(500));

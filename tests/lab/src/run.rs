@@ -210,6 +210,10 @@ fn birth_of(pid: u32) -> Option<String> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold spaces; fields are counted after it. Birth is field 22, name is field 2.
     let rest = stat.rsplit_once(") ")?.1;
+    // A zombie has ended, even if nobody has asked how.
+    if rest.starts_with(['Z', 'X']) {
+        return None;
+    }
     rest.split(' ').nth(19).map(str::to_owned)
 }
 

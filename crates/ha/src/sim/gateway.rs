@@ -216,6 +216,13 @@ impl World {
         {
             self.fail("invariant 1: a term was acquired twice");
         }
+        if !own.synced {
+            // In doubt: what was sent beyond our position is settled with the peers (RFC 6311).
+            let from = (status.lineage.0, status.position.0 + 1);
+            for (_, exempt) in seen.sent.range_mut(from..=(status.lineage.0, u64::MAX)) {
+                exempt.1 = true;
+            }
+        }
         // What the events built is what is held.
         let held: BTreeMap<u64, Vec<u8>> = self.hosts[host]
             .pair
@@ -289,11 +296,15 @@ impl World {
         }
     }
 
-    /// The owner may act alone while the other, alive, still believes itself in sync: it was judged
-    /// dead and does not know.
+    /// The owner may act alone while the other, alive, still believes itself in sync (it was judged
+    /// dead and does not know), or owns already under a higher term (after a partition or a pause).
     fn solo_unheard(&self, host: usize, endpoint: u8) -> bool {
         let gateway = &self.hosts[host].gateway[usize::from(endpoint)];
         let solo = !matches!(gateway.mode, Some(Mode::Synced | Mode::Syncing(_)));
+        let theirs = self.hosts[1 - host].gateway.get(usize::from(endpoint));
+        if theirs.is_some_and(|theirs| theirs.own > gateway.own) {
+            return true;
+        }
         solo && self.status(1 - host, endpoint).is_some_and(|theirs| {
             theirs.role == Role::Shadow { synced: true } && Some(theirs.term) == gateway.own
         })
@@ -458,7 +469,11 @@ impl World {
                 self.fail("invariant 3: two instances pass the fence");
             }
         }
-        if self.ledger.mismatched_since.iter().flatten().any(|at| self.now > at + 700 * MS) {
+        if (0..2).any(|host| {
+            let since = self.ledger.mismatched_since[host];
+            let running = self.hosts[host].pair.is_some() && !self.hosts[host].paused;
+            running && since.is_some_and(|at| self.now > at + 700 * MS)
+        }) {
             self.fail("invariant 7: digests differ, and nothing was done about it");
         }
     }
@@ -501,7 +516,7 @@ impl Ledger {
         self.mismatched_since[host].get_or_insert(now);
     }
 
-    fn matched(&mut self, host: usize) {
+    pub(super) fn matched(&mut self, host: usize) {
         self.mismatched_since[host] = None;
     }
 }

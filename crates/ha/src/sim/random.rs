@@ -157,6 +157,13 @@ fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+/// Runs a seed; the message of what it found.
+fn found(seed: u64, bug: Bug) -> Option<String> {
+    let panic = catch_unwind(AssertUnwindSafe(|| run(seed, bug, false))).err()?;
+    let text = panic.downcast_ref::<String>().cloned();
+    Some(text.unwrap_or_else(|| "a panic in the product".into()))
+}
+
 /// `HA_SIM_SEEDS` seeds from `HA_SIM_FROM`; `HA_SIM_SEED` replays one, with its story.
 #[test]
 fn seeds() {
@@ -164,9 +171,41 @@ fn seeds() {
         return run(seed, Bug::None, true);
     }
     let from = setting("HA_SIM_FROM").unwrap_or(0);
-    for seed in from..from + setting("HA_SIM_SEEDS").unwrap_or(400) {
-        if catch_unwind(AssertUnwindSafe(|| run(seed, Bug::None, false))).is_err() {
-            panic!("seed {seed} failed; replay it with HA_SIM_SEED={seed}");
+    for seed in from..from + setting("HA_SIM_SEEDS").unwrap_or(300) {
+        if let Some(what) = found(seed, Bug::None) {
+            panic!("seed {seed} failed; replay it with HA_SIM_SEED={seed}\n{what}");
         }
+    }
+}
+
+/// Each deliberate bug is found, and as a breach of the invariant that it belongs to.
+#[test]
+fn deliberate_bugs_are_found() {
+    let bugs = [
+        (Bug::TermReuse, "invariant 1"),
+        (Bug::TermParity, "invariant 1"),
+        (Bug::LeaseBeforeAck, "invariant 2"),
+        (Bug::FenceByTurnAlone, "invariant 3"),
+        (Bug::FenceWithoutListening, "invariant 3"),
+        (Bug::FenceOpenInGrant, "invariant 3"),
+        (Bug::GrantAfterRefusal, "invariant 3"),
+        (Bug::IgnoreHigherTerm, "invariant 3"),
+        (Bug::CommitBeforeAck, "invariant 4"),
+        (Bug::AckBeforeApply, "invariant 4"),
+        (Bug::SoloBeforeEcho, "invariant 4"),
+        (Bug::OldLogAcked, "invariant 4"),
+        (Bug::EmptyBeatsLiving, "invariant 5"),
+        (Bug::HealInOldTerm, ""),
+        (Bug::PutLost, "digest"),
+        (Bug::DigestIgnored, "invariant 7"),
+    ];
+    let most = setting("HA_SIM_BUG_SEEDS").unwrap_or(400);
+    for (bug, invariant) in bugs {
+        let hit = (0..most).find_map(|seed| {
+            let what = found(seed, bug)?;
+            let line = what.lines().next().unwrap_or_default();
+            line.contains(invariant).then(|| println!("{bug:?}: seed {seed}: {line}"))
+        });
+        if hit.is_none() { println!("{bug:?} was not found in {most} seeds"); }
     }
 }

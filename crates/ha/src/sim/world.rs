@@ -36,7 +36,8 @@ impl Rng {
 }
 
 pub(super) enum Input {
-    Heartbeat(u8, Vec<u8>),
+    /// The stream whose keys protect it, the link, the bytes.
+    Heartbeat(usize, u8, Vec<u8>),
     Frame(usize, Vec<u8>),
     StreamUp(usize, u8),
     StreamDown(usize, bool),
@@ -60,7 +61,7 @@ pub(super) enum Act {
 enum Happening {
     Wake(usize, u64),
     Timer(usize, u64),
-    Heartbeat { to: usize, link: u8, bytes: Vec<u8> },
+    Heartbeat { to: usize, keys: usize, link: u8, bytes: Vec<u8> },
     Pump { stream: usize, to: usize },
     ProbeArrives { from: usize, link: u8 },
     Act { host: usize, run: u64, act: Act },
@@ -115,6 +116,8 @@ pub(super) struct Host {
     pub(super) lost_terms: bool,
     inbox: VecDeque<Input>,
     stream: Option<usize>,
+    /// The newest stream, whose keys protect heartbeats.
+    keys: Option<usize>,
     timer: u64,
     busy: Us,
 }
@@ -162,6 +165,7 @@ impl World {
             lost_terms: false,
             inbox: VecDeque::new(),
             stream: None,
+            keys: None,
             timer: 0,
             busy: 0,
         };
@@ -245,7 +249,8 @@ impl World {
                 text += &format!("\n  host {n} dead");
             }
         }
-        panic!("{text}");
+        // Not a panic: the hook would print what the search for deliberate bugs finds.
+        std::panic::resume_unwind(Box::new(text))
     }
 
     pub(super) fn config(&self, host: usize) -> Config {
@@ -285,8 +290,10 @@ impl World {
         h.powered = true;
         h.inbox.clear();
         h.stream = None;
+        h.keys = None;
         h.listener_until = Us::MAX;
         let run = h.run;
+        self.ledger.matched(host);
         self.note(host, "start".into());
         for n in 0..self.endpoints {
             self.act(host, 5 * MS, Act::Tick(n));
@@ -346,8 +353,11 @@ impl World {
                     self.turn(host);
                 }
             }
-            Happening::Heartbeat { to, link, bytes } => {
+            Happening::Heartbeat { to, keys, link, bytes } => {
                 if !self.hosts[to].powered || self.hosts[to].pair.is_none() {
+                    return;
+                }
+                if self.streams[keys].runs[to] != self.hosts[to].run {
                     return;
                 }
                 let gap = self.now - self.arrival[to];
@@ -356,7 +366,7 @@ impl World {
                     self.gaps[to].push_back((now, gap));
                 }
                 self.arrival[to] = self.now;
-                self.input(to, Input::Heartbeat(link, bytes));
+                self.input(to, Input::Heartbeat(keys, link, bytes));
             }
             Happening::Pump { stream, to } => self.pump(stream, to),
             Happening::Fin { stream, to } => {
@@ -501,13 +511,17 @@ impl World {
             let h = &mut self.hosts[host];
             let Some(pair) = h.pair.as_mut() else { return };
             match input {
-                Input::Heartbeat(link, bytes) => pair.handle_heartbeat(now, LinkId(link), &bytes),
+                Input::Heartbeat(keys, link, bytes) if h.keys == Some(keys) => {
+                    pair.handle_heartbeat(now, LinkId(link), &bytes);
+                }
+                Input::Heartbeat(..) => {}
                 Input::Frame(stream, bytes) if h.stream == Some(stream) => {
                     pair.handle_frame(now, &bytes);
                 }
                 Input::Frame(..) => {}
                 Input::StreamUp(stream, link) => {
                     h.stream = Some(stream);
+                    h.keys = Some(stream);
                     pair.handle_stream_up(now, LinkId(link));
                 }
                 Input::StreamDown(stream, goodbye) if h.stream == Some(stream) => {
@@ -541,6 +555,7 @@ impl World {
         while let Some(transmit) = self.hosts[host].pair.as_mut().and_then(Pair::poll_transmit) {
             match transmit {
                 Transmit::Heartbeat { link, bytes } => {
+                    let Some(keys) = self.hosts[host].keys else { continue };
                     let copies = 1 + u64::from(self.rng.chance(self.duplicate));
                     for _ in 0..copies {
                         if self.cut[usize::from(link.0)][to] || self.rng.chance(self.loss) {
@@ -548,7 +563,7 @@ impl World {
                         }
                         let at = self.now + self.latency();
                         let bytes = bytes.clone();
-                        self.at(at, Happening::Heartbeat { to, link: link.0, bytes });
+                        self.at(at, Happening::Heartbeat { to, keys, link: link.0, bytes });
                     }
                 }
                 Transmit::Frame(bytes) => {

@@ -175,6 +175,8 @@ pub(crate) struct World {
     /// (side, IV, bytes) of sealed messages, to prove that no IV repeats.
     ivs: BTreeMap<(IkeSpi, IkeSpi, bool, [u8; 8]), Vec<u8>>,
     pub(crate) delay: Duration,
+    /// What happened, for a failing test to show.
+    pub(crate) log: Vec<String>,
     /// Translates what side A sends, as a NAT does: A's port as B sees it.
     pub(crate) nat_port: Option<u16>,
 }
@@ -227,6 +229,7 @@ impl World {
             sent: Vec::new(),
             ivs: BTreeMap::new(),
             delay: Duration::from_millis(10),
+            log: Vec::new(),
             nat_port: None,
         };
         for n in [A, B] {
@@ -265,6 +268,7 @@ impl World {
         }
         let side = &mut self.sides[n];
         while let Some(event) = side.ike.poll_event() {
+            self.log.push(format!("{now:?} {}: {event}", ["A", "B"][n]));
             side.events.push(event);
         }
         while let Some(keepalive) = side.ike.poll_keepalive() {
@@ -276,9 +280,25 @@ impl World {
 
     fn send(&mut self, n: usize, packet: Transmit) {
         self.check_iv(&packet.bytes);
+        self.note(n, "sends", &packet.bytes);
         self.sent.push((n, packet.clone()));
         let at = self.now + self.delay;
         self.wire.push_back(Flight { at, to_side: 1 - n, packet });
+    }
+
+    fn note(&mut self, n: usize, what: &str, bytes: &[u8]) {
+        if let Ok(h) = wire::ike::Header::parse(bytes) {
+            self.log.push(format!(
+                "{:?} {} {what} {} {} {}{} {:x}",
+                self.now,
+                ["A", "B"][n],
+                h.exchange,
+                h.message_id,
+                if h.response { "response" } else { "request" },
+                if h.from_initiator { "" } else { " (from the responder)" },
+                h.initiator_spi.0 >> 48,
+            ));
+        }
     }
 
     /// ha.md, invariant 1: no (key, IV) pair protects two datagrams.
@@ -308,6 +328,7 @@ impl World {
         let n = flight.to_side;
         let Transmit { from, to, bytes } = flight.packet;
         let (from, to) = self.translate(n, from, to);
+        self.note(n, "gets", &bytes);
         self.with_side(n, |ike, cx| ike.handle_datagram(cx, from, to, &bytes));
     }
 
@@ -407,8 +428,15 @@ impl World {
 
     #[track_caller]
     pub(crate) fn assert_tunnel(&self) {
-        assert!(self.works("net"), "the tunnel does not carry traffic\n{:#?}\n{:#?}",
-            self.sides[A].ike.status(self.now), self.sides[B].ike.status(self.now));
+        if !self.works("net") {
+            let from = self.log.len().saturating_sub(120);
+            panic!(
+                "the tunnel does not carry traffic\n{}\n{:#?}\n{:#?}",
+                self.log[from..].join("\n"),
+                self.sides[A].ike.status(self.now),
+                self.sides[B].ike.status(self.now)
+            );
+        }
     }
 
     /// Exactly one IKE SA and one Child SA on each side, and they match.
@@ -458,7 +486,8 @@ impl World {
         // The survivor hands out SPIs of its own.
         side.spis.taken = side.ike.esp_spis().collect();
         side.spis.next += 0x1000;
-        side.rng = rng(1000 + side.term);
+        // Never the other side's stream: equal nonces would be no collision.
+        side.rng = rng(10_000 * (n as u64 + 1) + side.term);
         side.term += 1;
         let term = Term(side.term);
         self.with_side(n, |ike, cx| ike.activate(cx, term, doubt).unwrap());

@@ -444,3 +444,39 @@ impl Io {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{Peer, isolated, test_state};
+    use super::*;
+
+    #[test]
+    fn what_becomes_invalid_between_judging_and_writing_is_dropped() {
+        isolated(|| {
+            let mut state = test_state();
+            let mut peer = Peer::new();
+            let inner = wire::ip::udp_packet(
+                "10.1.0.9:5000".parse().unwrap(),
+                "10.2.0.5:4000".parse().unwrap(),
+                b"late",
+            );
+            let sealed = peer.seal(b"late");
+            let open = [Duration::MAX];
+            state.obey();
+            state.batch.push().unwrap().fill(&inner.unwrap());
+            state.shard.outbound(boottime(), &open, &mut state.batch);
+            assert!(matches!(state.batch.slots()[0].verdict(), Verdict::Send { .. }));
+            // A steal of the processor comes here, and the fence passes.
+            state.io.words[0].store(1, Ordering::Release);
+            state.io.write(&mut state.batch, &mut state.sockets);
+            state.batch.clear();
+            state.batch.push().unwrap().fill(&sealed);
+            state.shard.inbound(boottime(), &open, &mut state.batch);
+            assert!(matches!(state.batch.slots()[0].verdict(), Verdict::Deliver { .. }));
+            state.io.write(&mut state.batch, &mut state.sockets);
+            let counters = state.io.counters.snapshot();
+            assert_eq!((counters.late, counters.late_batches, counters.sent, counters.tun_written), (2, 2, 0, 0));
+            peer.hears_nothing();
+        });
+    }
+}

@@ -24,7 +24,7 @@ const PEER: &str = "127.0.0.2:4500";
 const APPLICATION: &str = "10.1.0.9:5000";
 const FAR: &str = "10.2.0.5:4000";
 
-fn isolated(body: impl FnOnce() + Send + 'static) {
+pub(super) fn isolated(body: impl FnOnce() + Send + 'static) {
     let run = move || {
         netio::netns::isolate_thread().expect("these tests need root");
         ip("link set lo up");
@@ -136,15 +136,26 @@ fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
     }
 }
 
+/// A worker's state without its thread: it owns the endpoint once its commands are obeyed.
+pub(super) fn test_state() -> run::State {
+    let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
+    let local = "127.0.0.1:4500";
+    let (mut commands, asked) = queue(64).unwrap();
+    let outlet = run::Outlet::new(sync_channel(64).0, sync_channel(64).0, EventFd::new().unwrap());
+    let state = run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::default()).unwrap();
+    own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
+    state
+}
+
 /// The remote gateway with a host behind it.
-struct Peer {
+pub(super) struct Peer {
     shard: Shard,
     batch: Batch,
     socket: UdpSocket,
 }
 
 impl Peer {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let mut shard = Shard::new(esp::Config::default());
         own(|command| shard.apply(command).unwrap(), PEER, 1, 1);
         let socket = UdpSocket::bind(PEER).unwrap();
@@ -153,7 +164,7 @@ impl Peer {
     }
 
     /// Sealed, as it would come over the wire.
-    fn seal(&mut self, payload: &[u8]) -> Vec<u8> {
+    pub(super) fn seal(&mut self, payload: &[u8]) -> Vec<u8> {
         let inner =
             wire::ip::udp_packet(FAR.parse().unwrap(), APPLICATION.parse().unwrap(), payload)
                 .unwrap();
@@ -181,7 +192,7 @@ impl Peer {
         (slot.packet()[28..].to_vec(), from)
     }
 
-    fn hears_nothing(&self) {
+    pub(super) fn hears_nothing(&self) {
         self.socket.set_nonblocking(true).unwrap();
         assert!(self.socket.recv_from(&mut [0; 2000]).is_err(), "nothing may leave");
         self.socket.set_nonblocking(false).unwrap();
@@ -391,6 +402,35 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         assert_eq!(old.worker.counters().steered, 3);
         assert_eq!(old.worker.counters().steer_lost, 0);
         assert_eq!(new.worker.counters().steered_in, 3);
+
+        // While direct arrivals are held, steered ones pass; a peer that moved is noticed in both.
+        let hold = |until| WorkerCommand::Shard(Command::HoldDirect { endpoint: MAIN, until });
+        new.worker.send(hold(boottime() + Duration::from_secs(60))).unwrap();
+        new.worker.send(WorkerCommand::Shard(Command::Query { token: 1 })).unwrap();
+        while !matches!(new.event(), WorkerEvent::Report(Report::Snapshot(_))) {}
+        peer.send("127.0.0.3:4500", b"direct");
+        new.wait_for(|counters| counters.esp_received == 1);
+        let moved = Some("127.0.0.77:999".parse().unwrap());
+        let head = SteerHead { kind: SteerKind::Esp, endpoint: MAIN, from: moved, local_port: 4500 };
+        let steered = |bytes: Vec<u8>| WorkerCommand::Steered { head, bytes };
+        new.worker.send(steered(peer.seal(b"steered"))).unwrap();
+        assert_eq!(receive(&application), b"steered");
+        let noticed = std::iter::from_fn(|| Some(new.event())).take(20).find_map(|event| match event {
+            WorkerEvent::Report(Report::PeerMoved { from, .. }) => Some(from),
+            _ => None,
+        });
+        assert_eq!(noticed, moved);
+        new.worker.send(hold(Duration::ZERO)).unwrap();
+        assert_eq!(receive(&application), b"direct");
+        // Nothing is steered twice.
+        old.worker.send(steered(peer.seal(b"back again"))).unwrap();
+        old.worker.send(WorkerCommand::Shard(Command::Query { token: 2 })).unwrap();
+        let stats = loop {
+            if let WorkerEvent::Report(Report::Snapshot(snapshot)) = old.event() {
+                break snapshot.stats;
+            }
+        };
+        assert_eq!((stats.dropped(Reason::SteeredTwice), stats.steered), (1, 3));
     });
 }
 

@@ -61,8 +61,8 @@ struct Mistake {
     spoil: fn(&mut Config, &mut Conn),
     /// The notify, as charon spells it in its log.
     notify: &'static str,
-    /// Words of the daemon's line.
-    line: &'static [&'static str],
+    /// Words of the daemon's line as responder, which sees the mistake itself, and as initiator, which is told.
+    lines: [&'static [&'static str]; 2],
 }
 
 fn play(lab: &Lab<'_>, mistake: &Mistake) -> Result<String> {
@@ -96,7 +96,7 @@ fn play(lab: &Lab<'_>, mistake: &Mistake) -> Result<String> {
             },
         )
         .map_err(|error| stage.with_log(error))?;
-        let line = wait_log(&stage.daemon, skip, mistake.line)?;
+        let line = wait_log(&stage.daemon, skip, mistake.lines[usize::from(we_start)])?;
         let again = stage.daemon.new_log(skip);
         let count = again.lines().filter(|other| other.contains("WARN")).count();
         ensure(count <= 2, || format!("{count} warnings for one mistake: {again}"))?;
@@ -118,7 +118,15 @@ fn wrong_secret(lab: &Lab<'_>) -> Result<String> {
         &Mistake {
             spoil: |_, peer| peer.psk = "another-secret-than-ours".into(),
             notify: "AUTHENTICATION_FAILED",
-            line: &["branch", "AUTHENTICATION_FAILED"],
+            lines: [
+                &[
+                    "branch",
+                    net::PEER_WAN,
+                    "branch.example",
+                    "would have matched: the same pre-shared key",
+                ],
+                &["branch", net::PEER_WAN, "AUTHENTICATION_FAILED"],
+            ],
         },
     )
 }
@@ -132,7 +140,10 @@ fn wrong_identity(lab: &Lab<'_>) -> Result<String> {
                 peer.remote_id = "gw.example".into();
             },
             notify: "AUTHENTICATION_FAILED",
-            line: &["AUTHENTICATION_FAILED"],
+            lines: [
+                &[net::PEER_WAN, "somebody.else", "would have matched: remote_id branch.example"],
+                &["branch", net::PEER_WAN, "AUTHENTICATION_FAILED"],
+            ],
         },
     )
 }
@@ -143,7 +154,15 @@ fn wrong_ike_proposal(lab: &Lab<'_>) -> Result<String> {
         &Mistake {
             spoil: |_, peer| peer.proposals = vec!["aes128gcm16-prfsha256-ecp256".into()],
             notify: "NO_PROPOSAL_CHOSEN",
-            line: &["NO_PROPOSAL_CHOSEN", "aes256gcm16"],
+            lines: [
+                &[
+                    "branch",
+                    net::PEER_WAN,
+                    "aes128gcm16-prfsha256-ecp256",
+                    "would have matched: any of aes256gcm16-prfsha384-x25519",
+                ],
+                &["branch", net::PEER_WAN, "NO_PROPOSAL_CHOSEN", "aes256gcm16-prfsha384-x25519"],
+            ],
         },
     )
 }
@@ -154,7 +173,10 @@ fn wrong_esp_proposal(lab: &Lab<'_>) -> Result<String> {
         &Mistake {
             spoil: |_, peer| peer.children[0].esp_proposals = vec!["aes128gcm16-ecp256".into()],
             notify: "NO_PROPOSAL_CHOSEN",
-            line: &["NO_PROPOSAL_CHOSEN", "aes256gcm16"],
+            lines: [
+                &["branch", net::PEER_WAN, "aes128gcm16", "would have matched: aes256gcm16"],
+                &["branch", net::PEER_WAN, "NO_PROPOSAL_CHOSEN", "aes256gcm16"],
+            ],
         },
     )
 }
@@ -165,7 +187,15 @@ fn wrong_selectors(lab: &Lab<'_>) -> Result<String> {
         &Mistake {
             spoil: |_, peer| peer.children[0].remote_ts = vec!["10.99.0.0/24".into()],
             notify: "TS_UNACCEPTABLE",
-            line: &["TS_UNACCEPTABLE", "10.1.0.0/24"],
+            lines: [
+                &[
+                    "branch",
+                    net::PEER_WAN,
+                    "10.99.0.0/24",
+                    "would have matched: part of 10.2.0.0/24 === 10.1.0.0/24",
+                ],
+                &["branch", net::PEER_WAN, "TS_UNACCEPTABLE", "10.1.0.0/24"],
+            ],
         },
     )
 }

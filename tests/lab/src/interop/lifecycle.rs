@@ -176,8 +176,11 @@ fn by_time(lab: &Lab<'_>) -> Result<String> {
     let mut config = Config::single();
     config.branch().settings.push(("rekey_time".into(), "\"13s\"".into()));
     config.branch().children[0].settings.push(("rekey_time".into(), "\"7s\"".into()));
-    let peer =
-        conn().with("rekey_time", "11s").with("over_time", "10s").with_child("rekey_time", "6s");
+    let peer = conn()
+        .with("rekey_time", "11s")
+        .with("over_time", "10s")
+        .with_child("rekey_time", "6s")
+        .with_child("life_time", "12s");
     let mut stage = single(lab, &config, &[peer])?;
     stage.peer_up()?;
     let probes = stage.probes(lab.run)?;

@@ -118,9 +118,15 @@ pub(super) fn without_loss(
     probes: &UdpProbes,
     action: impl FnOnce() -> Result<()>,
 ) -> Result<String> {
+    let from = clock::now();
     let (sent, lost, gap) = under_traffic(probes, action)?;
+    let to = clock::now().saturating_sub(Duration::from_millis(500));
     ensure(lost == 0, || {
-        format!("{lost} of {sent} packets lost, longest gap {:.1} ms", clock::millis(gap))
+        let places = probes.tell_losses(from, to);
+        format!(
+            "{lost} of {sent} packets lost ({places}), longest gap {:.1} ms",
+            clock::millis(gap)
+        )
     })?;
     Ok(format!("0 of {sent} lost, longest gap {:.1} ms", clock::millis(gap)))
 }

@@ -1,0 +1,39 @@
+//! Deliberate mistakes in the composition, which the simulation must catch. Without the feature `bugs` none of them
+//! can be switched on. Those of the pair protocol itself are `ha::Bug`.
+
+/// One deliberate mistake.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bug {
+    /// Correct behaviour.
+    #[default]
+    None,
+    /// Invariants 4 and 5: datagrams leave before their record is committed.
+    SendBeforeCommit,
+    /// Invariant 4: an owner in doubt goes on as if its state were exact.
+    DoubtIgnored,
+    /// Invariant 2: `synced` is said although the shards do not obey their leases.
+    LeasesIgnored,
+    /// Invariant 2: a shadow forgets the ceilings that it is told.
+    CeilingsForgotten,
+    /// Invariant 3: the fence word is only ever raised.
+    FenceNeverLowered,
+}
+
+#[cfg(feature = "bugs")]
+impl crate::Gateway {
+    /// Switches a deliberate mistake on, for the simulation that must catch it.
+    pub fn set_bug(&mut self, bug: Bug) {
+        self.bug = bug;
+    }
+
+    /// The same for the pair protocol.
+    pub fn set_pair_bug(&mut self, bug: ha::Bug) {
+        self.pair.set_bug(bug);
+    }
+
+    /// The pair protocol's state, for the simulation's checks.
+    #[must_use]
+    pub fn pair(&self) -> &ha::Pair {
+        &self.pair
+    }
+}

@@ -1,0 +1,60 @@
+//! The deliberate mistakes, by name, with the invariant of ha.md that each breaks. `--bugs` proves that every one is
+//! caught; a simulation that cannot find them would find nothing.
+//!
+//! Those of the pair protocol live in `ha`, those of its composition in `gateway`, both as test-only switches. Those
+//! of the runtime, which the simulation plays itself, live here.
+
+/// A mistake of the runtime around a gateway, or of what reaches its shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runtime {
+    /// Workers and the IKE sockets do not compare the fence before they send.
+    IgnoreFence,
+    /// The shard is never told a new term: IV counters restart under the old one.
+    TermNotInIv,
+    /// A packet without an SA leaves as it is.
+    SendInClear,
+}
+
+/// One deliberate mistake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// In the pair protocol.
+    Pair(ha::Bug),
+    /// In the composition.
+    Gateway(gateway::Bug),
+    /// In the runtime.
+    Runtime(Runtime),
+}
+
+/// Every mistake: its name, the invariant it breaks, and what it is.
+pub const ALL: &[(&str, u8, Bug)] = &[
+    ("term-reuse", 1, Bug::Pair(ha::Bug::TermReuse)),
+    ("term-parity", 1, Bug::Pair(ha::Bug::TermParity)),
+    ("term-not-in-iv", 1, Bug::Runtime(Runtime::TermNotInIv)),
+    ("lease-before-ack", 2, Bug::Pair(ha::Bug::LeaseBeforeAck)),
+    ("leases-ignored", 2, Bug::Gateway(gateway::Bug::LeasesIgnored)),
+    ("ceilings-forgotten", 2, Bug::Gateway(gateway::Bug::CeilingsForgotten)),
+    ("ignore-fence", 3, Bug::Runtime(Runtime::IgnoreFence)),
+    ("fence-never-lowered", 3, Bug::Gateway(gateway::Bug::FenceNeverLowered)),
+    ("fence-by-turn-alone", 3, Bug::Pair(ha::Bug::FenceByTurnAlone)),
+    ("fence-without-listening", 3, Bug::Pair(ha::Bug::FenceWithoutListening)),
+    ("fence-open-in-grant", 3, Bug::Pair(ha::Bug::FenceOpenInGrant)),
+    ("grant-after-refusal", 3, Bug::Pair(ha::Bug::GrantAfterRefusal)),
+    ("ignore-higher-term", 3, Bug::Pair(ha::Bug::IgnoreHigherTerm)),
+    ("send-before-commit", 4, Bug::Gateway(gateway::Bug::SendBeforeCommit)),
+    ("commit-before-ack", 4, Bug::Pair(ha::Bug::CommitBeforeAck)),
+    ("doubt-ignored", 4, Bug::Gateway(gateway::Bug::DoubtIgnored)),
+    ("solo-before-echo", 4, Bug::Pair(ha::Bug::SoloBeforeEcho)),
+    ("old-log-acked", 4, Bug::Pair(ha::Bug::OldLogAcked)),
+    ("empty-beats-living", 5, Bug::Pair(ha::Bug::EmptyBeatsLiving)),
+    ("heal-in-old-term", 5, Bug::Pair(ha::Bug::HealInOldTerm)),
+    ("put-lost", 7, Bug::Pair(ha::Bug::PutLost)),
+    ("digest-ignored", 7, Bug::Pair(ha::Bug::DigestIgnored)),
+    ("send-in-clear", 8, Bug::Runtime(Runtime::SendInClear)),
+];
+
+/// The mistake of a name.
+#[must_use]
+pub fn named(name: &str) -> Option<Bug> {
+    ALL.iter().find(|(known, _, _)| *known == name).map(|(_, _, bug)| *bug)
+}

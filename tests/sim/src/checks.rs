@@ -1,0 +1,305 @@
+//! The invariants of ha.md, watched on everything that leaves to the WAN and on the state of both instances.
+//!
+//! | invariant | where |
+//! | --- | --- |
+//! | 1 (key, IV) | [`Checks::wan`]: every ESP packet by key, every IKE message by SA and direction |
+//! | 2 sequence numbers, leases | [`Checks::wan`], [`Checks::sealed`] |
+//! | 3 fence | [`Checks::fences`], after every step |
+//! | 4 message ids | [`Checks::wan`] |
+//! | 5 no SA lost | [`Checks::wan`] (a new IKE_SA_INIT), and the gap in traffic (`director`) |
+//! | 6 pinning | holds trivially: one endpoint |
+//! | 7 digests | [`Checks::logs`], byte by byte; `ha`'s own comparison is an ERROR |
+//! | 8 nothing in clear | [`Checks::wan`] |
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use wire::id::EspSpi;
+use wire::natt;
+
+use crate::clock::{Nanos, S};
+use crate::network::Datagram;
+use crate::traffic;
+
+/// SAs that were there during a partition may be used by both sides of it: for this long after it, too.
+const AFTERMATH: Nanos = 2 * S;
+
+/// What a datagram was, for the trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// ESP.
+    Esp,
+    /// An IKE message: exchange type, message id, response.
+    Ike(u8, u32, bool),
+    /// A NAT keepalive.
+    Keepalive,
+}
+
+/// Which end of an IKE SA sent, and whether it answered.
+type Sender = (u64, u64, bool, bool);
+
+#[derive(Debug, Default)]
+struct Ids {
+    highest: u32,
+    hashes: BTreeMap<u32, u64>,
+}
+
+/// What was seen, and what was wrong with it.
+#[derive(Debug, Default)]
+pub struct Checks {
+    /// The first violation, with the number of its invariant (0: none of ha.md's).
+    pub violation: Option<(u8, String)>,
+    /// A new IKE_SA_INIT now means that an SA was lost.
+    pub strict: bool,
+    /// The newest moment of an allowed overlap.
+    pub split_at: Option<Nanos>,
+    /// IKE SAs that were made.
+    pub ike_sas: u64,
+    /// ESP packets checked.
+    pub esp_packets: u64,
+    /// IKE messages checked.
+    pub ike_messages: u64,
+    /// A running hash of everything sent: equal runs have equal traces.
+    pub trace: u64,
+    born: HashMap<u64, Nanos>,
+    esp_ivs: HashMap<(u64, [u8; 8]), u64>,
+    esp_seqs: HashSet<(u64, u32)>,
+    ike_ivs: HashMap<(u64, u64, bool, [u8; 8]), u64>,
+    ids: HashMap<Sender, Ids>,
+    /// By instance: the ceilings it knows, by inbound SPI.
+    ceilings: [HashMap<u32, u64>; 2],
+    compared: (u64, u64),
+}
+
+/// A hash for comparison of datagrams and keys (FNV-1a, then a finisher).
+#[must_use]
+pub fn hash(bytes: &[u8]) -> u64 {
+    let mut h = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0000_0100_0000_01b3));
+    h ^= h >> 29;
+    h.wrapping_mul(0xbf58_476d_1ce4_e5b9)
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<[u8; 8]> {
+    bytes.get(at..at + 8)?.try_into().ok()
+}
+
+impl Checks {
+    /// Notes a violation; the first counts.
+    pub fn violate(&mut self, invariant: u8, text: String) {
+        crate::log::say(&format!("VIOLATION of {invariant}: {text}"));
+        self.violation.get_or_insert((invariant, text));
+    }
+
+    /// A datagram leaves. `key` finds the sender's key of an outbound SPI.
+    pub fn wan(&mut self, now: Nanos, datagram: &Datagram, key: impl Fn(u32) -> Option<u64>) -> Kind {
+        self.trace = hash(&[&self.trace.to_be_bytes()[..], &now.to_be_bytes(), &datagram.bytes].concat());
+        if traffic::in_clear(&datagram.bytes) {
+            self.violate(8, "an inner packet left in clear".into());
+        }
+        let ike = if datagram.from.port() == 500 {
+            datagram.bytes.as_slice()
+        } else {
+            match natt::classify(&datagram.bytes) {
+                natt::Datagram::Esp(packet) => {
+                    self.esp(now, packet, key);
+                    return Kind::Esp;
+                }
+                natt::Datagram::Ike(ike) => ike,
+                natt::Datagram::Keepalive => return Kind::Keepalive,
+                natt::Datagram::Short => {
+                    self.violate(0, "a short datagram left from port 4500".into());
+                    return Kind::Keepalive;
+                }
+            }
+        };
+        self.ike(now, ike)
+    }
+
+    fn esp(&mut self, now: Nanos, packet: &[u8], key: impl Fn(u32) -> Option<u64>) {
+        self.esp_packets += 1;
+        let head = wire::esp::Header::parse(packet);
+        let (Some(head), Some(iv)) = (head, word(packet, 8)) else {
+            return self.violate(0, "an ESP packet left cut short".into());
+        };
+        let Some(key) = key(head.spi.0) else {
+            return self.violate(0, format!("an ESP packet left with SPI {} that was never installed", head.spi));
+        };
+        self.born.entry(key).or_insert(now);
+        let seq = u32::from_be_bytes(packet.get(4..8).and_then(|b| b.try_into().ok()).unwrap_or_default());
+        match self.esp_ivs.entry((key, iv)) {
+            Entry::Vacant(free) => {
+                free.insert(hash(packet));
+            }
+            Entry::Occupied(taken) if *taken.get() != hash(packet) => {
+                self.violate(1, format!("SPI {}: IV {iv:02x?} protects two datagrams (seq {seq})", head.spi));
+            }
+            Entry::Occupied(_) => {}
+        }
+        if !self.esp_seqs.insert((key, seq)) && !self.excused(key) {
+            self.violate(2, format!("SPI {}: sequence number {seq} was sent twice", head.spi));
+        }
+    }
+
+    fn ike(&mut self, now: Nanos, message: &[u8]) -> Kind {
+        self.ike_messages += 1;
+        let Ok(head) = wire::ike::Header::parse(message) else {
+            self.violate(0, "a malformed IKE message left".into());
+            return Kind::Keepalive;
+        };
+        let (i, r, id) = (head.initiator_spi.0, head.responder_spi.0, head.message_id.0);
+        let kind = Kind::Ike(head.exchange.0, id, head.response);
+        if head.exchange.0 == 34 {
+            if self.strict && !head.response && !self.born.contains_key(&i) {
+                self.violate(5, format!("an IKE SA was lost: {i:016x} begins a new one"));
+            }
+            if let Entry::Vacant(new) = self.born.entry(i) {
+                new.insert(now);
+                self.ike_sas += 1;
+            }
+            return kind;
+        }
+        self.born.entry(i).or_insert(now);
+        // RFC 7296 §3.14: the IV follows the generic header of the encrypted payload, which comes first.
+        if message.get(16) == Some(&46)
+            && let Some(iv) = word(message, 32)
+        {
+            match self.ike_ivs.entry((i, r, head.from_initiator, iv)) {
+                Entry::Vacant(free) => {
+                    free.insert(hash(message));
+                }
+                Entry::Occupied(taken) if *taken.get() != hash(message) => {
+                    self.violate(1, format!("IKE SA {i:016x}: IV {iv:02x?} protects two messages (id {id})"));
+                }
+                Entry::Occupied(_) => {}
+            }
+        }
+        let excused = self.excused(i);
+        let ids = self.ids.entry((i, r, head.from_initiator, head.response)).or_default();
+        let before = ids.hashes.insert(id, hash(message));
+        let highest = ids.highest;
+        ids.highest = highest.max(id);
+        if excused {
+            return kind;
+        }
+        let what = if head.response { "response" } else { "request" };
+        if before.is_some_and(|before| before != hash(message)) {
+            self.violate(4, format!("IKE SA {i:016x}: two different {what}s with message id {id}"));
+        } else if id < highest {
+            self.violate(4, format!("IKE SA {i:016x}: {what} {id} after {highest}"));
+        }
+        kind
+    }
+
+    /// Whether an SA (by key, or by the initiator's SPI) was there during a partition, when both sides may use it.
+    fn excused(&self, sa: u64) -> bool {
+        let born = self.born.get(&sa).copied().unwrap_or(0);
+        self.split_at.is_some_and(|split| born <= split + AFTERMATH)
+    }
+
+    /// An instance knows of a ceiling.
+    pub fn ceiling(&mut self, instance: usize, spi_in: EspSpi, ceiling: u64) {
+        let known = self.ceilings[instance].entry(spi_in.0).or_default();
+        *known = (*known).max(ceiling);
+    }
+
+    /// The ceiling that an instance knows.
+    #[must_use]
+    pub fn ceiling_of(&self, instance: usize, spi_in: EspSpi) -> Option<u64> {
+        self.ceilings[instance].get(&spi_in.0).copied()
+    }
+
+    /// A shard that obeys leases sealed a packet.
+    pub fn sealed(&mut self, instance: usize, spi_in: EspSpi, key: u64, seq: u32) {
+        let known = self.ceiling_of(1 - instance, spi_in).unwrap_or(0);
+        if u64::from(seq) >= known && !self.excused(key) {
+            let text = format!("SA {spi_in}: sequence number {seq} is not below the acknowledged lease {known}");
+            self.violate(2, text);
+        }
+    }
+
+    /// Both instances pass the fence now.
+    pub fn fences(&mut self, now: Nanos, allowed: bool) {
+        if !allowed {
+            self.violate(3, "two instances pass the fence".into());
+        }
+        self.split_at = Some(now);
+    }
+
+    /// Compares the logs of owner and shadow, where they stand at the same place.
+    pub fn logs(&mut self, pairs: [&ha::Pair; 2], status: [&ha::EndpointStatus; 2]) {
+        let [a, b] = status;
+        let owners = status.iter().filter(|s| matches!(s.role, ha::Role::Owner(_))).count();
+        let synced = status.iter().any(|s| matches!(s.role, ha::Role::Owner(ha::Mode::Synced)));
+        let shadows = status.iter().filter(|s| matches!(s.role, ha::Role::Shadow { .. })).count();
+        let alike = (a.term, a.lineage, a.position) == (b.term, b.lineage, b.position);
+        if owners != 1 || shadows != 1 || !synced || !alike || self.compared == (a.term.0, a.position.0) {
+            return;
+        }
+        self.compared = (a.term.0, a.position.0);
+        let endpoint = ha::EndpointId(0);
+        if a.digest != b.digest || !pairs[0].values(endpoint).eq(pairs[1].values(endpoint)) {
+            self.violate(7, format!("the logs differ at position {} of term {}", a.position.0, a.term.0));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    fn esp(seq: u32, iv: u8, body: u8) -> Datagram {
+        let at = SocketAddr::from(([1, 2, 3, 4], 4500));
+        let bytes = [&[0, 16, 0, 1][..], &seq.to_be_bytes(), &[iv; 8], &[body; 32]].concat();
+        Datagram { from: at, to: at, bytes }
+    }
+
+    fn ike(id: u8, iv: u8, body: u8, exchange: u8) -> Datagram {
+        let at = SocketAddr::from(([1, 2, 3, 4], 500));
+        let mut bytes = [&[1; 16][..], &[46, 0x20, exchange, 0x08, 0, 0, 0, id, 0, 0, 0, 0]].concat();
+        bytes.extend([0, 0, 0, 44]);
+        bytes.extend([iv; 8]);
+        bytes.extend([body; 32]);
+        let len = bytes.len() as u32;
+        bytes[24..28].copy_from_slice(&len.to_be_bytes());
+        Datagram { from: at, to: at, bytes }
+    }
+
+    fn run(datagrams: &[Datagram], split: bool) -> Option<u8> {
+        let mut checks = Checks::default();
+        for datagram in datagrams {
+            checks.wan(5, datagram, |_| Some(9));
+            checks.split_at = split.then_some(5);
+        }
+        checks.violation.map(|(number, _)| number)
+    }
+
+    #[test]
+    fn planted_violations_are_found() {
+        assert_eq!(run(&[esp(1, 1, 1), esp(2, 2, 2)], false), None);
+        assert_eq!(run(&[esp(1, 1, 1), esp(2, 1, 2)], true), Some(1), "IVs have no excuse");
+        assert_eq!(run(&[esp(1, 1, 1), esp(1, 2, 2)], false), Some(2));
+        assert_eq!(run(&[esp(1, 1, 1), esp(1, 2, 2)], true), None);
+        assert_eq!(run(&[ike(1, 1, 1, 37), ike(1, 1, 1, 37), ike(2, 2, 2, 37)], false), None, "a retransmission");
+        assert_eq!(run(&[ike(1, 1, 1, 37), ike(1, 2, 1, 37)], false), Some(4));
+        assert_eq!(run(&[ike(1, 1, 1, 37), ike(2, 2, 1, 37), ike(1, 1, 1, 37)], false), Some(4));
+        assert_eq!(run(&[ike(1, 1, 1, 37), ike(2, 1, 1, 37)], true), Some(1));
+    }
+
+    #[test]
+    fn a_seal_above_the_other_sides_ceiling_is_found() {
+        let mut checks = Checks::default();
+        checks.ceiling(1, EspSpi(7), 100);
+        checks.sealed(0, EspSpi(7), 1, 99);
+        assert!(checks.violation.is_none());
+        checks.sealed(0, EspSpi(7), 1, 100);
+        assert_eq!(checks.violation.map(|(number, _)| number), Some(2));
+    }
+
+    #[test]
+    fn inner_packets_in_clear_are_found() {
+        let mut datagram = esp(1, 1, 1);
+        datagram.bytes.extend(traffic::MARKER);
+        assert_eq!(run(&[datagram], true), Some(8));
+    }
+}

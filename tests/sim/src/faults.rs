@@ -1,0 +1,391 @@
+//! What goes wrong: every fault, how it begins and how it ends.
+
+use gateway::Request;
+
+use crate::clock::{MS, Nanos, S};
+use crate::dice::Dice;
+use crate::host::Input;
+use crate::log;
+use crate::network::Weather;
+use crate::world::{Event, World};
+
+/// After a partition healed, how long the instances may take to notice each other.
+const HEAL: Nanos = 3 * S;
+
+/// One fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The daemon is killed, at once or after so many more outputs; later it starts again, empty, perhaps without its
+    /// term file.
+    Crash {
+        /// Where.
+        host: usize,
+        /// For how long it stays down.
+        down: Nanos,
+        /// Carried out before it dies, of the next turn's outputs.
+        outputs: Option<u64>,
+        /// The term file is lost with it.
+        lost_file: bool,
+    },
+    /// The machine loses power, then boots.
+    PowerCut {
+        /// Where.
+        host: usize,
+        /// For how long.
+        down: Nanos,
+        /// The term file is lost with it.
+        lost_file: bool,
+    },
+    /// The daemon is stopped (SIGSTOP) and goes on later.
+    Pause {
+        /// Where.
+        host: usize,
+        /// For how long.
+        time: Nanos,
+    },
+    /// The hypervisor stops the machine, and its clock with it.
+    ClockStop {
+        /// Where.
+        host: usize,
+        /// For how long.
+        time: Nanos,
+    },
+    /// A pair link is cut, in one direction (by sender) or both.
+    Cut {
+        /// Which.
+        link: usize,
+        /// What this instance sends is lost; both's if none is named.
+        from: Option<usize>,
+        /// For how long.
+        time: Nanos,
+    },
+    /// All pair links are cut, in one direction or both.
+    CutAll {
+        /// As for one link.
+        from: Option<usize>,
+        /// For how long.
+        time: Nanos,
+    },
+    /// An instance's WAN interface goes down.
+    Uplink {
+        /// Where.
+        host: usize,
+        /// For how long.
+        time: Nanos,
+    },
+    /// Loss, duplication and delay on the pair links.
+    PairWeather {
+        /// In a thousand.
+        loss: u64,
+        /// In a thousand.
+        duplicate: u64,
+        /// At most.
+        jitter: Nanos,
+        /// For how long.
+        time: Nanos,
+    },
+    /// The same on the WAN.
+    WanWeather {
+        /// In a thousand.
+        loss: u64,
+        /// In a thousand.
+        duplicate: u64,
+        /// At most.
+        jitter: Nanos,
+        /// For how long.
+        time: Nanos,
+    },
+    /// Frames of one instance lag: a slow shadow, or a slow owner.
+    Lag {
+        /// Whose frames.
+        from: usize,
+        /// By how much.
+        by: Nanos,
+        /// For how long.
+        time: Nanos,
+    },
+    /// Threads wake up late, and batches wait between decision and system call.
+    Slow {
+        /// Where.
+        host: usize,
+        /// For how long.
+        time: Nanos,
+    },
+    /// An operator hands the endpoint over.
+    Switchover,
+    /// A planned stop, and a start later.
+    Stop {
+        /// Where.
+        host: usize,
+    },
+    /// A peer loses everything and starts again.
+    PeerRestart {
+        /// Which host.
+        host: usize,
+        /// For how long it is away.
+        down: Nanos,
+    },
+}
+
+impl Fault {
+    /// Draws one that may come alone.
+    pub(crate) fn draw(dice: &mut Dice, links: usize, peers: usize) -> Self {
+        let host = dice.below(2) as usize;
+        let time = if dice.chance(500) { dice.ms(20, 400) } else { dice.ms(400, 3_000) };
+        let down = if dice.chance(300) { dice.ms(20, 200) } else { dice.ms(200, 3_000) };
+        let from = dice.chance(600).then_some(dice.below(2) as usize);
+        match dice.below(30) {
+            0..=4 => Self::Crash {
+                host,
+                down,
+                outputs: dice.chance(400).then_some(dice.below(12)),
+                lost_file: dice.chance(250),
+            },
+            5 => Self::PowerCut { host, down: down + 200 * MS, lost_file: dice.chance(250) },
+            6..=8 => Self::Pause { host, time },
+            9 => Self::ClockStop { host, time },
+            10 | 11 => Self::Cut { link: dice.below(links as u64) as usize, from, time },
+            12 | 13 => Self::CutAll { from: Some(dice.below(2) as usize), time },
+            14 => Self::CutAll { from: None, time },
+            15 | 16 => Self::Uplink { host, time },
+            17 => Self::PairWeather {
+                loss: dice.below(200),
+                duplicate: dice.below(200),
+                jitter: dice.us(100, 15_000),
+                time,
+            },
+            18 => Self::WanWeather {
+                loss: dice.below(200),
+                duplicate: dice.below(200),
+                jitter: dice.us(100, 20_000),
+                time,
+            },
+            19..=21 => Self::Lag { from: host, by: dice.ms(1, 900), time },
+            22 => Self::Slow { host, time },
+            23..=26 => Self::Switchover,
+            27 => Self::Stop { host },
+            28 => Self::PeerRestart { host: 2 + dice.below(peers as u64) as usize, down: dice.ms(10, 1_000) },
+            _ => Self::Crash { host, down, outputs: None, lost_file: false },
+        }
+    }
+
+    /// Whether established SAs may be lost by this one: the peer threw them away, or both instances went on alone.
+    pub(crate) fn may_lose_sas(self, links: usize) -> bool {
+        match self {
+            Self::PeerRestart { .. } | Self::CutAll { from: None, .. } => true,
+            Self::Cut { from: None, .. } => links == 1,
+            _ => false,
+        }
+    }
+
+    /// How long it lasts, until the world is whole again.
+    pub(crate) fn lasts(self) -> Nanos {
+        match self {
+            Self::Crash { down, .. } | Self::PowerCut { down, .. } | Self::PeerRestart { down, .. } => down,
+            Self::Pause { time, .. }
+            | Self::ClockStop { time, .. }
+            | Self::Cut { time, .. }
+            | Self::CutAll { time, .. }
+            | Self::Uplink { time, .. }
+            | Self::PairWeather { time, .. }
+            | Self::WanWeather { time, .. }
+            | Self::Lag { time, .. }
+            | Self::Slow { time, .. } => time,
+            Self::Switchover => 100 * MS,
+            Self::Stop { .. } => 3 * S,
+        }
+    }
+}
+
+impl World {
+    pub(crate) fn begin(&mut self, fault: Fault) {
+        log::set_turn(self.now, usize::MAX);
+        log::say(&format!("FAULT {fault:?}   [{}]", self.describe()));
+        match fault {
+            Fault::Crash { host, outputs, .. } => {
+                let paused = self.hosts[host].paused;
+                let Some(p) = self.hosts[host].process.as_mut() else { return };
+                if let (Some(n), false) = (outputs, paused) {
+                    p.dies_after = Some(n);
+                    // Restarted when it has died: see `control_turn`.
+                    return self.forget_file(fault);
+                }
+                if let Some(p) = self.hosts[host].process.take() {
+                    self.gone(host, &p, false);
+                }
+                self.forget_file(fault);
+                return self.at(self.now + fault.lasts(), Event::End(fault));
+            }
+            Fault::PowerCut { host, .. } => {
+                self.hosts[host].up = false;
+                if let Some(p) = self.hosts[host].process.take() {
+                    self.gone(host, &p, false);
+                }
+                self.forget_file(fault);
+            }
+            Fault::Pause { host, .. } => self.hosts[host].paused = true,
+            Fault::ClockStop { host, .. } => {
+                self.hosts[host].paused = true;
+                self.hosts[host].clock.freeze(self.now);
+                self.hosts[host].stopped_until = Nanos::MAX;
+            }
+            Fault::Cut { link, from, .. } => self.cut(link..link + 1, from, false),
+            Fault::CutAll { from, .. } => self.cut(0..self.scene.links, from, false),
+            Fault::Uplink { host, .. } => self.uplink(host, false),
+            Fault::PairWeather { loss, duplicate, jitter, .. } => {
+                self.net.pair = Weather { loss, duplicate, jitter, ..self.net.pair };
+                // So much loss on every link at once is a partition, for moments.
+                self.excuse_partition(Nanos::MAX);
+            }
+            Fault::WanWeather { loss, duplicate, jitter, .. } => {
+                self.net.wan = Weather { loss, duplicate, jitter, ..self.net.wan };
+            }
+            Fault::Lag { from, by, .. } => self.net.lag[from] = by,
+            Fault::Slow { host, .. } => self.hosts[host].slow = true,
+            Fault::Switchover => {
+                for host in 0..2 {
+                    self.tell(host, Input::Request(Request::Failover { endpoint: None }));
+                }
+                return;
+            }
+            Fault::Stop { host } => {
+                self.tell(host, Input::Goodbye);
+                return;
+            }
+            Fault::PeerRestart { host, .. } => self.hosts[host].process = None,
+        }
+        self.at(self.now + fault.lasts(), Event::End(fault));
+    }
+
+    pub(crate) fn end(&mut self, fault: Fault) {
+        log::set_turn(self.now, usize::MAX);
+        log::say(&format!("END of {fault:?}"));
+        match fault {
+            Fault::Crash { host, .. } | Fault::PeerRestart { host, .. } => self.restart(host),
+            Fault::PowerCut { host, .. } => {
+                if !self.hosts[host].up {
+                    self.hosts[host].reboot(self.now, &mut self.dice);
+                }
+                self.restart(host);
+            }
+            Fault::Pause { host, .. } | Fault::ClockStop { host, .. } => self.resume(host),
+            Fault::Cut { link, from, .. } => self.cut(link..link + 1, from, true),
+            Fault::CutAll { from, .. } => self.cut(0..self.scene.links, from, true),
+            Fault::Uplink { host, .. } => self.uplink(host, true),
+            Fault::PairWeather { .. } => {
+                self.net.pair = self.director.pair_weather(self.net.pair);
+                self.settle_partition();
+            }
+            Fault::WanWeather { .. } => self.net.wan = self.director.wan_weather(self.net.wan),
+            Fault::Lag { from, .. } => self.net.lag[from] = 0,
+            Fault::Slow { host, .. } => self.hosts[host].slow = false,
+            Fault::Switchover | Fault::Stop { .. } => {}
+        }
+    }
+
+    /// Ends everything that may still go on.
+    pub(crate) fn end_all(&mut self) {
+        for host in 0..self.hosts.len() {
+            if !self.hosts[host].up {
+                self.hosts[host].reboot(self.now, &mut self.dice);
+            }
+            self.hosts[host].slow = false;
+            self.resume(host);
+            self.restart(host);
+            if let Some(p) = &mut self.hosts[host].process {
+                p.dies_after = None;
+            }
+            self.uplink(host, true);
+        }
+        self.net.lag = [0; 2];
+        self.net.pair = self.director.pair_weather(self.net.pair);
+        self.net.wan = self.director.wan_weather(self.net.wan);
+        self.cut(0..self.scene.links, None, true);
+        self.settle_partition();
+    }
+
+    fn tell(&mut self, host: usize, input: Input) {
+        if let Some(p) = self.reads(host) {
+            let life = p.life;
+            self.at(self.now, Event::Tell { host, life, input });
+        }
+    }
+
+    fn forget_file(&mut self, fault: Fault) {
+        if let Fault::Crash { host, lost_file: true, .. } | Fault::PowerCut { host, lost_file: true, .. } = fault {
+            self.hosts[host].disk = None;
+        }
+    }
+
+    fn restart(&mut self, host: usize) {
+        if self.hosts[host].process.is_none()
+            && self.hosts[host].up
+            && let Err(why) = self.start(host)
+        {
+            self.checks.violate(0, why);
+        }
+    }
+
+    fn resume(&mut self, host: usize) {
+        if !self.hosts[host].paused {
+            return;
+        }
+        let h = &mut self.hosts[host];
+        h.paused = false;
+        if h.stopped_until == Nanos::MAX {
+            h.clock.thaw(self.now);
+            // ha.md: until it drains its sockets, at most `fence_after` (on a clock that may be slow).
+            h.stopped_until = self.now + 100 * MS;
+        }
+        let Some(p) = h.process.as_mut() else { return };
+        let (life, in_gap) = (p.life, p.in_gap);
+        p.control_due = Nanos::MAX;
+        p.worker_due = Nanos::MAX;
+        if in_gap {
+            // The system call that it was about to make may come before the control loop's first turn, or after.
+            let gap = self.dice.us(0, 200);
+            self.at(self.now + gap, Event::Leave { host, life });
+        }
+        self.wake_soon(host);
+        self.wake_worker_soon(host);
+    }
+
+    fn cut(&mut self, links: std::ops::Range<usize>, from: Option<usize>, works: bool) {
+        let before = self.net.partitioned();
+        for link in links {
+            for sender in 0..2 {
+                if from.is_none_or(|from| from == sender)
+                    && let Some(link) = self.net.links.get_mut(link)
+                {
+                    link[sender] = works;
+                }
+            }
+        }
+        if self.net.partitioned() {
+            self.excuse_partition(Nanos::MAX);
+        } else if before {
+            self.settle_partition();
+        }
+        if works {
+            self.thaw_stream();
+        }
+    }
+
+    fn settle_partition(&mut self) {
+        if !self.net.partitioned() && self.partition_until > self.now {
+            self.partition_until = self.now + HEAL;
+        }
+    }
+
+    fn uplink(&mut self, host: usize, up: bool) {
+        if self.hosts[host].wan_up == up {
+            return;
+        }
+        self.hosts[host].wan_up = up;
+        if let (Some(p), true) = (&self.hosts[host].process, host < 2) {
+            let life = p.life;
+            let notice = self.dice.ms(1, 20);
+            self.at(self.now + notice, Event::Tell { host, life, input: Input::Uplink(up) });
+        }
+    }
+}
