@@ -466,8 +466,10 @@ impl Gateway {
     }
 
     /// Child SAs that came in a record: into the shards of a shadow.
-    pub(crate) fn install_shadow(&mut self, index: usize, ops: Vec<ike::ChildOp>) {
+    pub(crate) fn install_shadow(&mut self, index: usize, mut ops: Vec<ike::ChildOp>) {
         let Some(e) = self.endpoints.get_mut(index) else { return };
+        // A snapshot may bring SAs of another lineage into the slots of those that it removes.
+        ops.sort_by_key(|op| !matches!(op, ike::ChildOp::Remove { .. }));
         for op in ops {
             if let ike::ChildOp::Install(child) = &op {
                 self.spis.adopt(child.spi_in);

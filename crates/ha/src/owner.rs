@@ -81,6 +81,8 @@ pub(crate) struct Offer {
     pub(crate) term: Term,
     /// The grant has left, so the other may own at any moment.
     pub(crate) sent: bool,
+    /// The process that it was meant for has ended: nobody can answer.
+    pub(crate) orphaned: bool,
 }
 
 pub(crate) struct Owner {
@@ -248,6 +250,17 @@ impl Endpoint {
         }
     }
 
+    /// The other came back as a new process: it holds nothing of what the old one acknowledged.
+    pub(crate) fn peer_restarted(&mut self, cx: &mut Cx<'_>) {
+        self.go_solo(cx, Duration::ZERO);
+        if let Role::Owner(owner) = &mut self.role
+            && let Some(offer) = &mut owner.offer
+        {
+            offer.orphaned = true;
+        }
+        self.switchover_turn(cx);
+    }
+
     /// Whether the other is ready to follow us.
     fn can_sync(&self, cx: &Cx<'_>) -> bool {
         let Some(claim) = cx.contact.claim(self.hash) else { return false };
@@ -263,12 +276,15 @@ impl Endpoint {
         let can_sync = self.can_sync(cx);
         let position = self.store.position;
         let Role::Owner(owner) = &mut self.role else { return };
+        let dead = !cx.contact.alive;
         if owner.offer.is_some() {
+            if dead {
+                self.go_solo(cx, Duration::ZERO);
+            }
             return;
         }
         let now = cx.now;
         let usable = cx.joined.usable();
-        let dead = !cx.contact.alive;
         let oldest = owner.pending.front().map(|(_, at)| *at);
         let oldest_side = owner.sides.values().next().map(|(at, _)| *at);
         match owner.stage {

@@ -261,9 +261,8 @@ impl Pair {
             self.out.warnings.push(Warning::WrongDigest { ours, theirs });
         }
         let was_alive = self.contact.alive;
-        self.contact.greet(now, hello.boot, hello.claims);
+        let restarted = self.contact.greet(now, hello.boot, hello.claims);
         if was_alive && !self.contact.alive {
-            tracing::info!("the other instance has restarted");
             self.out.event(Event::Contact(false));
         }
         self.epochs += 1;
@@ -272,6 +271,10 @@ impl Pair {
             stream.compatible = compatible;
         }
         self.out.hurry = true;
+        if restarted {
+            tracing::info!("the other instance has restarted");
+            self.each(now, Endpoint::peer_restarted);
+        }
         self.each(now, Endpoint::handle_claims);
     }
 

@@ -62,7 +62,7 @@ impl Endpoint {
         let term = self.terms.top().max(self.store.term).max(refused).next_of(1 - cx.config.index);
         let Role::Owner(owner) = &mut self.role else { return };
         tracing::info!(endpoint = self.id.0, term = term.0, "switchover: offering");
-        owner.offer = Some(Offer { term, sent: false });
+        owner.offer = Some(Offer { term, sent: false, orphaned: false });
         // Whatever comes of it, no later term of ours may fall below it.
         self.terms.heard(term);
         cx.out.event(Event::Hold { endpoint: self.id });
@@ -107,7 +107,7 @@ impl Endpoint {
 
     pub(crate) fn handle_refused(&mut self, cx: &mut Cx<'_>, term: Term) {
         let Role::Owner(owner) = &mut self.role else { return };
-        if owner.offer.as_ref().is_some_and(|offer| offer.term <= term) {
+        if owner.offer.as_ref().is_some_and(|offer| offer.term <= term && !offer.orphaned) {
             tracing::info!(endpoint = self.id.0, "switchover: refused, resuming");
             owner.offer = None;
             cx.out.event(Event::Resume { endpoint: self.id });
@@ -176,6 +176,8 @@ impl Endpoint {
             return self.refuse(cx, piece.term);
         }
         self.taken = piece.term;
+        // What the old owner said before it learns of this is no rival's claim.
+        self.healed = cx.contact.peer.as_ref().map(|peer| (peer.boot, piece.from));
         cx.out.frame(&Frame::Owned { id: self.hash, term: piece.term });
         self.acquire(cx, piece.term, How::Grant(Opaque(counters)), true);
     }
@@ -185,7 +187,6 @@ impl Endpoint {
             Role::Follower(follower) => {
                 if let Some((term, heard)) = follower.offer
                     && cx.now >= heard + OFFER_PATIENCE
-                    && cx.bug != Bug::GrantAfterRefusal
                 {
                     self.refuse(cx, term);
                 }
@@ -194,13 +195,14 @@ impl Endpoint {
                 let Some(offer) = &owner.offer else {
                     return self.uplink_turn(cx);
                 };
-                if cx.contact.alive {
+                if cx.contact.alive && !offer.orphaned {
                     return;
                 }
                 if !offer.sent {
                     owner.offer = None;
                     cx.out.event(Event::Resume { endpoint: self.id });
-                } else if (self.uplink_lately(cx) || cx.contact.death == Some(Death::Proven))
+                } else if (offer.orphaned
+                    || self.uplink_lately(cx) || cx.contact.death == Some(Death::Proven))
                     && let Some(term) = self.terms.next()
                 {
                     self.acquire(cx, term, How::Resume, true);

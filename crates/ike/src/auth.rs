@@ -141,6 +141,8 @@ pub(crate) fn answer(
             established.init_hash = Some(Bytes::from(&sha256(&[&state.request])[..]));
             sa.since = step.now();
             sa.phase = Phase::Established(Box::new(established));
+            let conn = step.connection(&sa)?;
+            established::supersede_doubtful(step, conn, &sa);
             established::advance(step, &mut sa)?;
         }
         Err(refusal) => {

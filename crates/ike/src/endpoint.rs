@@ -858,10 +858,10 @@ impl Endpoint {
         Ok(())
     }
 
-    fn take_over_in_doubt(&mut self, cx: &mut Context<'_>, mut sa: IkeSa) {
+    fn take_over_in_doubt(&mut self, cx: &mut Context<'_>, sa: IkeSa) {
         let id = self.registry.of(&sa).map(|c| c.id);
         let spi = sa.spi;
-        let result = match &mut sa.phase {
+        let result = match &sa.phase {
             // A peer that goes on with it is answered as usual.
             Phase::InitAnswered(_) | Phase::Closed(_) => Ok(()),
             // The responder may have answered already: begin anew.
@@ -869,18 +869,12 @@ impl Endpoint {
                 self.doubted.extend(id);
                 self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::InDoubt))
             }
-            Phase::Established(e) if e.sync => self.step(cx, |step| sync::request(step, sa)),
-            Phase::Established(e) => {
+            Phase::Established(_) if sync::is_preferred(&sa) => {
+                self.step(cx, |step| sync::request(step, sa))
+            }
+            Phase::Established(_) => {
                 self.doubted.extend(id);
-                e.fate = Fate::Doubtful;
-                e.request = None;
-                self.step(cx, |step| {
-                    let conn = step.connection(&sa)?;
-                    let names = sa.children().iter().map(|c| c.name.clone()).collect();
-                    let remote = sa.path.remote.ip();
-                    step.put(sa);
-                    init::start(step, conn, remote, names, false).map(|_| ())
-                })
+                self.step(cx, |step| sync::reestablish(step, sa))
             }
         };
         if let Err(error) = result {

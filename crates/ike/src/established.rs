@@ -361,6 +361,9 @@ fn next(
         Fate::Deleting(reason) => return Next::DeleteIke(reason),
         Fate::Replaced(at) if at.is_due(now) => return Next::DeleteIke(DeleteReason::Rekeyed),
         Fate::Rival(at, _) if at.is_due(now) => return Next::DeleteIke(DeleteReason::Redundant),
+        Fate::Doubtful if established.expires_at.is_due(now) => {
+            return Next::DeleteIke(DeleteReason::InDoubt);
+        }
         Fate::Replaced(_) | Fate::Rival(..) | Fate::Doubtful => return Next::Nothing,
     }
     if established.expires_at.is_due(now) {

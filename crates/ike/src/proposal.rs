@@ -484,6 +484,14 @@ fn describe_transform(t: &Transform) -> String {
     }
 }
 
+/// The proposals with the PRF of the IKE SA being rekeyed alone. RFC 7296 §2.18
+/// wants the new IKE SA's keys from the new PRF; strongSwan 5.9.8 takes them from
+/// the old one, so the PRF had better not change.
+pub(crate) fn with_prf(ours: &[IkeProposal], prf: PrfAlg) -> Vec<IkeProposal> {
+    let usable = ours.iter().filter(|p| p.prfs.contains(&prf));
+    usable.map(|p| IkeProposal { prfs: vec![prf], ..p.clone() }).collect()
+}
+
 fn first_common<T: PartialEq + Copy>(ours: &[T], theirs: &[T]) -> Option<T> {
     ours.iter().copied().find(|x| theirs.contains(x))
 }

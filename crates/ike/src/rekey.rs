@@ -79,8 +79,13 @@ fn send(
     let established = sa.established().ok_or(Error::Internal("rekeying of no IKE SA"))?;
     let header = step::header(sa, ExchangeType::CREATE_CHILD_SA, false, established.send_next);
     let mut builder = MessageBuilder::sealed(&header);
+    let mut ours = proposal::with_prf(&conn.ike_proposals, established.keys.prf);
+    if ours.is_empty() {
+        // It was negotiated under another configuration.
+        ours.clone_from(&conn.ike_proposals);
+    }
     builder
-        .push(&Payload::Sa(proposal::ike_payload(&conn.ike_proposals, Spi::Ike(new.spi))))
+        .push(&Payload::Sa(proposal::ike_payload(&ours, Spi::Ike(new.spi))))
         .push(&Payload::Nonce(&new.nonce));
     child::push_ke(&mut builder, Some(&new.eph));
     let bytes = step.seal(sa.spi, sa.initiator, &established.keys, builder)?;
@@ -112,7 +117,9 @@ pub(crate) fn answer(
     };
     let theirs = offers(proposals, ProtocolId::IKE);
     let sent = Group::from_transform_id(ke.group.0);
-    let chosen = choose_ike(&conn.ike_proposals, &theirs, sent)
+    let same_prf = proposal::with_prf(&conn.ike_proposals, established.keys.prf);
+    let chosen = choose_ike(&same_prf, &theirs, sent)
+        .or_else(|| choose_ike(&conn.ike_proposals, &theirs, sent))
         .and_then(|(offer, suite)| Some((offer, suite, offer.spi.ike()?)));
     let Some((offer, suite, peer_spi)) = chosen else {
         let ours: Vec<String> = conn.ike_proposals.iter().map(IkeProposal::to_string).collect();

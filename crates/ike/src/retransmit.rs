@@ -13,6 +13,7 @@ use crate::{
     rekey,
     state::{ChildState, Established, Fate, IkeSa, Outstanding, Phase, Task},
     step::Step,
+    sync,
 };
 
 /// See [`tries`]: 26 s with the default times.
@@ -64,7 +65,7 @@ fn earliest(e: &Established, conn: Option<&ConnectionConfig>, busy: bool) -> Opt
     }
     let fate = match e.fate {
         Fate::Replaced(at) | Fate::Rival(at, _) => return retired.into_iter().chain([at]).min(),
-        Fate::Doubtful => return retired,
+        Fate::Doubtful => return retired.into_iter().chain([e.expires_at]).min(),
         Fate::Deleting(_) => return Some(e.heard),
         Fate::Live => e.expires_at.min(e.rekey_at),
     };
@@ -124,15 +125,8 @@ pub(crate) fn give_up(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
                 (Some(Task::DeleteIke), Fate::Deleting(reason)) => {
                     return established::drop_sa(step, &sa, reason);
                 }
-                (Some(Task::Sync(..)), _) => {
-                    // RFC 6311 failed: the peer may still be there.
-                    if let Phase::Established(e) = &mut sa.phase {
-                        e.request = None;
-                        e.fate = Fate::Doubtful;
-                    }
-                    step.put(sa);
-                    return Ok(());
-                }
+                // RFC 6311 failed: the peer may still be there.
+                (Some(Task::Sync(..)), _) => return sync::reestablish(step, sa),
                 (Some(Task::Rekey(new)), _) => {
                     // The peer's own new IKE SA may live (RFC 7296 §2.8.2).
                     if let Some(rival) = new.rival {

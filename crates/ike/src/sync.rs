@@ -5,6 +5,12 @@
 //!  HDR(id 0), SK {N(IKEV2_MESSAGE_ID_SYNC: nonce, M1, P1)} ──►
 //!  ◄── HDR(id 0), SK {N(IKEV2_MESSAGE_ID_SYNC: nonce, P2, M2)}
 //! ```
+//! strongSwan 5.9.8 announces this only as the original initiator, and then, with
+//! an AEAD, once it has sent requests and responses both, cannot encrypt its
+//! answer with message id 0 (its IVs are message ids that must grow) and destroys
+//! the IKE SA: seen in the lab. So a peer that initiated gets a new IKE SA
+//! instead, make-before-break, unless a NAT keeps us from calling it.
+//!
 //! M1 is the id of our next request: the last one committed plus 256 (ha.md),
 //! so it lies above all that the old owner may have used. The request is
 //! committed before it is sent and never sent again by a later owner.
@@ -18,7 +24,7 @@ use wire::ike::{
 
 use crate::{
     error::Error,
-    established,
+    established, init,
     record::Bytes,
     state::{Answered, Fate, IkeSa, Outstanding, Phase, Request, Task},
     step::{self, Step},
@@ -89,6 +95,31 @@ pub(crate) fn request(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
     step.send(&path, bytes);
     step.put(sa);
     Ok(())
+}
+
+/// Whether to agree on message ids rather than to establish a new IKE SA.
+pub(crate) fn is_preferred(sa: &IkeSa) -> bool {
+    sa.established().is_some_and(|e| e.sync) && (sa.initiator || sa.path.nat_there)
+}
+
+/// The other way out of doubt: a new IKE SA, without INITIAL_CONTACT, while the
+/// Child SAs of this one go on until that one is up.
+pub(crate) fn reestablish(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Error> {
+    let conn = step.connection(&sa)?;
+    let Phase::Established(established) = &mut sa.phase else {
+        return Err(Error::Internal("doubt about no IKE SA"));
+    };
+    established.fate = Fate::Doubtful;
+    established.request = None;
+    let mut names: Vec<String> = established.children.iter().map(|c| c.name.clone()).collect();
+    names.dedup();
+    let remote = sa.path.remote.ip();
+    let trying = step.of_connection(&conn.name).iter().any(|other| other.is_initiating());
+    step.put(sa);
+    if trying {
+        return Ok(());
+    }
+    init::start(step, conn, remote, names, false).map(|_| ())
 }
 
 /// The peer agreed.

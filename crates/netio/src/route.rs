@@ -168,6 +168,17 @@ impl Netlink {
         accept(request.execute().await, libc::EEXIST)
     }
 
+    /// Gives an interface an address that never leaves, 169.254.0.1/32 of link scope: when the last IPv4
+    /// address goes, the kernel flushes every IPv4 route over the interface, and ours must outlive the
+    /// virtual addresses. Of link scope, so that it is never chosen as a source.
+    pub async fn anchor(&self, interface: u32) -> io::Result<()> {
+        use rtnetlink::packet_route::address::AddressScope;
+        let address = IpAddr::from([169, 254, 0, 1]);
+        let mut request = self.handle.address().add(interface, address, Prefix::host(address).length);
+        request.message_mut().header.scope = AddressScope::Link;
+        accept(request.execute().await, libc::EEXIST)
+    }
+
     /// Removes an address added by [`Netlink::add_address`].
     pub async fn remove_address(&self, interface: u32, address: IpAddr) -> io::Result<()> {
         let length = Prefix::host(address).length;

@@ -88,6 +88,8 @@ fn save_logs(run: &Run, name: &str) {
         ("tandem-left", "tandem.toml"),
         ("charon-peer", "charon.log"),
         ("charon-peer", "swanctl.conf"),
+        (".", "dump-left.txt"),
+        (".", "dump-right.txt"),
         ("uml", "charon.log"),
     ] {
         let source = run.dir().join(dir).join(file);

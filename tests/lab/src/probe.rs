@@ -293,6 +293,12 @@ impl UdpProbes {
             .collect()
     }
 
+    /// How much arrived each way since `event`, in words.
+    pub fn tell_silence(&self, event: Duration) -> String {
+        let count = |way| self.arrivals(way, event, Duration::MAX).len();
+        format!("{} arrived at the peer's host, {} at ours", count(Way::Out), count(Way::In))
+    }
+
     /// Where losses fell, in words and in the time of day (UTC) that logs use.
     pub fn tell_losses(&self, from: Duration, to: Duration) -> String {
         let mut text = Vec::new();

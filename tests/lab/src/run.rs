@@ -121,6 +121,7 @@ fn end() {
     delete_namespaces(&names);
     if let Some(dir) = dir {
         if keep {
+            let _ = std::fs::write(dir.join("kept"), "");
             eprintln!("files kept in {}", dir.display());
         } else {
             let _ = std::fs::remove_dir_all(dir);
@@ -230,7 +231,20 @@ fn owner_of(namespace: &str) -> Option<u32> {
     namespace.strip_prefix("tl")?.split_once('-')?.0.parse().ok()
 }
 
-/// Removes namespaces, processes and folders of runs whose process is gone. Returns how many namespaces.
+/// Removes the files that failed runs kept.
+pub fn forget_kept_files() {
+    if let Ok(entries) = std::fs::read_dir(ROOT) {
+        for entry in entries.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.parse().is_ok_and(|pid| !is_alive(pid)) {
+                let _ = std::fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+/// Removes namespaces, processes and folders of runs whose process is gone (but not what a failed run kept, see
+/// [`forget_kept_files`]). Returns how many namespaces.
 pub fn clean_stale() -> Result<usize> {
     let mut stale = Vec::new();
     if let Ok(entries) = std::fs::read_dir("/run/netns") {

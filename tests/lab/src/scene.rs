@@ -11,6 +11,7 @@ use crate::run::Run;
 use crate::tandem::{Bins, Config, Daemon, PSK, Status};
 use crate::uml::UmlPeer;
 use crate::wait;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How long anything that should take a moment may take on a busy machine.
@@ -193,6 +194,39 @@ impl Scene {
         wait_pair_synced(&mut self.instances, within)
     }
 
+    /// What each instance that answers says it dropped, steered and carried so far, by instance and reason.
+    pub fn drops(&self) -> BTreeMap<String, u64> {
+        let mut all = BTreeMap::new();
+        for instance in &self.instances {
+            let Ok(status) = instance.status() else { continue };
+            let counters = status.counters;
+            for (reason, count) in counters.drops {
+                all.insert(format!("{} {reason}", instance.name), count);
+            }
+            for (what, count) in [
+                ("steered_out", counters.steered_out),
+                ("steered_in", counters.steered_in),
+                ("packets_in", counters.packets_in),
+                ("packets_out", counters.packets_out),
+            ] {
+                all.insert(format!("{} {what}", instance.name), count);
+            }
+        }
+        all
+    }
+
+    /// Writes what the kernels of both instance hosts know to `dump-NAME.txt` in the run's folder: for a person who
+    /// asks why a trial failed.
+    pub fn dump(&self, run: &Run) {
+        for instance in &self.instances {
+            let script = "ip addr; ip rule; ip -6 rule; ip route show table all; ip neigh; ss -anup; ss -antp";
+            let text = instance.ns.cmd("sh").args(["-c", script]).run(PATIENCE).unwrap_or_default();
+            let status = instance.tandem(&["status", "--json"]).unwrap_or_default();
+            let path = run.dir().join(format!("dump-{}.txt", instance.name));
+            let _ = std::fs::write(path, format!("{text}\n{status}\n"));
+        }
+    }
+
     /// Fails if either instance has logged an ERROR, or anything was seen that must never be.
     pub fn check_clean(&self) -> Result<()> {
         for instance in &self.instances {
@@ -209,6 +243,20 @@ impl Scene {
             format!("message id repeats: {:?}", self.ivs.examples)
         })
     }
+}
+
+/// What grew between two readings of [`Scene::drops`].
+pub fn grown(
+    before: &BTreeMap<String, u64>,
+    after: &BTreeMap<String, u64>,
+) -> BTreeMap<String, u64> {
+    after
+        .iter()
+        .map(|(reason, count)| {
+            (reason.clone(), count.saturating_sub(before.get(reason).copied().unwrap_or(0)))
+        })
+        .filter(|(_, count)| *count > 0)
+        .collect()
 }
 
 impl Seen {

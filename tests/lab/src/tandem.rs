@@ -352,6 +352,14 @@ pub struct ChildStatus {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Counters {
+    /// Inner packets received through tunnels.
+    pub packets_in: u64,
+    /// Inner packets sent through tunnels.
+    pub packets_out: u64,
+    /// Packets handed to the other instance.
+    pub steered_out: u64,
+    /// Packets that the other instance handed to us.
+    pub steered_in: u64,
     /// Changes of owner by kind.
     pub changes: BTreeMap<String, u64>,
     /// Dropped packets by reason.

@@ -11,8 +11,9 @@ use crate::error::{Result, ensure};
 use crate::net;
 use crate::probe::{Measure, Way};
 use crate::run::Run;
-use crate::scene::{PATIENCE, Scene};
+use crate::scene::{PATIENCE, Scene, grown};
 use crate::wait;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -109,6 +110,10 @@ pub struct Outcome {
     pub frames: u64,
     /// For a rejoin: how long until both were in sync.
     pub synced_after: Option<Duration>,
+    /// Packets that instances which lived throughout say they dropped, by reason.
+    pub drops: BTreeMap<String, u64>,
+    /// Where losses fell, in words.
+    pub losses: String,
 }
 
 impl Outcome {
@@ -210,6 +215,7 @@ pub fn hurt(
         Kind::Kill | Kind::Stop | Kind::Switchover => owner,
         Kind::Rejoin | Kind::StandbyKill | Kind::StandbyStop => 1 - owner,
     };
+    let drops_before = scene.drops();
     // One second of peace for the exchange count, then anywhere within five heartbeats.
     let start = clock::now()
         + Duration::from_secs(1)
@@ -243,7 +249,14 @@ pub fn hurt(
         watch(scene, event);
         clock::sleep_until((clock::now() + Duration::from_millis(50)).min(end));
     }
-    recovered?;
+    if let Err(error) = recovered {
+        scene.dump(run);
+        return Err(crate::Error::check(format!(
+            "{error}: {}; dropped since: {:?}",
+            scene.udp.tell_silence(event),
+            grown(&drops_before, &scene.drops())
+        )));
+    }
     scene.udp.settle(end)?;
     scene.udp.check_alive()?;
     let tcp_broken = scene.tcp.broken(Duration::from_secs(10))?;
@@ -265,6 +278,8 @@ pub fn hurt(
         sent_after_thaw: 0,
         frames: 0,
         synced_after,
+        drops: grown(&drops_before, &scene.drops()),
+        losses: scene.udp.tell_losses(event, end),
     };
     look_at_captures(run, scene, hurt, thawed, &mut outcome)?;
 

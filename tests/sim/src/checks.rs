@@ -51,6 +51,8 @@ pub struct Checks {
     pub violation: Option<(u8, String)>,
     /// A new IKE_SA_INIT now means that an SA was lost.
     pub strict: bool,
+    /// Somebody took over in doubt: RFC 6311 messages may come, whose message id is 0.
+    pub doubt: bool,
     /// The newest moment of an allowed overlap.
     pub split_at: Option<Nanos>,
     /// IKE SAs that were made.
@@ -173,14 +175,15 @@ impl Checks {
                 Entry::Occupied(_) => {}
             }
         }
-        let excused = self.excused(i);
+        // RFC 6311 §5.1: message id synchronisation is an INFORMATIONAL exchange with message id 0 at any time.
+        let excused = self.excused(i) || (self.doubt && head.exchange.0 == 37 && id == 0);
+        if excused {
+            return kind;
+        }
         let ids = self.ids.entry((i, r, head.from_initiator, head.response)).or_default();
         let before = ids.hashes.insert(id, hash(message));
         let highest = ids.highest;
         ids.highest = highest.max(id);
-        if excused {
-            return kind;
-        }
         let what = if head.response { "response" } else { "request" };
         if before.is_some_and(|before| before != hash(message)) {
             self.violate(4, format!("IKE SA {i:016x}: two different {what}s with message id {id}"));
@@ -208,7 +211,7 @@ impl Checks {
         self.ceilings[instance].get(&spi_in.0).copied()
     }
 
-    /// A shard that obeys leases sealed a packet.
+    /// The shard of a synced owner sealed a packet.
     pub fn sealed(&mut self, instance: usize, spi_in: EspSpi, key: u64, seq: u32) {
         let known = self.ceiling_of(1 - instance, spi_in).unwrap_or(0);
         if u64::from(seq) >= known && !self.excused(key) {

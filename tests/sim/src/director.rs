@@ -19,7 +19,7 @@ use crate::world::{Event, World};
 /// Longest pause in traffic by a single fault.
 pub const GAP: Nanos = 1_500 * MS;
 /// From the end of faults to one owner, synced, with traffic both ways.
-pub const BOUND: Nanos = 30 * S;
+pub const BOUND: Nanos = 40 * S;
 const LOOK: Nanos = 10 * MS;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +40,9 @@ pub struct Director {
     faults_left: u64,
     phase: Phase,
     settled_since: Option<Nanos>,
+    /// Traffic counts from here on.
+    whole_since: Nanos,
+    last_uplink: Option<Nanos>,
     dice: Dice2,
     weather: Option<(Weather, Weather)>,
     /// Faults so far.
@@ -66,6 +69,8 @@ impl Director {
             faults_left,
             phase: Phase::Boot,
             settled_since: None,
+            whole_since: 0,
+            last_uplink: None,
             dice: Dice2(Dice::new(dice.any(), 7)),
             weather: None,
             faults: 0,
@@ -99,7 +104,9 @@ impl Director {
 impl World {
     /// One owner, synced, its shadow exact, traffic both ways.
     fn settled(&self) -> bool {
-        if self.hosts.iter().any(|host| !host.runs() || !host.wan_up) || !self.flowing(300 * MS) {
+        if self.hosts.iter().any(|host| !host.runs() || !host.wan_up)
+            || !self.flowing(self.director.whole_since.max(self.now.saturating_sub(300 * MS)))
+        {
             return false;
         }
         let (Some(a), Some(b)) = (self.pair_status(0), self.pair_status(1)) else { return false };
@@ -144,14 +151,26 @@ impl World {
                 } else {
                     d.faults_left -= 1;
                     d.faults += 1;
-                    let fault = Fault::draw(&mut d.dice.0, links, peers);
+                    let mut fault = Fault::draw(&mut d.dice.0, links, peers);
+                    if let Fault::Uplink { .. } = fault {
+                        // ha.md: for the uplink's sake at most once in ten seconds.
+                        if d.last_uplink.is_some_and(|last| now < last + 15 * S) {
+                            fault = Fault::Switchover;
+                        } else {
+                            d.last_uplink = Some(now);
+                        }
+                    }
                     self.checks.strict = !fault.may_lose_sas(links);
                     self.at(now, Event::Fault(fault));
                     Phase::Fault { fault, until: now + fault.lasts() + 200 * MS }
                 }
             }
             Phase::Calm { .. } => d.phase,
-            Phase::Fault { fault, until } if now >= until => Phase::Settle { fault, since: now },
+            Phase::Fault { fault, until } if now >= until => {
+                d.whole_since = now;
+                d.settled_since = None;
+                Phase::Settle { fault, since: now }
+            }
             Phase::Settle { .. } if steady => {
                 self.checks.strict = true;
                 let next = calm(&mut self.director, now);
@@ -164,6 +183,8 @@ impl World {
                 log::set_turn(now, usize::MAX);
                 log::say("everything is whole again");
                 self.end_all();
+                self.director.whole_since = now;
+                self.director.settled_since = None;
                 Phase::Final { since: now }
             }
             Phase::Final { since } if steady => {

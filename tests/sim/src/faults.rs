@@ -361,9 +361,13 @@ impl World {
                 }
             }
         }
-        if self.net.partitioned() {
+        let two_way = self.net.two_way().is_some();
+        self.deaf_since = if two_way { None } else { self.deaf_since.or(Some(self.now)) };
+        // Who has never been in contact cannot come into it now.
+        let strangers = self.hosts.iter().take(2).any(|host| host.process.as_ref().is_none_or(|p| p.keys == 0));
+        if self.net.partitioned() || (!two_way && strangers) {
             self.excuse_partition(Nanos::MAX);
-        } else if before {
+        } else if before || two_way {
             self.settle_partition();
         }
         if works {
@@ -372,7 +376,7 @@ impl World {
     }
 
     fn settle_partition(&mut self) {
-        if !self.net.partitioned() && self.partition_until > self.now {
+        if self.net.two_way().is_some() && self.partition_until > self.now {
             self.partition_until = self.now + HEAL;
         }
     }

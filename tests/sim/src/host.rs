@@ -129,8 +129,8 @@ pub struct Process {
     pub keys: u64,
     /// Outbound SAs by SPI.
     pub outbound: BTreeMap<u32, Outbound>,
-    /// The shard obeys leases.
-    pub obeying: bool,
+    /// The owner depends on the shadow: leases bind.
+    pub synced: bool,
     /// The shard's term.
     pub term: Term,
     /// It dies after so many more outputs: a kill in the middle of a turn.
@@ -252,7 +252,7 @@ impl Host {
             stream: None,
             keys: 0,
             outbound: BTreeMap::new(),
-            obeying: false,
+            synced: false,
             term: Term(0),
             dies_after: None,
             stopping: false,

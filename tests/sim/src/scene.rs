@@ -72,10 +72,11 @@ fn lifetimes(dice: &mut Dice) -> Timers {
         dpd: Duration::from_millis(dice.between(2_000, 8_000)),
         keepalive: Duration::from_secs(5),
         retransmit: Retransmit {
-            initial: Duration::from_millis(dice.between(200, 800)),
+            // Dead after 10 to 16 s: longer than any single fault lasts, shorter than the simulation waits.
+            initial: Duration::from_millis(dice.between(300, 600)),
             factor_percent: 150,
             max: Duration::from_secs(4),
-            tries: 10,
+            tries: 6,
         },
         retry: Duration::from_millis(500),
         retry_max: Duration::from_secs(2),

@@ -3,7 +3,7 @@
 use wire::id::{EndpointId, Term};
 use wire::natt::NON_ESP_MARKER;
 
-use esp::{Command, Direction, Reason, Report, Verdict};
+use esp::{Command, Direction, Reason, Verdict};
 use gateway::{Gateway, Output};
 
 use crate::bugs::{Bug, Runtime};
@@ -53,6 +53,10 @@ impl World {
                 self.wake_worker_soon(host);
             }
             if host < 2 {
+                let role = self.pair_status(host).map(|status| status.role);
+                if let Some(p) = &mut self.hosts[host].process {
+                    p.synced = matches!(role, Some(ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering));
+                }
                 self.compare_logs();
             }
         } else {
@@ -179,6 +183,12 @@ impl World {
 
     /// A command on its way to the shard: what it means is noted, then it queues.
     fn command(&mut self, host: usize, p: &mut Process, mut command: Command) {
+        if let Command::Own { term, .. } = &mut command
+            && self.bug == Some(Bug::Runtime(Runtime::TermNotInIv))
+            && host < 2
+        {
+            *term = Term(2);
+        }
         match &mut command {
             Command::Install(sa) => {
                 let out = Outbound { key: hash(sa.keymat_out.expose()), spi_in: sa.spi_in };
@@ -192,10 +202,8 @@ impl World {
                     sa.next_seq = esp::INITIAL_CEILING - 2 - few;
                 }
             }
+            Command::Own { seq_jump, .. } if host < 2 && *seq_jump >= 1 << 28 => self.checks.doubt = true,
             Command::Lease { spi_in, ceiling } if host < 2 => self.checks.ceiling(host, *spi_in, *ceiling),
-            Command::Own { term, .. } if self.bug == Some(Bug::Runtime(Runtime::TermNotInIv)) && host < 2 => {
-                *term = Term(2);
-            }
             _ => {}
         }
         if log::verbose() && !matches!(command, Command::Query { .. } | Command::Window { .. } | Command::Policies(_)) {
@@ -244,13 +252,8 @@ impl World {
     fn work(&mut self, host: usize, p: &mut Process) {
         let local = self.hosts[host].local(self.now);
         while let Some(command) = p.commands.pop_front() {
-            match &command {
-                Command::Own { obey_leases, term, .. } => {
-                    p.obeying = *obey_leases;
-                    p.term = *term;
-                }
-                Command::ObeyLeases { on: false, .. } | Command::Disown { .. } => p.obeying = false,
-                _ => {}
+            if let Command::Own { term, .. } = &command {
+                p.term = *term;
             }
             if let Err(error) = p.shard.apply(command) {
                 match error {
@@ -279,9 +282,6 @@ impl World {
         batch.clear();
         self.batch = batch;
         while let Some(report) = p.shard.poll_report(local) {
-            if matches!(report, Report::Obeying { .. }) {
-                p.obeying = true;
-            }
             p.inbox.push_back(Input::Report(Box::new(report)));
         }
     }
@@ -292,7 +292,7 @@ impl World {
                 Verdict::Send { from, to, .. } => {
                     let bytes = slot.packet().to_vec();
                     if host < 2
-                        && p.obeying
+                        && p.synced
                         && let Some(head) = wire::esp::Header::parse(&bytes)
                         && let Some(out) = p.outbound.get(&head.spi.0)
                     {

@@ -120,6 +120,8 @@ pub struct World {
     pub(crate) batch: esp::Batch,
     /// Until when two senders are allowed: a full partition and its aftermath.
     pub(crate) partition_until: Nanos,
+    /// Since when no link works both ways: no stream can come up.
+    pub(crate) deaf_since: Option<Nanos>,
     /// Events handled.
     pub steps: u64,
 }
@@ -150,6 +152,7 @@ impl World {
             director,
             batch: esp::Batch::new(64, 512),
             partition_until: 0,
+            deaf_since: None,
             steps: 0,
         };
         log::set_turn(0, usize::MAX);
@@ -202,6 +205,10 @@ impl World {
 
     pub(crate) fn start(&mut self, host: usize) -> Result<(), String> {
         let seed = self.seed;
+        if host < 2 && self.deaf_since.is_some() {
+            // Without a two-way link it can never come into contact: a partition for who starts now.
+            self.excuse_partition(Nanos::MAX);
+        }
         self.hosts[host].start(self.now, seed, &self.scene, self.bug)?;
         log::set_turn(self.now, host);
         log::say(&format!("starts with term file {:?}", self.hosts[host].disk));
@@ -465,12 +472,11 @@ impl World {
             }
             // Nobody there knows it: the kernel resets it.
             _ if up => {
-                if let (Some(p), Item::Frame(_)) = (self.hosts[to].process.take(), item) {
-                    let delay = self.net.pair.delay(&mut self.dice);
-                    if newest_is(&self.net.stream, id) && self.net.carries_stream(to) {
-                        self.at(self.now + delay, Event::Stream { to: from, id, sent: self.now, item: Item::End { goodbye: false } });
-                    }
-                    self.hosts[to].process = Some(p);
+                let answers = newest_is(&self.net.stream, id) && self.net.carries_stream(to);
+                if answers && matches!(item, Item::Frame(_)) {
+                    let at = self.now + self.net.pair.delay(&mut self.dice);
+                    let item = Item::End { goodbye: false };
+                    self.at(at, Event::Stream { to: from, id, sent: self.now, item });
                 }
             }
             _ => {}
@@ -623,9 +629,9 @@ impl World {
         format!("{}; {}; switch {:?}; flows {}", of(0), of(1), self.net.switch, flows.join(" "))
     }
 
-    /// Whether packets of a flow arrived lately.
-    pub(crate) fn flowing(&self, within: Nanos) -> bool {
-        self.traffic.flows.iter().all(|flow| flow.last + within > self.now)
+    /// Whether packets of every flow arrived since then.
+    pub(crate) fn flowing(&self, since: Nanos) -> bool {
+        self.traffic.flows.iter().all(|flow| flow.last > since)
     }
 
     /// The longest silence of any flow.

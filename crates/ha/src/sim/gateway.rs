@@ -25,6 +25,9 @@ pub(super) struct Gateway {
     waiting: BTreeMap<u64, u64>,
     /// The highest ceiling that our grant allowed the other.
     granted: u64,
+    /// What the workers have yet to confirm, and the position that they have.
+    applying: Vec<(ApplyId, u64)>,
+    installed: u64,
 }
 
 /// What was seen of one endpoint by the world.
@@ -34,6 +37,8 @@ struct Seen {
     terms: BTreeSet<u64>,
     numbers: BTreeMap<(u64, u64), bool>,
     sent: BTreeMap<(u64, u64), (u64, bool)>,
+    /// Both own, after a partition: the log has two tails.
+    forked: bool,
     /// Digest of the log at (lineage, term, position).
     digests: BTreeMap<(u64, u64, u64), u64>,
     /// The last value committed for each key, and whether it may be lost.
@@ -80,7 +85,8 @@ impl World {
             Event::Own(own) => self.own(host, own),
             Event::Hold { endpoint } => {
                 self.gw(host, endpoint).hold = true;
-                let slow = if self.rng.chance(5) { 70 * MS } else { 0 };
+                let often = self.slow_counters;
+                let slow = if self.rng.chance(often) { 70 * MS } else { 0 };
                 let after = MS + self.rng.below(4 * MS) + slow;
                 self.act(host, after, Act::Counters(endpoint.0));
             }
@@ -106,8 +112,10 @@ impl World {
                     self.act(host, after, Act::Counters(endpoint.0));
                 }
             }
-            Event::Apply { endpoint, id, batch, .. } => {
-                let map = &mut self.gw(host, endpoint).map;
+            Event::Apply { endpoint, id, batch, position } => {
+                let gateway = self.gw(host, endpoint);
+                gateway.applying.push((id, position.0));
+                let map = &mut gateway.map;
                 for (key, value) in batch.puts {
                     map.insert(key, value.to_vec());
                 }
@@ -216,6 +224,7 @@ impl World {
         {
             self.fail("invariant 1: a term was acquired twice");
         }
+        seen.forked = false;
         if !own.synced {
             // In doubt: what was sent beyond our position is settled with the peers (RFC 6311).
             let from = (status.lineage.0, status.position.0 + 1);
@@ -269,14 +278,20 @@ impl World {
             && let Some(theirs) = theirs
             && Some(theirs.term) == term
             && theirs.lineage == status.lineage
-            && theirs.position < position
+            && matches!(theirs.role, Role::Shadow { .. })
+            && self.gw(other, endpoint).installed < position.0
         {
             self.fail("invariant 4: committed, but the shadow does not hold it");
         }
         let partitioned = self.partitioned();
+        let both = (0..2).all(|host| {
+            let h = &self.hosts[host];
+            !h.paused && h.gateway.get(usize::from(endpoint.0)).is_some_and(|g| g.own.is_some())
+        });
+        self.ledger.seen.entry(endpoint.0).or_default().forked |= both;
         for (position, content) in done {
             let seen = self.ledger.seen.entry(endpoint.0).or_default();
-            let exempt = doubt || unheard || partitioned;
+            let exempt = doubt || unheard || partitioned || seen.forked;
             let before = seen.sent.insert((status.lineage.0, position), (content, exempt));
             if let Some((other, earlier)) = before
                 && other != content
@@ -380,7 +395,13 @@ impl World {
                 let pair = self.hosts[host].pair.as_mut().unwrap();
                 pair.handle_reserved(now, EndpointId(endpoint), up_to);
             }
-            Act::Applied(endpoint, id) => pair.applied(now, EndpointId(endpoint), id),
+            Act::Applied(endpoint, id) => {
+                pair.applied(now, EndpointId(endpoint), id);
+                let gateway = self.gw(host, EndpointId(endpoint));
+                for (_, position) in gateway.applying.extract_if(.., |(known, _)| *known <= id) {
+                    gateway.installed = position;
+                }
+            }
             Act::Confirm(endpoint, id) => pair.confirm_ceilings(now, EndpointId(endpoint), id),
             Act::Counters(endpoint) => {
                 let gateway = &mut self.hosts[host].gateway[usize::from(endpoint)];

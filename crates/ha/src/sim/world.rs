@@ -82,6 +82,8 @@ pub(super) enum Fault {
     Cut { link: Option<u8>, towards: Option<usize>, cut: bool },
     Loss(u64),
     Delay(Us, Us),
+    /// The stream alone is slow, by up to this.
+    Stall(Us),
     Duplicate(u64),
     SlowShadow(Us),
     Busy(usize, Us),
@@ -118,6 +120,7 @@ pub(super) struct Host {
     stream: Option<usize>,
     /// The newest stream, whose keys protect heartbeats.
     keys: Option<usize>,
+    keys_in: Option<usize>,
     timer: u64,
     busy: Us,
 }
@@ -135,6 +138,7 @@ pub(super) struct World {
     loss: u64,
     delay: (Us, Us),
     duplicate: u64,
+    stall: Us,
     pub(super) slow: Us,
     pub(super) ledger: Ledger,
     /// Last arrival of a heartbeat towards a host, and the last longer gaps that ended: when, how
@@ -146,6 +150,8 @@ pub(super) struct World {
     pub(super) verbose: bool,
     pub(super) boot_wait: Us,
     pub(super) workload: bool,
+    /// Percent of switchovers whose counters come too late.
+    pub(super) slow_counters: u64,
     pub(super) config_digests: [u64; 2],
 }
 
@@ -166,6 +172,7 @@ impl World {
             inbox: VecDeque::new(),
             stream: None,
             keys: None,
+            keys_in: None,
             timer: 0,
             busy: 0,
         };
@@ -182,6 +189,7 @@ impl World {
             loss: 0,
             delay: (300, 200),
             duplicate: 0,
+            stall: 0,
             slow: 0,
             ledger: Ledger::default(),
             arrival: [0; 2],
@@ -191,6 +199,7 @@ impl World {
             verbose: false,
             boot_wait: 1000 * MS,
             workload: true,
+            slow_counters: 0,
             config_digests: [7, 7],
         };
         world.at(world.now, Happening::Connect);
@@ -291,9 +300,13 @@ impl World {
         h.inbox.clear();
         h.stream = None;
         h.keys = None;
+        h.keys_in = None;
         h.listener_until = Us::MAX;
         let run = h.run;
         self.ledger.matched(host);
+        // While one was dead there was nobody to hear: that is no partition.
+        self.arrival = [self.now; 2];
+        self.gaps.iter_mut().for_each(VecDeque::clear);
         self.note(host, "start".into());
         for n in 0..self.endpoints {
             self.act(host, 5 * MS, Act::Tick(n));
@@ -357,7 +370,8 @@ impl World {
                 if !self.hosts[to].powered || self.hosts[to].pair.is_none() {
                     return;
                 }
-                if self.streams[keys].runs[to] != self.hosts[to].run {
+                // Without the first frame of that stream the receiver lacks the keys.
+                if self.hosts[to].keys_in != Some(keys) {
                     return;
                 }
                 let gap = self.now - self.arrival[to];
@@ -438,6 +452,7 @@ impl World {
             }
             Fault::Loss(percent) => self.loss = percent,
             Fault::Delay(base, jitter) => self.delay = (base, jitter),
+            Fault::Stall(us) => self.stall = us,
             Fault::Duplicate(percent) => self.duplicate = percent,
             Fault::SlowShadow(us) => self.slow = us,
             Fault::Busy(host, us) => self.hosts[host].busy = us,
@@ -511,11 +526,12 @@ impl World {
             let h = &mut self.hosts[host];
             let Some(pair) = h.pair.as_mut() else { return };
             match input {
-                Input::Heartbeat(keys, link, bytes) if h.keys == Some(keys) => {
+                Input::Heartbeat(keys, link, bytes) if h.keys_in == Some(keys) => {
                     pair.handle_heartbeat(now, LinkId(link), &bytes);
                 }
                 Input::Heartbeat(..) => {}
                 Input::Frame(stream, bytes) if h.stream == Some(stream) => {
+                    h.keys_in = Some(stream);
                     pair.handle_frame(now, &bytes);
                 }
                 Input::Frame(..) => {}
@@ -570,6 +586,7 @@ impl World {
                     let Some(stream) = self.hosts[host].stream else { continue };
                     self.streams[stream].queues[to].push_back(Item::Frame(bytes.to_vec()));
                     let lost = if self.rng.chance(self.loss) { 30 * MS } else { 0 };
+                    let lost = lost + self.rng.below(self.stall);
                     let at = self.now + self.latency() + lost;
                     self.at(at, Happening::Pump { stream, to });
                 }

@@ -355,3 +355,27 @@ fn the_key_log_is_off_by_default() {
         }
     }
 }
+
+// strongSwan derives a rekeyed IKE SA's keys with the old PRF, the RFC with the
+// new one: so the PRF stays, whatever else changes.
+#[test]
+fn rekeying_keeps_the_prf() {
+    let mut w = World::tuned(|n, c| {
+        let list = if n == A {
+            "aes256gcm16-prfsha512-prfsha256-x25519-ecp256"
+        } else {
+            "chacha20poly1305-aes256gcm16-prfsha256-prfsha512-ecp256-x25519"
+        };
+        c.connections[0].ike_proposals = proposal::parse_ike(&[list]).unwrap();
+    });
+    w.initiate(A);
+    w.settle();
+    for n in [A, B, A] {
+        w.rekey(n, Target::Ike(w.ike(n)));
+        w.settle();
+        let suite = w.sides[A].ike.status(w.now).ike_sas[0].suite.clone().unwrap();
+        assert!(suite.contains("prfsha256"), "{suite}");
+    }
+    w.run(Duration::from_secs(40));
+    w.assert_tidy();
+}

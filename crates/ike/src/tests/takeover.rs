@@ -200,6 +200,35 @@ fn in_doubt_message_ids_are_agreed() {
     }
 }
 
+// B takes over in doubt. A initiated and is behind no NAT, so it may be a
+// strongSwan, which a synchronisation would kill (see sync.rs): B calls it.
+// A                                   B'
+//                                 ◄── SA_INIT ... AUTH (no INITIAL_CONTACT)
+//                                 ◄── D() on the old one, ids as far as known
+#[test]
+fn in_doubt_a_new_ike_sa_is_made_before_the_old_one_goes() {
+    let mut w = World::tuned(|_, c| c.connections[0].encap = Encap::Never);
+    w.initiate(A);
+    w.settle();
+    let old = w.child(B);
+    w.take_over(B, Doubt::InDoubt);
+    while !w.wire.is_empty() {
+        // (A sends on the new one as soon as it answers IKE_AUTH, one flight
+        // before B can receive: RFC 7296 §2.8 allows it.)
+        assert!(w.sides.iter().all(|s| s.plane.sas.contains_key(&EspSpi(0x0010_0001))) || w.works("net"));
+        let flight = w.lose();
+        w.deliver(flight);
+    }
+    w.run(Duration::from_secs(60));
+    w.assert_tidy();
+    assert_ne!(w.child(B), old);
+    for n in [A, B] {
+        assert!(!w.sides[n].events.iter().any(|e| matches!(e, Event::Deleted {
+            reason: crate::DeleteReason::InitialContact, ..
+        })));
+    }
+}
+
 // In doubt with a request outstanding that the peer may or may not have seen.
 #[test]
 fn in_doubt_with_a_rekeying_under_way() {
@@ -253,7 +282,7 @@ fn in_doubt_while_connecting() {
 // Takeovers at random moments through a life of rekeys by both sides.
 #[test]
 fn a_life_of_takeovers() {
-    for seed in 0..300 {
+    for seed in 0..100 {
         let mut w = World::established();
         let mut dice = rng(seed);
         for round in 0..60 {

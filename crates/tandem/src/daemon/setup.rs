@@ -96,6 +96,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     }
     let routes = |error: io::Error| format!("routes: {error}; does this process have CAP_NET_ADMIN?");
     routing::protect(&netlink, &config).await.map_err(routes)?;
+    netlink.anchor(tun.index()).await.map_err(routes)?;
     routing::lead_into_tun(&netlink, &config, tun.index()).await.map_err(routes)?;
 
     let fences = Fences::new(config.endpoints.len());

@@ -198,7 +198,7 @@ impl Manager {
             Internal::Accepted { link, stream, session, keys } => {
                 let initiator = 1 - self.shared.index.min(1);
                 let better =
-                    self.stream.is_none();
+                    self.stream.as_ref().is_none_or(|active| initiator <= active.initiator);
                 if !better || self.leaving {
                     return Ok(());
                 }

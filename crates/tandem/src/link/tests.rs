@@ -241,7 +241,11 @@ async fn junk_replays_and_strangers_change_nothing() {
     let stranger = std::net::UdpSocket::bind("127.77.0.99:0").unwrap();
     stranger.send_to(&replay, to).unwrap();
     let mut stranger = stream::connect_from("127.77.0.99:0".parse().unwrap(), to).await.unwrap();
-    assert_eq!(timeout(DEAD_AFTER, stranger.read(&mut [0; 1])).await.unwrap().unwrap(), 0, "hung up on");
+    assert_eq!(
+        timeout(DEAD_AFTER, stranger.read(&mut [0; 1])).await.unwrap().unwrap(),
+        0,
+        "hung up on"
+    );
     // And on the listener: junk, half a handshake, a replayed first message, and silence.
     let local = left.handle.shared.ports[0].local;
     let mut held = Vec::new();
@@ -341,12 +345,21 @@ async fn connections_begun_by_both_at_once_settle_on_one() {
             std::iter::from_fn(|| events.try_recv().ok()).last().map(|event| format!("{event:?}"))
         };
         let (l, r) = (state(&mut left_events), state(&mut right_events));
-        assert!(l.as_ref().is_some_and(|last| last.starts_with("StreamUp")), "round {round}: {l:?}");
+        assert!(
+            l.as_ref().is_some_and(|last| last.starts_with("StreamUp")),
+            "round {round}: {l:?}"
+        );
         assert_eq!(l, r, "round {round}");
         assert!(left.send_frame(b"to the right") && right.send_frame(b"to the left"));
         let frame = |text: &[u8]| Some(LinkEvent::Frame(Zeroizing::new(text.to_vec())));
-        assert_eq!(timeout(Duration::from_secs(1), right_events.recv()).await.unwrap(), frame(b"to the right"));
-        assert_eq!(timeout(Duration::from_secs(1), left_events.recv()).await.unwrap(), frame(b"to the left"));
+        assert_eq!(
+            timeout(Duration::from_secs(1), right_events.recv()).await.unwrap(),
+            frame(b"to the right")
+        );
+        assert_eq!(
+            timeout(Duration::from_secs(1), left_events.recv()).await.unwrap(),
+            frame(b"to the left")
+        );
         sleep(Duration::from_millis(20)).await;
         assert!(left_events.try_recv().is_err() && right_events.try_recv().is_err());
     }
@@ -371,7 +384,8 @@ async fn begin(index: u8, local: SocketAddr, to: SocketAddr) -> tokio::net::TcpS
 #[tokio::test(flavor = "current_thread")]
 async fn of_two_streams_the_lower_indexs_stays_and_of_its_own_the_newer() {
     let (mut left, mut right) = both(port(), 1).await;
-    let (left_at, right_at) = (left.handle.shared.ports[0].local, right.handle.shared.ports[0].local);
+    let (left_at, right_at) =
+        (left.handle.shared.ports[0].local, right.handle.shared.ports[0].local);
     let mut refused = begin(1, right_at, left_at).await;
     assert_eq!(timeout(DEAD_AFTER * 5, refused.read(&mut [0; 1])).await.unwrap().unwrap_or(0), 0);
     assert!(timeout(DEAD_AFTER * 2, left.next()).await.is_err(), "the stream stays");

@@ -475,7 +475,10 @@ mod tests {
             assert!(matches!(state.batch.slots()[0].verdict(), Verdict::Deliver { .. }));
             state.io.write(&mut state.batch, &mut state.sockets);
             let counters = state.io.counters.snapshot();
-            assert_eq!((counters.late, counters.late_batches, counters.sent, counters.tun_written), (2, 2, 0, 0));
+            assert_eq!(
+                (counters.late, counters.late_batches, counters.sent, counters.tun_written),
+                (2, 2, 0, 0)
+            );
             peer.hears_nothing();
         });
     }

@@ -142,7 +142,8 @@ pub(super) fn test_state() -> run::State {
     let local = "127.0.0.1:4500";
     let (mut commands, asked) = queue(64).unwrap();
     let outlet = run::Outlet::new(sync_channel(64).0, sync_channel(64).0, EventFd::new().unwrap());
-    let state = run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::default()).unwrap();
+    let state =
+        run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::default()).unwrap();
     own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
     state
 }
@@ -411,14 +412,16 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         peer.send("127.0.0.3:4500", b"direct");
         new.wait_for(|counters| counters.esp_received == 1);
         let moved = Some("127.0.0.77:999".parse().unwrap());
-        let head = SteerHead { kind: SteerKind::Esp, endpoint: MAIN, from: moved, local_port: 4500 };
+        let head =
+            SteerHead { kind: SteerKind::Esp, endpoint: MAIN, from: moved, local_port: 4500 };
         let steered = |bytes: Vec<u8>| WorkerCommand::Steered { head, bytes };
         new.worker.send(steered(peer.seal(b"steered"))).unwrap();
         assert_eq!(receive(&application), b"steered");
-        let noticed = std::iter::from_fn(|| Some(new.event())).take(20).find_map(|event| match event {
-            WorkerEvent::Report(Report::PeerMoved { from, .. }) => Some(from),
-            _ => None,
-        });
+        let noticed =
+            std::iter::from_fn(|| Some(new.event())).take(20).find_map(|event| match event {
+                WorkerEvent::Report(Report::PeerMoved { from, .. }) => Some(from),
+                _ => None,
+            });
         assert_eq!(noticed, moved);
         new.worker.send(hold(Duration::ZERO)).unwrap();
         assert_eq!(receive(&application), b"direct");

@@ -206,6 +206,9 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
                 outcome.ike_exchanges,
                 outcome.tcp_broken
             );
+            if outcome.lost() > 0 {
+                eprintln!("      lost: {}; dropped: {:?}", outcome.losses, outcome.drops);
+            }
             scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
             outcomes.push(outcome);
         }

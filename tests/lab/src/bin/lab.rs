@@ -36,7 +36,7 @@ enum What {
         #[arg(long)]
         bin_dir: Option<PathBuf>,
     },
-    /// Removes what an earlier run that was killed left behind.
+    /// Removes what earlier runs left behind: namespaces of killed ones, files of failed ones.
     Cleanup,
 }
 
@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         }
         What::Interop { names, full, bin_dir, .. } => play(&names, full, bin_dir.as_deref()),
         What::Cleanup => {
+            lab::run::forget_kept_files();
             lab::run::clean_stale().map(|count| println!("{count} stale namespaces removed"))
         }
     };
