@@ -259,6 +259,27 @@ impl Gateway {
         !self.endpoints.iter().any(Endpoint::owns)
     }
 
+    /// A planned stop begins: endpoints go to the other instance; where it cannot take them, peers are told that their
+    /// tunnels end. Then wait for [`Gateway::owns_nothing`], bounded, and call [`Gateway::goodbye`].
+    pub fn leave(&mut self, now: Duration) {
+        for index in 0..self.endpoints.len() {
+            let Some(e) = self.endpoints.get_mut(index) else { continue };
+            if !e.serves(now) || self.pair.switchover(now, e.ha_id()).is_ok() {
+                continue;
+            }
+            for connection in &self.config.connections {
+                let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+                e.ike.terminate(&mut cx, ike::Target::Connection(connection.ike.id));
+            }
+        }
+        self.pump(now);
+    }
+
+    /// Whether some tunnel of an endpoint that is owned here still stands.
+    pub fn has_tunnels(&self, now: Duration) -> bool {
+        self.endpoints.iter().any(|e| e.owns() && !e.ike.status(now).ike_sas.is_empty())
+    }
+
     /// Stops on purpose: endpoints go to the other instance, then the link closes with a goodbye.
     pub fn goodbye(&mut self, now: Duration) {
         self.pair.goodbye(now);

@@ -387,10 +387,10 @@ pub(crate) fn frame(bytes: &[u8]) -> Result<Frame, Malformed> {
             number(grant.term.0)?;
             number(grant.position.0)?;
         }
-        Frame::Handover(handover) => {
-            if handover.tail.iter().any(|item| item.value.len() > VALUE_MAX) {
-                return Err("value too long");
-            }
+        Frame::Handover(handover)
+            if handover.tail.iter().any(|item| item.value.len() > VALUE_MAX) =>
+        {
+            return Err("value too long");
         }
         Frame::Side { bytes, .. } if bytes.len() > SIDE_MAX => return Err("side message too long"),
         Frame::Ack { position, .. } => number(position.0)?,
@@ -410,7 +410,14 @@ fn claims(claims: &[Claim]) -> Result<(), Malformed> {
         return Err("too many endpoints");
     }
     for claim in claims {
-        for n in [claim.term.0, claim.position.0, claim.offered.0, claim.refused.0, claim.top.0, claim.floor.0] {
+        for n in [
+            claim.term.0,
+            claim.position.0,
+            claim.offered.0,
+            claim.refused.0,
+            claim.top.0,
+            claim.floor.0,
+        ] {
             number(n)?;
         }
     }

@@ -103,6 +103,8 @@ pub(crate) struct Contact {
     pub(crate) rtt: Option<Duration>,
     last_turn: Duration,
     pub(crate) listen_until: Duration,
+    /// The first heartbeat of the present contact.
+    pub(crate) regained_at: Option<Duration>,
     next_number: u64,
     last_sent: u64,
 }
@@ -125,6 +127,7 @@ impl Contact {
             rtt: None,
             last_turn: now,
             listen_until: now,
+            regained_at: None,
             next_number: 1,
             last_sent: 0,
         }
@@ -218,6 +221,9 @@ impl Contact {
                 .saturating_sub(Duration::from_nanos(heartbeat.held));
             self.rtt = Some(self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8));
         }
+        if !self.alive {
+            self.regained_at = Some(now);
+        }
         self.alive = true;
         self.death = None;
         if heartbeat.number <= peer.number {
@@ -248,7 +254,13 @@ impl Contact {
         }
     }
 
-    pub(crate) fn probe_result(&mut self, now: Duration, link: LinkId, result: Probe, most: Duration) {
+    pub(crate) fn probe_result(
+        &mut self,
+        now: Duration,
+        link: LinkId,
+        result: Probe,
+        most: Duration,
+    ) {
         let Some(link) = self.links.get_mut(usize::from(link.0)) else { return };
         let Asked::At(asked) = link.asked else { return };
         if result == Probe::Refused {
@@ -296,12 +308,14 @@ impl Contact {
         let heard_at = peer.heard_at?;
         let mut refused = 0;
         let proven = self.stream_lost.is_some()
-            && self.links.iter().filter(|l| l.heard_at.is_some_and(|h| now < h + config.dead_after)).all(
-                |link| {
+            && self
+                .links
+                .iter()
+                .filter(|l| l.heard_at.is_some_and(|h| now < h + config.dead_after))
+                .all(|link| {
                     refused += 1;
                     matches!(link.asked, Asked::Refused(asked) if asked >= heard_at)
-                },
-            )
+                })
             && refused > 0;
         let death = if proven {
             let since = nanos(now.saturating_sub(peer.newest_at));
@@ -323,9 +337,11 @@ impl Contact {
             return None;
         }
         let silence = (self.heard_at()? + config.dead_after).max(self.listen_until);
-        let again = self.links.iter().filter(|_| self.stream_lost.is_some()).filter_map(|link| {
-            if let Asked::Again(at) = link.asked { Some(at) } else { None }
-        });
+        let again = self
+            .links
+            .iter()
+            .filter(|_| self.stream_lost.is_some())
+            .filter_map(|link| if let Asked::Again(at) = link.asked { Some(at) } else { None });
         again.chain([silence]).min()
     }
 
@@ -363,7 +379,14 @@ mod tests {
     }
 
     fn heartbeat(number: u64, echo: u64) -> Heartbeat {
-        Heartbeat { boot: 9, to: 7, number, sent_at: number * 1_000_000, echo, ..Heartbeat::default() }
+        Heartbeat {
+            boot: 9,
+            to: 7,
+            number,
+            sent_at: number * 1_000_000,
+            echo,
+            ..Heartbeat::default()
+        }
     }
 
     fn run(contact: &mut Contact, from: u64, to: u64) -> Option<(u64, Death)> {

@@ -227,6 +227,7 @@ impl Endpoint {
             lone: cx.config.lone,
             heard_at: contact.heard_at(),
             echoed_at: contact.echoed_at(),
+            regained_at: contact.regained_at,
             dead: !contact.alive,
             proven: contact.death == Some(Death::Proven),
             other_cannot_take: contact
@@ -297,9 +298,9 @@ impl Endpoint {
 
     /// The next moment that a turn should not miss.
     pub(crate) fn timeout(&self) -> Option<Duration> {
-        let announce = self.announce.and_then(|(start, step)| {
-            Some(start + Duration::from_millis(*ANNOUNCE_MS.get(step)?))
-        });
+        let announce = self
+            .announce
+            .and_then(|(start, step)| Some(start + Duration::from_millis(*ANNOUNCE_MS.get(step)?)));
         let offer = match &self.role {
             Role::Follower(follower) => follower.patience_ends(),
             _ => None,

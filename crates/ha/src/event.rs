@@ -1,6 +1,8 @@
 //! What a [`crate::Pair`] asks of its gateway: datagrams, frames, and things to do in order.
 
-use crate::types::{ApplyId, Batch, EndpointId, LinkId, Opaque, Position, SideId, SyncId, Term, Value};
+use crate::types::{
+    ApplyId, Batch, EndpointId, LinkId, Opaque, Position, SideId, SyncId, Term, Value,
+};
 use core::fmt;
 use core::time::Duration;
 
@@ -32,7 +34,9 @@ pub enum Transmit {
 impl fmt::Debug for Transmit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Transmit::Heartbeat { link, bytes } => write!(f, "Heartbeat({link:?}, {} B)", bytes.len()),
+            Transmit::Heartbeat { link, bytes } => {
+                write!(f, "Heartbeat({link:?}, {} B)", bytes.len())
+            }
             Transmit::Frame(bytes) => write!(f, "Frame({} B)", bytes.len()),
             Transmit::Probe { link } => write!(f, "Probe({link:?})"),
             Transmit::CloseStream { goodbye } => write!(f, "CloseStream(goodbye: {goodbye})"),
@@ -158,7 +162,9 @@ pub enum Warning {
     #[error("both instances have index {0}: give them 0 and 1; nothing new is owned")]
     EqualIndex(u8),
     /// Both instances claim the same name.
-    #[error("both instances are named {0:?}: start each with its own --instance; nothing new is owned")]
+    #[error(
+        "both instances are named {0:?}: start each with its own --instance; nothing new is owned"
+    )]
     EqualName(String),
     /// The other is not the instance that our config names.
     #[error("the other instance is named {heard:?}, our config expects {expected:?}")]
@@ -169,7 +175,9 @@ pub enum Warning {
         expected: String,
     },
     /// The config files differ; tunnels are not replicated until they agree.
-    #[error("config digests differ (ours {ours:016x}, theirs {theirs:016x}): nothing is replicated until both hosts have the same file")]
+    #[error(
+        "config digests differ (ours {ours:016x}, theirs {theirs:016x}): nothing is replicated until both hosts have the same file"
+    )]
     WrongDigest {
         /// Ours.
         ours: u64,
@@ -188,7 +196,9 @@ pub enum Warning {
     #[error("the pair link carried something we cannot use: {0}")]
     Malformed(&'static str),
     /// Equal positions, different digests: ERROR; a snapshot was forced.
-    #[error("endpoint {endpoint:?}: digests differ at position {position:?}; a snapshot was forced")]
+    #[error(
+        "endpoint {endpoint:?}: digests differ at position {position:?}; a snapshot was forced"
+    )]
     DigestMismatch {
         /// Which.
         endpoint: EndpointId,

@@ -12,7 +12,8 @@
 //! earlier than its sending, and waits `dead_after`, which exceeds `fence_after` by an interval: so
 //! much that clocks may differ by 10 % each. Rule 2 keeps a lone survivor alive and is where,
 //! without a witness, a full partition may have two senders. The value is computed afresh each
-//! turn and may go down: whoever hears the other again without being echoed falls back to rule 1.
+//! turn and may go down: whoever hears the other again without being echoed falls back to rule 1,
+//! though only after as long as a first echo may take, so that a return closes nothing.
 //! Rule 5 (a higher term ends ownership) is in `ownership`.
 
 use core::time::Duration;
@@ -28,6 +29,8 @@ pub(crate) struct View {
     pub(crate) heard_at: Option<Duration>,
     /// Send time of our newest heartbeat that the other has echoed.
     pub(crate) echoed_at: Option<Duration>,
+    /// When the present contact began: its first heartbeat.
+    pub(crate) regained_at: Option<Duration>,
     /// The other was judged dead and was not heard since.
     pub(crate) dead: bool,
     /// That judgement rests on proof.
@@ -66,8 +69,8 @@ impl Fence {
             self.closed_at = Some(now);
         }
         let by_echo = view.echoed_at.map_or(Duration::ZERO, |sent| sent + times.fence_after);
-        let hears = !view.dead
-            && view.heard_at.is_some_and(|heard| now < heard + times.heartbeat * 2);
+        let hears =
+            !view.dead && view.heard_at.is_some_and(|heard| now < heard + times.heartbeat * 2);
         let echo_ageing =
             view.echoed_at.is_none_or(|sent| now >= sent + times.fence_after - times.heartbeat);
         let out_of_contact = view.dead || (!hears && echo_ageing);
@@ -88,7 +91,13 @@ impl Fence {
         } else {
             Duration::ZERO
         };
-        self.valid_until = by_echo.max(by_turn);
+        // The other is back and cannot have echoed yet: that is no one-way cut. It hears us within
+        // fence_after, or judges us only dead_after later. A fence that was closed stays so.
+        let by_return = match view.regained_at {
+            Some(regained) if hears && self.closed_at.is_none() => regained + times.fence_after,
+            _ => Duration::ZERO,
+        };
+        self.valid_until = by_echo.max(by_turn).max(by_return);
         if self.valid_until > now {
             self.opened = true;
             self.closed_at = None;
@@ -117,6 +126,7 @@ mod tests {
             lone: false,
             heard_at: Some(ms(heard)),
             echoed_at: Some(ms(echoed)),
+            regained_at: None,
             dead: false,
             proven: false,
             other_cannot_take: false,
@@ -152,7 +162,11 @@ mod tests {
         let mut fence = Fence::default();
         assert_eq!(fence.turn(view(1059, 1000, 1000), TIMES), ms(1080));
         assert_eq!(fence.turn(view(1060, 1000, 1000), TIMES), ms(1140));
-        assert_eq!(fence.turn(view(1070, 1031, 1000), TIMES), ms(1080), "heard within two intervals");
+        assert_eq!(
+            fence.turn(view(1070, 1031, 1000), TIMES),
+            ms(1080),
+            "heard within two intervals"
+        );
     }
 
     #[test]
@@ -193,6 +207,20 @@ mod tests {
         let mut fence = Fence::default();
         assert_eq!(fence.turn(view(1070, 1000, 1000), TIMES), ms(1150));
         assert_eq!(fence.turn(view(1090, 1089, 1000), TIMES), ms(1080));
+    }
+
+    #[test]
+    fn the_return_of_the_other_closes_nothing_before_it_can_echo() {
+        let mut fence = Fence::default();
+        let back = |now| View { regained_at: Some(ms(2000)), ..view(now, now, 1000) };
+        fence.turn(View { dead: true, ..view(1990, 1000, 1000) }, TIMES);
+        assert_eq!(fence.turn(back(2000), TIMES), ms(2080));
+        assert_eq!(fence.turn(back(2070), TIMES), ms(2080), "not echoed for so long: rule 1");
+        // A fence that was closed when the other came back stays closed.
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        fence.turn(View { dead: true, ..view(1995, 1000, 990) }, TIMES);
+        assert!(fence.turn(back(2000), TIMES) <= ms(2000));
     }
 
     #[test]

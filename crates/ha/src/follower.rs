@@ -109,7 +109,10 @@ impl Endpoint {
         let outranked = chunk.lineage != self.store.lineage
             && cx.contact.claim(self.hash).is_some_and(|claim| class(claim) < class(&ours));
         let old = chunk.lineage == self.store.lineage && chunk.term < self.store.term;
-        if outranked || old || chunk.lineage == Lineage::NONE || chunk.term.index() == cx.config.index
+        if outranked
+            || old
+            || chunk.lineage == Lineage::NONE
+            || chunk.term.index() == cx.config.index
         {
             return;
         }
@@ -149,7 +152,10 @@ impl Endpoint {
         }
         let Some(staging) = follower.staging.take() else { return };
         if staging.digest != chunk.digest {
-            tracing::error!(endpoint = self.id.0, "a snapshot's digest differs: asking for another");
+            tracing::error!(
+                endpoint = self.id.0,
+                "a snapshot's digest differs: asking for another"
+            );
             return self.ask_resync(cx);
         }
         follower.snap = chunk.snap;
@@ -229,9 +235,10 @@ impl Endpoint {
 
     pub(crate) fn handle_side(&mut self, cx: &mut Cx<'_>, term: Term, side: u64, bytes: &[u8]) {
         // A side message may run ahead of the snapshot that brings its term.
-        let owner = cx.contact.claim(self.hash).is_some_and(|claim| {
-            claim.role == ClaimRole::Owner && claim.term == term
-        });
+        let owner = cx
+            .contact
+            .claim(self.hash)
+            .is_some_and(|claim| claim.role == ClaimRole::Owner && claim.term == term);
         if !matches!(self.role, Role::Follower(_)) || !(owner || term == self.store.term) {
             return;
         }

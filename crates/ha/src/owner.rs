@@ -138,7 +138,11 @@ impl Owner {
 }
 
 impl Endpoint {
-    pub(crate) fn append(&mut self, cx: &mut Cx<'_>, batch: Batch) -> Result<Position, AppendError> {
+    pub(crate) fn append(
+        &mut self,
+        cx: &mut Cx<'_>,
+        batch: Batch,
+    ) -> Result<Position, AppendError> {
         let Role::Owner(owner) = &mut self.role else { return Err(AppendError::NotOwner) };
         if owner.offer.is_some() {
             return Err(AppendError::NotOwner);
@@ -190,7 +194,12 @@ impl Endpoint {
         Ok(position)
     }
 
-    pub(crate) fn send_side(&mut self, cx: &mut Cx<'_>, kind: SideKind, bytes: Vec<u8>) -> Option<SideId> {
+    pub(crate) fn send_side(
+        &mut self,
+        cx: &mut Cx<'_>,
+        kind: SideKind,
+        bytes: Vec<u8>,
+    ) -> Option<SideId> {
         let serial = self.next_serial();
         let term = self.store.term;
         let Role::Owner(owner) = &mut self.role else { return None };
@@ -317,7 +326,11 @@ impl Endpoint {
                 if usable.is_some() && usable != Some(owner.stream) && can_sync {
                     self.cut(cx);
                 } else if [oldest, oldest_side].into_iter().flatten().any(|at| now >= at + LAG) {
-                    tracing::warn!(endpoint = self.id.0, ?position, "acknowledgements lag: unsynced");
+                    tracing::warn!(
+                        endpoint = self.id.0,
+                        ?position,
+                        "acknowledgements lag: unsynced"
+                    );
                     self.leave_sync(cx, false);
                 }
             }
@@ -409,7 +422,13 @@ impl Endpoint {
     }
 
     /// The shadow has installed everything up to `position`, and the snapshot `snap`.
-    pub(crate) fn handle_ack(&mut self, cx: &mut Cx<'_>, term: Term, position: Position, snap: u64) {
+    pub(crate) fn handle_ack(
+        &mut self,
+        cx: &mut Cx<'_>,
+        term: Term,
+        position: Position,
+        snap: u64,
+    ) {
         if term != self.store.term || position > self.store.position {
             return;
         }

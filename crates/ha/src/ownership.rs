@@ -158,7 +158,9 @@ impl Endpoint {
             let mine = self.claim(false);
             let won = match theirs {
                 None => true,
-                Some(theirs) if cx.bug == Bug::EmptyBeatsLiving => self.home && theirs.term.0 > 0,
+                Some(_) if cx.bug == Bug::EmptyBeatsLiving && mine.role == ClaimRole::Empty => {
+                    self.home
+                }
                 Some(theirs) if owned => {
                     theirs.lineage != mine.lineage && class(&mine) > class(theirs)
                 }
@@ -342,7 +344,11 @@ impl Endpoint {
             {
                 let value = self.store.get(key).map(|value| Value::clone(value));
                 size += 20 + value.as_ref().map_or(0, |value| value.len());
-                tail.push(TailPut { key, removed: value.is_none(), value: value.unwrap_or_default() });
+                tail.push(TailPut {
+                    key,
+                    removed: value.is_none(),
+                    value: value.unwrap_or_default(),
+                });
             }
             let counters = pieces.next().unwrap_or_default();
             let last = keys.len() == 0 && pieces.len() == 0;

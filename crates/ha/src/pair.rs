@@ -296,7 +296,9 @@ impl Pair {
             | Frame::Resync { id, .. } => *id,
             Frame::Hello(_) => return,
         };
-        let Some(n) = self.endpoints.iter().position(|endpoint| endpoint.hash == id) else { return };
+        let Some(n) = self.endpoints.iter().position(|endpoint| endpoint.hash == id) else {
+            return;
+        };
         self.one(now, n, |endpoint, cx| match frame {
             Frame::Chunk(chunk) => endpoint.handle_chunk(cx, chunk),
             Frame::Record(record) => endpoint.handle_record(cx, record),
@@ -305,7 +307,9 @@ impl Pair {
             Frame::ChunkAck { term, snap, part, .. } => {
                 endpoint.handle_chunk_ack(cx, term, snap, part);
             }
-            Frame::Ack { term, position, snap, .. } => endpoint.handle_ack(cx, term, position, snap),
+            Frame::Ack { term, position, snap, .. } => {
+                endpoint.handle_ack(cx, term, position, snap)
+            }
             Frame::Side { term, side, bytes, .. } => endpoint.handle_side(cx, term, side, &bytes),
             Frame::SideAck { term, side, .. } => endpoint.handle_side_ack(cx, term, side),
             Frame::Owned { term, .. } => endpoint.handle_owned(cx, term),
@@ -427,7 +431,8 @@ impl Pair {
         endpoint: EndpointId,
         batch: Batch,
     ) -> Result<Position, AppendError> {
-        let result = self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.append(cx, batch));
+        let result =
+            self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.append(cx, batch));
         self.finish(now);
         result.unwrap_or(Err(AppendError::NotOwner))
     }
@@ -467,7 +472,11 @@ impl Pair {
     ///
     /// # Errors
     /// Why it cannot be done now; nothing was changed.
-    pub fn switchover(&mut self, now: Duration, endpoint: EndpointId) -> Result<(), SwitchoverError> {
+    pub fn switchover(
+        &mut self,
+        now: Duration,
+        endpoint: EndpointId,
+    ) -> Result<(), SwitchoverError> {
         let result = self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.switchover(cx));
         self.finish(now);
         result.unwrap_or(Err(SwitchoverError::NotOwner))
@@ -477,7 +486,9 @@ impl Pair {
     /// [`crate::config::COUNTERS_MAX`] bytes), and for a grant also the ceilings that the new
     /// owner may use. Answers [`Event::Hold`], and [`Event::StandDown`] with `counters_wanted`.
     pub fn final_counters(&mut self, now: Duration, endpoint: EndpointId, counters: Opaque) {
-        self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.final_counters(cx, counters));
+        self.one(now, usize::from(endpoint.0), |endpoint, cx| {
+            endpoint.final_counters(cx, counters)
+        });
         self.finish(now);
     }
 
@@ -510,8 +521,10 @@ impl Pair {
     pub fn poll_timeout(&self) -> Duration {
         let turn = self.turned_at + self.config.heartbeat;
         let endpoints = self.endpoints.iter().filter_map(Endpoint::timeout);
-        let beat = (self.contact.peer.is_some() && !self.config.lone).then_some(self.next_heartbeat);
-        let next = endpoints.chain(self.contact.timeout(&self.config)).chain(beat).chain([turn]).min();
+        let beat =
+            (self.contact.peer.is_some() && !self.config.lone).then_some(self.next_heartbeat);
+        let next =
+            endpoints.chain(self.contact.timeout(&self.config)).chain(beat).chain([turn]).min();
         next.unwrap_or(turn).max(self.turned_at)
     }
 
@@ -639,3 +652,6 @@ impl Pair {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

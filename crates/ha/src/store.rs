@@ -67,8 +67,8 @@ impl Store {
 
     /// Replaces the whole map and returns the difference as one batch.
     pub(crate) fn replace(&mut self, new: BTreeMap<u64, Arc<Value>>) -> Batch {
-        let mut batch = Batch::default();
-        batch.deletes = self.map.keys().filter(|key| !new.contains_key(key)).copied().collect();
+        let gone = self.map.keys().filter(|key| !new.contains_key(key));
+        let mut batch = Batch { puts: Vec::new(), deletes: gone.copied().collect() };
         for (key, value) in &new {
             if self.get(*key).is_none_or(|old| ***old != ***value) {
                 batch.puts.push((*key, Value::clone(value)));

@@ -163,14 +163,17 @@ impl Endpoint {
             return;
         }
         let patient = follower.offer.is_none_or(|(term, heard)| {
-            term != piece.term || cx.now < heard + OFFER_PATIENCE || cx.bug == Bug::GrantAfterRefusal
+            term != piece.term
+                || cx.now < heard + OFFER_PATIENCE
+                || cx.bug == Bug::GrantAfterRefusal
         });
         let exact = follower.synced
             && piece.from == self.store.term
             && piece.position == self.store.position;
         let free = cx.bug == Bug::GrantAfterRefusal || self.terms.may_take(piece.term);
         let contact = cx.contact.alive && !cx.barred && !cx.leaving;
-        let counters = follower.grant.take().map(|grant| grant.counters.to_vec()).unwrap_or_default();
+        let counters =
+            follower.grant.take().map(|grant| grant.counters.to_vec()).unwrap_or_default();
         if !(patient && exact && free && contact) {
             tracing::info!(endpoint = self.id.0, patient, exact, free, contact, "grant refused");
             return self.refuse(cx, piece.term);
@@ -202,7 +205,8 @@ impl Endpoint {
                     owner.offer = None;
                     cx.out.event(Event::Resume { endpoint: self.id });
                 } else if (offer.orphaned
-                    || self.uplink_lately(cx) || cx.contact.death == Some(Death::Proven))
+                    || self.uplink_lately(cx)
+                    || cx.contact.death == Some(Death::Proven))
                     && let Some(term) = self.terms.next()
                 {
                     self.acquire(cx, term, How::Resume, true);

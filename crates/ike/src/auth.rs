@@ -63,13 +63,12 @@ pub(crate) fn request(
         None => None,
     };
     let id = conn.local_id.payload();
-    let mac = agreed.auth.psk_auth(&conn.psk, true, &Signed {
-        message: &sent.request.bytes,
-        nonce: &agreed.nr,
-        id_body: &id.body(),
-    });
-    let mut builder =
-        MessageBuilder::sealed(&step::header(&sa, ExchangeType::IKE_AUTH, false, 1));
+    let mac = agreed.auth.psk_auth(
+        &conn.psk,
+        true,
+        &Signed { message: &sent.request.bytes, nonce: &agreed.nr, id_body: &id.body() },
+    );
+    let mut builder = MessageBuilder::sealed(&step::header(&sa, ExchangeType::IKE_AUTH, false, 1));
     builder.push(&Payload::IdI(id));
     // RFC 7296 §2.4; peers.md 7: only when it is true, and nobody else has our
     // identity.
@@ -77,10 +76,9 @@ pub(crate) fn request(
     if sent.fresh && alone && conn.initial_contact {
         builder.push(&Payload::Notify(Notify::new(NotifyType::INITIAL_CONTACT, &[])));
     }
-    builder.push(&Payload::IdR(conn.remote_id.payload())).push(&Payload::Auth(Auth {
-        method: AuthMethod::SHARED_KEY,
-        data: mac.expose(),
-    }));
+    builder
+        .push(&Payload::IdR(conn.remote_id.payload()))
+        .push(&Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: mac.expose() }));
     if let (Some(config), Some(child)) = (first, &child) {
         child::push_offer(&mut builder, config, child, false);
     }
@@ -239,11 +237,11 @@ fn accept(
         );
         return Err(failed());
     }
-    let expected = state.auth.psk_auth(&conn.psk, true, &Signed {
-        message: &state.request,
-        nonce: &state.nr,
-        id_body: &id_i.body(),
-    });
+    let expected = state.auth.psk_auth(
+        &conn.psk,
+        true,
+        &Signed { message: &state.request, nonce: &state.nr, id_body: &id_i.body() },
+    );
     if !ct_eq(expected.expose(), auth.data) {
         fail(
             step,
@@ -260,15 +258,14 @@ fn accept(
         || sa.path.nat_here
         || sa.path.nat_there;
     let id = conn.local_id.payload();
-    let mac = state.auth.psk_auth(&conn.psk, false, &Signed {
-        message: &state.response,
-        nonce: &state.ni,
-        id_body: &id.body(),
-    });
-    reply.push(&Payload::IdR(id)).push(&Payload::Auth(Auth {
-        method: AuthMethod::SHARED_KEY,
-        data: mac.expose(),
-    }));
+    let mac = state.auth.psk_auth(
+        &conn.psk,
+        false,
+        &Signed { message: &state.response, nonce: &state.ni, id_body: &id.body() },
+    );
+    reply
+        .push(&Payload::IdR(id))
+        .push(&Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: mac.expose() }));
 
     let mut established = establish(step, conn, state.keys.clone(), state.group);
     established.recv_next = 2;
@@ -311,9 +308,7 @@ fn accept(
 /// RFC 7296 §2.4, peers.md 7: INITIAL_CONTACT ends every other IKE SA between
 /// the same identities at this endpoint, without a word to the peer.
 fn forget_others(step: &mut Step<'_, '_>, conn: &ConnectionConfig, sa: &IkeSa) {
-    let same = |c: &&ConnectionConfig| {
-        c.remote_id == conn.remote_id && c.local_id == conn.local_id
-    };
+    let same = |c: &&ConnectionConfig| c.remote_id == conn.remote_id && c.local_id == conn.local_id;
     let names = step.registry.config.connections.iter().filter(same).map(|c| &c.name);
     let old: Vec<(String, wire::id::IkeSpi)> = names
         .flat_map(|name| {
@@ -339,8 +334,7 @@ pub(crate) fn establish(
     keys: IkeKeys,
     group: Group,
 ) -> Established {
-    let (rekey_at, expires_at) =
-        child::lifetime(step, &conn.timers, conn.timers.ike_rekey);
+    let (rekey_at, expires_at) = child::lifetime(step, &conn.timers, conn.timers.ike_rekey);
     Established {
         keys,
         group,
@@ -402,10 +396,7 @@ pub(crate) fn finish(
                     false,
                     2,
                 ));
-                builder.push(&Payload::Notify(Notify::new(
-                    NotifyType::AUTHENTICATION_FAILED,
-                    &[],
-                )));
+                builder.push(&Payload::Notify(Notify::new(NotifyType::AUTHENTICATION_FAILED, &[])));
                 let bytes = step.seal(sa.spi, true, &state.keys, builder)?;
                 step.send(&sa.path, bytes);
             }
@@ -501,10 +492,11 @@ fn verify(
                  (it only says AUTHENTICATION_FAILED)"
                     .to_owned(),
             ),
-            Some(error) => wrong(What::Refused, "IKE_AUTH".to_owned(), format!(
-                "the peer only says {}",
-                error.kind
-            )),
+            Some(error) => wrong(
+                What::Refused,
+                "IKE_AUTH".to_owned(),
+                format!("the peer only says {}", error.kind),
+            ),
             None => Wrong {
                 what: What::Protocol,
                 sender: Side::Peer,
@@ -524,11 +516,11 @@ fn verify(
             tell: true,
         });
     }
-    let expected = state.auth.psk_auth(&conn.psk, false, &Signed {
-        message: &state.init_response,
-        nonce: &state.ni,
-        id_body: &id.body(),
-    });
+    let expected = state.auth.psk_auth(
+        &conn.psk,
+        false,
+        &Signed { message: &state.init_response, nonce: &state.ni, id_body: &id.body() },
+    );
     if auth.method != AuthMethod::SHARED_KEY {
         return Err(Wrong {
             what: What::Secret,

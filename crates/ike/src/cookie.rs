@@ -61,9 +61,10 @@ impl Cookies {
         limits: &Limits,
         rng: &mut dyn Rng,
     ) -> Vec<u8> {
-        let stale = self.current.as_ref().is_none_or(|epoch| {
-            now.saturating_sub(epoch.since) >= limits.cookie_rotation
-        });
+        let stale = self
+            .current
+            .as_ref()
+            .is_none_or(|epoch| now.saturating_sub(epoch.since) >= limits.cookie_rotation);
         if stale {
             let version = self.current.as_ref().map_or(0, |epoch| epoch.version.wrapping_add(1));
             self.previous = self.current.take();

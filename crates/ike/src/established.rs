@@ -134,11 +134,8 @@ pub(crate) fn on_request(
 /// The IKE SA ends with the answer just given.
 fn close(step: &mut Step<'_, '_>, sa: &mut IkeSa, answered: Answered, reason: DeleteReason) {
     step.event(Event::Deleted { connection: sa.connection.clone(), spi: sa.spi, reason });
-    sa.phase = Phase::Closed(Closed {
-        answered,
-        until: step.now().after(CLOSED_FOR),
-        half_open: false,
-    });
+    sa.phase =
+        Phase::Closed(Closed { answered, until: step.now().after(CLOSED_FOR), half_open: false });
 }
 
 /// Something authentic and new came: the peer lives, perhaps elsewhere.
@@ -350,12 +347,7 @@ pub(crate) fn advance(step: &mut Step<'_, '_>, sa: &mut IkeSa) -> Result<(), Err
     }
 }
 
-fn next(
-    established: &mut Established,
-    conn: &ConnectionConfig,
-    now: Duration,
-    term: u64,
-) -> Next {
+fn next(established: &mut Established, conn: &ConnectionConfig, now: Duration, term: u64) -> Next {
     match established.fate {
         Fate::Live => {}
         Fate::Deleting(reason) => return Next::DeleteIke(reason),
@@ -378,18 +370,20 @@ fn next(
                 c.rekey_at.is_due(now)
                     && c.outbound == 0
                     && established.children.iter().any(|o| {
-                        o.name == c.name && o.state == ChildState::Live && o.outbound > 0
+                        o.name == c.name
+                            && o.state == ChildState::Live
+                            && o.outbound > 0
                             && c.replaces != Some(o.spi_in)
                     }),
                 c.expires_at.is_due(now),
             ),
             _ => continue,
         };
-        if useless || expired {
-            if let Some(child) = established.children.get_mut(n) {
-                child.state = ChildState::Doomed;
-                lost.push(child.name.clone());
-            }
+        if (useless || expired)
+            && let Some(child) = established.children.get_mut(n)
+        {
+            child.state = ChildState::Doomed;
+            lost.push(child.name.clone());
         }
     }
     for name in lost {

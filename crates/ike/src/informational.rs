@@ -96,16 +96,19 @@ fn child_deleted(
     let established = sa.established()?;
     let child = established.children.iter().find(|c| c.spi_out == spi_out && !c.is_retired())?;
     let (spi_in, name, state) = (child.spi_in, child.name.clone(), child.state);
-    let asked = matches!(established.task(), Some(Task::DeleteChildren(spis)) if spis.contains(&spi_in));
+    let asked =
+        matches!(established.task(), Some(Task::DeleteChildren(spis)) if spis.contains(&spi_in));
     let had_successor = established.has_live(&name)
-        && established.children.iter().any(|c| {
-            c.name == name && c.spi_in != spi_in && c.state == ChildState::Live
-        });
+        && established
+            .children
+            .iter()
+            .any(|c| c.name == name && c.spi_in != spi_in && c.state == ChildState::Live);
     child::remove(step, sa, conn, spi_in);
-    if let Phase::Established(established) = &mut sa.phase {
-        if state == ChildState::Live && !had_successor {
-            established::want_again(established, conn, &name, now);
-        }
+    if let Phase::Established(established) = &mut sa.phase
+        && state == ChildState::Live
+        && !had_successor
+    {
+        established::want_again(established, conn, &name, now);
     }
     // RFC 7296 §1.4.1, §2.25.1: both delete it at once: no Delete in the answer.
     (!asked).then_some(spi_in)

@@ -239,16 +239,22 @@ pub(crate) fn start(
         connection: Some(conn.name.clone()),
         path,
         since: step.now(),
-        phase: request(step, conn, spi, &path, Asked {
-            group: *group,
-            nonce: nonce.into(),
-            cookie: None,
-            rounds: 0,
-            eph: None,
-            fresh,
-            complained: false,
-            wanted,
-        })?,
+        phase: request(
+            step,
+            conn,
+            spi,
+            &path,
+            Asked {
+                group: *group,
+                nonce: nonce.into(),
+                cookie: None,
+                rounds: 0,
+                eph: None,
+                fresh,
+                complained: false,
+                wanted,
+            },
+        )?,
     };
     step.put(sa);
     Ok(spi)
@@ -380,13 +386,19 @@ pub(crate) fn finish(
         sa.path.remote.set_port(nat::NATT_PORT);
     }
     step.log_ike_keys(&sa, &keys);
-    auth::request(step, conn, sa, sent, auth::Agreed {
-        keys,
-        auth,
-        group: suite.group,
-        nr: nr.into(),
-        init_response: datagram.into(),
-    })
+    auth::request(
+        step,
+        conn,
+        sa,
+        sent,
+        auth::Agreed {
+            keys,
+            auth,
+            group: suite.group,
+            nr: nr.into(),
+            init_response: datagram.into(),
+        },
+    )
 }
 
 /// A response without SA payload: a cookie, another group, or an error.

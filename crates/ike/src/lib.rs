@@ -11,7 +11,7 @@
 //! record is committed. [`ChildOp`]s are the difference between old and new
 //! values, so the owner and a shadow that applies the same bytes derive the
 //! same ([`Endpoint::apply`]). A message that is malformed, not authentic or
-//! out of order changes nothing: steps work on copies ([`state`]).
+//! out of order changes nothing: steps work on copies (`state`).
 //!
 //! **Drain rule.** After any call on [`Endpoint`], call
 //! [`Endpoint::poll_transition`], [`Endpoint::poll_keepalive`] and
@@ -27,6 +27,7 @@
 //! | `state`, `record` | the replicated value and its codec |
 //! | `init`, `cookie`, `auth` | IKE_SA_INIT and IKE_AUTH, both roles |
 //! | `child`, `rekey`, `informational` | exchanges of an established IKE SA |
+//! | `table` | all IKE SAs with their indexes; the difference of two states for the workers |
 //! | `established` | window, answers, which task comes next |
 //! | `retransmit` | repetition, giving up, every other timer of an IKE SA |
 //! | `sync` | message id synchronisation after a takeover in doubt (RFC 6311) |

@@ -7,9 +7,12 @@
 use core::{fmt, str::FromStr};
 
 use crypto::{aead::AeadAlg, dh::Group, prf::PrfAlg};
-use wire::{id::EspSpi, ike::{
-    EncrId, EsnId, GroupId, IntegId, PrfId, Proposal, ProtocolId, Spi, Transform, TransformType,
-}};
+use wire::{
+    id::EspSpi,
+    ike::{
+        EncrId, EsnId, GroupId, IntegId, PrfId, Proposal, ProtocolId, Spi, Transform, TransformType,
+    },
+};
 
 /// One proposal for an IKE SA: alternatives per kind, most preferred first.
 /// No list is empty.
@@ -66,7 +69,8 @@ pub struct ProposalError {
 
 const IKE_TOKENS: &str = "aes256gcm16, aes128gcm16, chacha20poly1305, prfsha256, prfsha384, \
      prfsha512, x25519, ecp256 or ecp384";
-const ESP_TOKENS: &str = "aes256gcm16, aes128gcm16, chacha20poly1305, x25519, ecp256, ecp384 or noesn";
+const ESP_TOKENS: &str =
+    "aes256gcm16, aes128gcm16, chacha20poly1305, x25519, ecp256, ecp384 or noesn";
 const NEED_AEAD: &str = "at least one of aes256gcm16, aes128gcm16, chacha20poly1305";
 const NEED_GROUP: &str = "at least one of x25519, ecp256, ecp384";
 
@@ -608,7 +612,10 @@ mod tests {
         // A group that we do not want is answered with our first choice.
         let (_, suite) = choose_ike(&ours, &theirs, Some(Group::P384)).unwrap();
         assert_eq!(suite.group, Group::X25519);
-        assert!(choose_ike(&ours, &[offer(&[AeadAlg::Aes128Gcm16], &Group::ALL, false)], None).is_none());
+        assert!(
+            choose_ike(&ours, &[offer(&[AeadAlg::Aes128Gcm16], &Group::ALL, false)], None)
+                .is_none()
+        );
     }
 
     #[test]

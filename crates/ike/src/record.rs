@@ -207,13 +207,9 @@ macro_rules! via {
 via!(ike_spi, IkeSpi, u64, |v| v.0, |raw| Some(IkeSpi(raw)));
 via!(esp_spi, EspSpi, u32, |v| v.0, |raw| Some(EspSpi(raw)));
 via!(opt_esp_spi, Option<EspSpi>, Option<u32>, |v| v.map(|s| s.0), |raw| Some(raw.map(EspSpi)));
-via!(
-    esp_spis,
-    Vec<EspSpi>,
-    Vec<u32>,
-    |v| v.iter().map(|s| s.0).collect(),
-    |raw| Some(raw.into_iter().map(EspSpi).collect())
-);
+via!(esp_spis, Vec<EspSpi>, Vec<u32>, |v| v.iter().map(|s| s.0).collect(), |raw| Some(
+    raw.into_iter().map(EspSpi).collect()
+));
 via!(
     aead,
     AeadAlg,
@@ -226,13 +222,11 @@ via!(
 );
 via!(prf, PrfAlg, u16, |v| v.transform_id(), PrfAlg::from_transform_id);
 via!(group, Group, u16, |v| v.transform_id(), Group::from_transform_id);
-via!(
-    opt_group,
-    Option<Group>,
-    u16,
-    |v| v.map_or(0, Group::transform_id),
-    |raw| if raw == 0 { Some(None) } else { Group::from_transform_id(raw).map(Some) }
-);
+via!(opt_group, Option<Group>, u16, |v| v.map_or(0, Group::transform_id), |raw| if raw == 0 {
+    Some(None)
+} else {
+    Group::from_transform_id(raw).map(Some)
+});
 via!(
     address,
     SocketAddr,
@@ -310,6 +304,7 @@ pub(crate) fn decode(bytes: &[u8], now: Duration) -> Result<IkeSa, RecordError> 
         return Err(RecordError::Format(format));
     }
     let mut decoder = Decoder::new(body);
-    let sa = IkeSa::decode(&mut decoder, &mut Clock::at(now)).map_err(|_| RecordError::Malformed)?;
+    let sa =
+        IkeSa::decode(&mut decoder, &mut Clock::at(now)).map_err(|_| RecordError::Malformed)?;
     if decoder.position() == body.len() { Ok(sa) } else { Err(RecordError::Malformed) }
 }

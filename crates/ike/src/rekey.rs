@@ -110,8 +110,7 @@ pub(crate) fn answer(
     if busy || established.fate != Fate::Live {
         return Err(Refusal::temporary());
     }
-    let (Some(proposals), Some(ni), Some(ke)) =
-        (payloads.sa(), payloads.nonce(), payloads.ke())
+    let (Some(proposals), Some(ni), Some(ke)) = (payloads.sa(), payloads.nonce(), payloads.ke())
     else {
         return Err(Refusal::syntax());
     };
@@ -140,13 +139,13 @@ pub(crate) fn answer(
         return Err(refusal);
     }
     let eph = Ephemeral::generate(suite.group, step.cx.rng);
-    let shared =
-        eph.agree(ke.data).map_err(|_| Refusal::new(NotifyType::NO_PROPOSAL_CHOSEN))?;
+    let shared = eph.agree(ke.data).map_err(|_| Refusal::new(NotifyType::NO_PROPOSAL_CHOSEN))?;
     let spi = step.new_ike_spi();
     let nr = step.nonce();
     let x = Exchange { ni, nr: &nr, spi_i: peer_spi, spi_r: spi };
-    let mut new = successor(step, sa, conn, Ends { spi, peer_spi, initiator: false }, suite, &x, &shared)
-        .map_err(|_| Refusal::temporary())?;
+    let mut new =
+        successor(step, sa, conn, Ends { spi, peer_spi, initiator: false }, suite, &x, &shared)
+            .map_err(|_| Refusal::temporary())?;
     reply
         .push(&Payload::Sa(proposal::ike_answer(offer.number, suite, Spi::Ike(spi))))
         .push(&Payload::Nonce(&nr))
@@ -339,10 +338,10 @@ fn refused(
         }
     }
     // RFC 7296 §2.8.2: the peer finished its own rekeying before it saw ours.
-    if let Some(rival) = new.rival {
-        if inherit(step, sa, rival.spi) {
-            return Ok(());
-        }
+    if let Some(rival) = new.rival
+        && inherit(step, sa, rival.spi)
+    {
+        return Ok(());
     }
     if kind != NotifyType::TEMPORARY_FAILURE {
         let ours: Vec<String> = conn.ike_proposals.iter().map(IkeProposal::to_string).collect();

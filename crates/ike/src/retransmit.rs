@@ -69,23 +69,19 @@ fn earliest(e: &Established, conn: Option<&ConnectionConfig>, busy: bool) -> Opt
         Fate::Deleting(_) => return Some(e.heard),
         Fate::Live => e.expires_at.min(e.rekey_at),
     };
-    let children = e.children.iter().filter_map(|c| match c.state {
+    let children = e.children.iter().map(|c| match c.state {
         ChildState::Live
             if c.outbound == 0 || e.children.iter().any(|o| o.replaces == Some(c.spi_in)) =>
         {
-            Some(c.expires_at)
+            c.expires_at
         }
-        ChildState::Live => Some(c.rekey_at.min(c.expires_at)),
-        ChildState::Doomed => Some(e.heard),
-        ChildState::Retired(until) => Some(until),
+        ChildState::Live => c.rekey_at.min(c.expires_at),
+        ChildState::Doomed => e.heard,
+        ChildState::Retired(until) => until,
     });
     let dpd = conn.map(|c| c.timers.dpd).filter(|dpd| !dpd.is_zero());
     let wanted = e.wanted.iter().map(|w| w.at);
-    children
-        .chain([fate])
-        .chain(dpd.map(|dpd| e.heard.after(dpd)))
-        .chain(wanted)
-        .min()
+    children.chain([fate]).chain(dpd.map(|dpd| e.heard.after(dpd))).chain(wanted).min()
 }
 
 /// Does what is due, other than repetition.
@@ -129,10 +125,10 @@ pub(crate) fn give_up(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
                 (Some(Task::Sync(..)), _) => return sync::reestablish(step, sa),
                 (Some(Task::Rekey(new)), _) => {
                     // The peer's own new IKE SA may live (RFC 7296 §2.8.2).
-                    if let Some(rival) = new.rival {
-                        if rekey::inherit(step, &mut sa, rival.spi) {
-                            return established::drop_sa(step, &sa, DeleteReason::Rekeyed);
-                        }
+                    if let Some(rival) = new.rival
+                        && rekey::inherit(step, &mut sa, rival.spi)
+                    {
+                        return established::drop_sa(step, &sa, DeleteReason::Rekeyed);
                     }
                 }
                 _ => {}

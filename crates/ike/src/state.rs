@@ -594,10 +594,7 @@ impl<C> Encode<C> for IkeKeys {
 }
 
 impl<'b, C> Decode<'b, C> for IkeKeys {
-    fn decode(
-        d: &mut minicbor::Decoder<'b>,
-        c: &mut C,
-    ) -> Result<Self, minicbor::decode::Error> {
+    fn decode(d: &mut minicbor::Decoder<'b>, c: &mut C) -> Result<Self, minicbor::decode::Error> {
         if d.array()? != Some(5) {
             return Err(minicbor::decode::Error::message("keys of an IKE SA"));
         }
@@ -622,10 +619,7 @@ impl<C> Encode<C> for AuthKeys {
 }
 
 impl<'b, C> Decode<'b, C> for AuthKeys {
-    fn decode(
-        d: &mut minicbor::Decoder<'b>,
-        c: &mut C,
-    ) -> Result<Self, minicbor::decode::Error> {
+    fn decode(d: &mut minicbor::Decoder<'b>, c: &mut C) -> Result<Self, minicbor::decode::Error> {
         if d.array()? != Some(3) {
             return Err(minicbor::decode::Error::message("keys of an authentication"));
         }

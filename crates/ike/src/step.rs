@@ -130,7 +130,11 @@ impl<'a> Step<'a, '_> {
     }
 
     /// `time`, less a drawn part of up to `percent` (RFC 7296 §2.8.1).
-    pub(crate) fn jittered(&mut self, time: core::time::Duration, percent: u8) -> core::time::Duration {
+    pub(crate) fn jittered(
+        &mut self,
+        time: core::time::Duration,
+        percent: u8,
+    ) -> core::time::Duration {
         let span = u64::try_from(time.as_millis()).unwrap_or(u64::MAX) / 100 * u64::from(percent);
         let part = if span == 0 { 0 } else { self.cx.rng.next_u64() % span };
         time.saturating_sub(core::time::Duration::from_millis(part))
@@ -147,7 +151,8 @@ impl<'a> Step<'a, '_> {
         let key = AeadKey::new(keys.aead, keys.outbound(we_initiated).expose())?;
         let sequence = self.ivs.entry(spi).or_insert_with(|| IvSequence::new(self.term));
         let iv = sequence.next_iv().ok_or(Error::Internal("IVs of this term are used up"))?;
-        let sealed = builder.finish()?.seal(iv, |iv, aad, text| key.seal_in_place(iv, aad, text))?;
+        let sealed =
+            builder.finish()?.seal(iv, |iv, aad, text| key.seal_in_place(iv, aad, text))?;
         Ok(sealed)
     }
 
@@ -231,10 +236,9 @@ impl Opened {
         let payloads = self.sealed.parse_opened(&self.text)?;
         match payloads.doubled() {
             // security.md 2: a doubled payload is malformed.
-            Some(payload) => Err(wire::ike::ParseError::Malformed {
-                payload,
-                fault: wire::ike::Fault::TooMany,
-            }),
+            Some(payload) => {
+                Err(wire::ike::ParseError::Malformed { payload, fault: wire::ike::Fault::TooMany })
+            }
             None => Ok(payloads),
         }
     }
@@ -255,6 +259,7 @@ pub(crate) fn open(
     let key = AeadKey::new(keys.aead, keys.inbound(we_initiated).expose())?;
     let mut copy = Zeroizing::new(datagram.to_vec());
     let parts = sealed.split(&mut copy).ok_or(Error::NotExpected)?;
-    let text = key.open_in_place(parts.iv, parts.aad, parts.body).map_err(|_| Error::NotAuthentic)?;
+    let text =
+        key.open_in_place(parts.iv, parts.aad, parts.body).map_err(|_| Error::NotAuthentic)?;
     Ok(Opened { text: Zeroizing::new(text.to_vec()), sealed })
 }

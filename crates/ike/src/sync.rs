@@ -18,9 +18,7 @@
 use core::net::SocketAddr;
 
 use crypto::hash::sha256;
-use wire::ike::{
-    ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload, Payloads,
-};
+use wire::ike::{ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload, Payloads};
 
 use crate::{
     error::Error,
@@ -190,10 +188,7 @@ pub(crate) fn answer(
     }
     let agreed = Ids { nonce: ids.nonce, send: established.send_next, recv: established.recv_next };
     let mut builder = MessageBuilder::sealed(&message.header.to_response());
-    builder.push(&Payload::Notify(Notify::new(
-        NotifyType::IKEV2_MESSAGE_ID_SYNC,
-        &agreed.bytes(),
-    )));
+    builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &agreed.bytes())));
     let bytes = step.seal(spi, initiator, &keys, builder)?;
     established.synced_m1 = ids.send;
     established.synced =

@@ -105,9 +105,9 @@ impl Table {
     /// The first deadline; that of a snoozed SA no earlier than it wakes.
     pub(crate) fn next_deadline(&self, snoozed: &BTreeMap<IkeSpi, Duration>) -> Option<Duration> {
         let awake = self.deadlines.iter().find(|(_, spi)| !snoozed.contains_key(spi));
-        let asleep = snoozed.iter().filter_map(|(spi, until)| {
-            self.deadline_of(*spi).map(|at| at.max(*until))
-        });
+        let asleep = snoozed
+            .iter()
+            .filter_map(|(spi, until)| self.deadline_of(*spi).map(|at| at.max(*until)));
         awake.map(|(at, _)| *at).into_iter().chain(asleep).min()
     }
 
@@ -177,16 +177,21 @@ impl Table {
                     ),
                     Some(path) if outer(&path) != outer(&sa.path) => {
                         let (local, remote, udp_encap) = outer(&sa.path);
-                        moves.push(ChildOp::Move { spi_in: child.spi_in, local, remote, udp_encap });
+                        moves.push(ChildOp::Move {
+                            spi_in: child.spi_in,
+                            local,
+                            remote,
+                            udp_encap,
+                        });
                     }
                     Some(_) => {}
                 }
             }
         }
         let senders = self.senders(&names);
-        let used = senders.iter().filter(|(key, now)| {
-            old_senders.get(*key).is_none_or(|before| before.1 != now.1)
-        });
+        let used = senders
+            .iter()
+            .filter(|(key, now)| old_senders.get(*key).is_none_or(|before| before.1 != now.1));
         ops.extend(used.map(|(_, (_, spi_in))| ChildOp::UseOutbound { spi_in: *spi_in }));
         ops.extend(moves);
         ops.extend(before.into_keys().map(|spi_in| ChildOp::Remove { spi_in }));
@@ -227,12 +232,12 @@ impl Table {
         if let Some(at) = entry.deadline {
             self.deadlines.remove(&(at, spi));
         }
-        if let Some(name) = &sa.connection {
-            if let Some(set) = self.by_connection.get_mut(name) {
-                set.remove(&spi);
-                if set.is_empty() {
-                    self.by_connection.remove(name);
-                }
+        if let Some(name) = &sa.connection
+            && let Some(set) = self.by_connection.get_mut(name)
+        {
+            set.remove(&spi);
+            if set.is_empty() {
+                self.by_connection.remove(name);
             }
         }
         for child in sa.esp_spis() {

@@ -49,14 +49,21 @@ struct Args {
     log: Option<String>,
 }
 
+/// netlink's decoders warn about every attribute that is younger than they are.
+const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
+
 /// Runs the daemon until it is told to stop.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = args.log.clone().or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| "info".into());
+    let filter = args.log.clone().or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| DEFAULT_LOG.into());
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
+    // A log on a slow disk must not stop the control loop: lines go through a thread, and are dropped when 8,192 wait.
+    let (writer, _flush_at_end) = tracing_appender::non_blocking::NonBlockingBuilder::default()
+        .buffered_lines_limit(8_192)
+        .finish(std::io::stderr());
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false);
     // The journal has a clock of its own.

@@ -21,7 +21,9 @@ pub struct Capture {
 
 impl Capture {
     /// Starts capturing on `interface` of `ns` and waits until it really does. `filter` is tcpdump's (empty: all);
-    /// `snap` the bytes kept of each frame.
+    /// `snap` the bytes kept of each frame. The ring of 8 MB has slots of that size (rounded up), so that a large
+    /// `snap` on a busy interface loses packets, which [`Capture::stop`] notices; a larger ring would cost every
+    /// other process of the machine a pause while the kernel clears it.
     pub fn start(run: &Run, ns: &Ns, interface: &str, filter: &str, snap: u32) -> Result<Capture> {
         static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -30,7 +32,7 @@ impl Capture {
         let log = run.dir().join(format!("tcpdump-{stem}.log"));
         let mut cmd = ns
             .cmd(tool(run, "/usr/bin/tcpdump")?)
-            .args(["-i", interface, "-n", "-U", "-Z", "root", "--immediate-mode", "-B", "32768"])
+            .args(["-i", interface, "-n", "-U", "-Z", "root", "--immediate-mode", "-B", "8192"])
             .args(["--time-stamp-precision=nano", "-s", &snap.to_string(), "-w"])
             .arg(&path);
         if !filter.is_empty() {
@@ -112,48 +114,46 @@ impl Recording {
     }
 }
 
-/// The keys of one ESP SA, as tshark's `esp_sa` table wants them.
-#[derive(Clone, Debug)]
-pub struct EspKey {
-    /// SPI.
-    pub spi: u32,
-    /// tshark's name of the algorithm.
-    pub algorithm: String,
-    /// Key (with salt), in hexadecimal.
-    pub key: String,
+/// What tshark, an independent eye, makes of a capture with a key log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Decrypted {
+    /// ESP packets in the capture.
+    pub esp: u64,
+    /// Of those, how many it decrypted to an inner IP packet, the tag being right.
+    pub esp_opened: u64,
+    /// Identities it read in decrypted IKE_AUTH messages.
+    pub identities: Vec<String>,
 }
 
-/// tshark's name for AES-GCM with a 16-byte tag.
-pub const TSHARK_AES_GCM: &str = "AES-GCM with 16 octet ICV [RFC4106]";
-/// tshark's name for ChaCha20-Poly1305.
-pub const TSHARK_CHACHA: &str = "ChaCha20 with Poly1305 [RFC7634]";
-
-/// Lets tshark decrypt ESP of a capture: an independent eye. Returns the inner source and destination of every
-/// packet that it could decrypt and whose tag was right, as `source destination protocol`.
-pub fn tshark_esp(run: &Run, capture: &Path, keys: &[EspKey]) -> Result<Vec<String>> {
-    let home = run.subdir("tshark")?;
-    let mut cmd = Cmd::new("tshark").env("HOME", &home).args(["-n", "-r"]).arg(capture);
-    cmd = cmd.args([
-        "-o",
-        "esp.enable_encryption_decode:TRUE",
-        "-o",
-        "esp.enable_authentication_check:TRUE",
-    ]);
-    for key in keys {
-        let row = format!(
-            "uat:esp_sa:\"IPv4\",\"*\",\"*\",\"0x{:08x}\",\"{}\",\"0x{}\",\"{}\",\"\"",
-            key.spi, key.algorithm, key.key, "NULL"
-        );
-        cmd = cmd.args(["-o", &row]);
-    }
-    let text = cmd
-        .args([
-            "-Y", "esp", "-T", "fields", "-e", "esp.spi", "-e", "ip.src", "-e", "ip.dst", "-e",
-            "ip.proto",
-        ])
-        .run(Duration::from_secs(60))?;
-    // A decrypted packet has two IP headers: `198.51.100.7,10.2.0.9`.
-    Ok(text.lines().filter(|line| line.contains(',')).map(str::to_owned).collect())
+/// Lets tshark decrypt a capture. `keylog` is the folder that `tandemd --keylog` filled: it holds tshark's tables
+/// `esp_sa` and `ikev2_decryption_table` under their own names.
+pub fn tshark(capture: &Path, keylog: &Path) -> Result<Decrypted> {
+    let tshark = || {
+        Cmd::new("tshark").env("WIRESHARK_CONFIG_DIR", keylog).args(["-n", "-r"]).arg(capture).args(
+            [
+                "-o",
+                "esp.enable_encryption_decode:TRUE",
+                "-o",
+                "esp.enable_authentication_check:TRUE",
+            ],
+        )
+    };
+    let within = Duration::from_secs(60);
+    let esp = tshark()
+        .args(["-Y", "esp", "-T", "fields", "-e", "esp.spi", "-e", "ip.src"])
+        .run(within)?;
+    let ids =
+        tshark().args(["-Y", "isakmp", "-T", "fields", "-e", "isakmp.id.data.fqdn"]).run(within)?;
+    let mut identities: Vec<String> =
+        ids.split([',', '\n']).filter(|word| !word.is_empty()).map(str::to_owned).collect();
+    identities.sort();
+    identities.dedup();
+    Ok(Decrypted {
+        esp: esp.lines().count() as u64,
+        // A decrypted packet has two IP headers: `198.51.100.7,10.2.0.9`.
+        esp_opened: esp.lines().filter(|line| line.contains(',')).count() as u64,
+        identities,
+    })
 }
 
 /// Saves part of a recording for tshark or a person.

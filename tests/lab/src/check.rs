@@ -48,9 +48,27 @@ fn repeats<K: Hash + Eq>(map: &mut HashMap<K, u64>, key: K, digest: u64) -> bool
 }
 
 impl IvChecker {
-    /// Looks at every packet of a recording.
+    /// Looks at every packet of a recording. Recordings of the same packets with different `snap` do not mix: use
+    /// [`IvChecker::feed_esp`] and [`IvChecker::feed_ike`] then.
     pub fn feed(&mut self, recording: &Recording) {
-        for packet in recording.packets() {
+        self.feed_esp(recording);
+        self.feed_ike(recording);
+    }
+
+    /// Looks at the ESP packets of a recording.
+    pub fn feed_esp(&mut self, recording: &Recording) {
+        for packet in
+            recording.packets().filter(|packet| matches!(packet.content, Content::Esp { .. }))
+        {
+            self.look(&packet);
+        }
+    }
+
+    /// Looks at the IKE messages of a recording.
+    pub fn feed_ike(&mut self, recording: &Recording) {
+        for packet in
+            recording.packets().filter(|packet| matches!(packet.content, Content::Ike { .. }))
+        {
             self.look(&packet);
         }
     }

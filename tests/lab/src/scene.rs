@@ -185,7 +185,8 @@ impl Scene {
         let wan = self.wan.replace(next.0).ok_or_else(missing)?.stop()?;
         let lan = self.lan_arp.replace(next.1).ok_or_else(missing)?.stop()?;
         let peer_ike = self.peer_ike.replace(next.2).ok_or_else(missing)?.stop()?;
-        self.ivs.feed(&wan);
+        self.ivs.feed_esp(&wan);
+        self.ivs.feed_ike(&peer_ike);
         Ok(Seen { wan, lan, peer_ike })
     }
 
@@ -274,7 +275,8 @@ impl Seen {
 }
 
 fn start_wan(run: &Run, net: &Net) -> Result<Capture> {
-    Capture::start(run, &net.wan, "br0", "", 2048)
+    // IKE is judged from the peer's capture, whole; of ESP the headers and all of a probe are enough.
+    Capture::start(run, &net.wan, "br0", "", 256)
 }
 
 fn start_lan(run: &Run, net: &Net) -> Result<Capture> {

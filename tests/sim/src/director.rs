@@ -43,6 +43,8 @@ pub struct Director {
     /// Traffic counts from here on.
     whole_since: Nanos,
     last_uplink: Option<Nanos>,
+    /// There was a split: what the two sides made of their SAs shows later.
+    split: bool,
     dice: Dice2,
     weather: Option<(Weather, Weather)>,
     /// Faults so far.
@@ -71,6 +73,7 @@ impl Director {
             settled_since: None,
             whole_since: 0,
             last_uplink: None,
+            split: false,
             dice: Dice2(Dice::new(dice.any(), 7)),
             weather: None,
             faults: 0,
@@ -112,7 +115,7 @@ impl World {
         let (Some(a), Some(b)) = (self.pair_status(0), self.pair_status(1)) else { return false };
         let owns = |s: &ha::EndpointStatus| s.role == ha::Role::Owner(ha::Mode::Synced);
         let follows = |s: &ha::EndpointStatus| s.role == ha::Role::Shadow { synced: true };
-        (owns(&a) && follows(&b)) || (owns(&b) && follows(&a))
+        a.position == b.position && ((owns(&a) && follows(&b)) || (owns(&b) && follows(&a)))
     }
 
     pub(crate) fn direct(&mut self) {
@@ -128,24 +131,32 @@ impl World {
         };
         let steady = self.director.settled_since.is_some_and(|since| now >= since + 100 * MS);
         let (links, peers) = (self.scene.links, self.scene.peers);
+        let owner = usize::from(self.pair_status(1).is_some_and(|s| matches!(s.role, ha::Role::Owner(_))));
         let d = &mut self.director;
         let next = match d.phase {
             Phase::Boot if steady && d.careful => calm(d, now),
             Phase::Boot if steady => {
-                let until = now + d.dice.0.ms(6_000, 15_000);
+                let mut until = now + d.dice.0.ms(6_000, 15_000);
                 let mut events = Vec::new();
-                for _ in 0..d.faults_left {
-                    let at = now + d.dice.0.below(until - now);
-                    events.push((at, Fault::draw(&mut d.dice.0, links, peers)));
+                if d.dice.0.chance(400) {
+                    for (after, fault) in Fault::course(&mut d.dice.0, owner) {
+                        events.push((now + after, fault));
+                        until = until.max(now + after + fault.lasts());
+                    }
+                } else {
+                    for _ in 0..d.faults_left {
+                        let at = now + d.dice.0.below(until - now);
+                        events.push((at, Fault::draw(&mut d.dice.0, links, peers)));
+                    }
                 }
-                d.faults = d.faults_left;
+                d.faults = events.len() as u64;
                 for (at, fault) in events {
                     self.at(at, Event::Fault(fault));
                 }
                 Phase::Chaos { until: until + 2 * S }
             }
             Phase::Boot => self.overdue(0, Phase::Boot),
-            Phase::Calm { until } if now >= until => {
+            Phase::Calm { until } if now >= until && steady => {
                 if d.faults_left == 0 {
                     Phase::Final { since: now }
                 } else {
@@ -160,19 +171,20 @@ impl World {
                             d.last_uplink = Some(now);
                         }
                     }
-                    self.checks.strict = !fault.may_lose_sas(links);
+                    d.split |= fault.splits(links);
+                    self.checks.strict = !fault.may_lose_sas(links) && !d.split;
                     self.at(now, Event::Fault(fault));
                     Phase::Fault { fault, until: now + fault.lasts() + 200 * MS }
                 }
             }
-            Phase::Calm { .. } => d.phase,
+            Phase::Calm { until } => self.overdue(until, Phase::Calm { until }),
             Phase::Fault { fault, until } if now >= until => {
                 d.whole_since = now;
                 d.settled_since = None;
                 Phase::Settle { fault, since: now }
             }
             Phase::Settle { .. } if steady => {
-                self.checks.strict = true;
+                self.checks.strict = !self.director.split;
                 let next = calm(&mut self.director, now);
                 log::set_turn(now, usize::MAX);
                 log::say(&format!("settled [{}]", self.describe()));
@@ -202,7 +214,7 @@ impl World {
             }
             _ => false,
         };
-        if watched && self.director.careful && self.silence() > GAP {
+        if watched && self.director.careful && !self.director.split && self.silence() > GAP {
             self.checks.violate(5, format!("no traffic for {} ms   [{}]", self.silence() / MS, self.describe()));
         }
     }

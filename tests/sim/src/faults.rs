@@ -43,6 +43,13 @@ pub enum Fault {
         /// For how long.
         time: Nanos,
     },
+    /// The machine is suspended: as a pause, but what arrives meanwhile is lost.
+    Suspend {
+        /// Where.
+        host: usize,
+        /// For how long.
+        time: Nanos,
+    },
     /// The hypervisor stops the machine, and its clock with it.
     ClockStop {
         /// Where.
@@ -142,7 +149,8 @@ impl Fault {
                 lost_file: dice.chance(250),
             },
             5 => Self::PowerCut { host, down: down + 200 * MS, lost_file: dice.chance(250) },
-            6..=8 => Self::Pause { host, time },
+            6 | 7 => Self::Pause { host, time },
+            8 => Self::Suspend { host, time },
             9 => Self::ClockStop { host, time },
             10 | 11 => Self::Cut { link: dice.below(links as u64) as usize, from, time },
             12 | 13 => Self::CutAll { from: Some(dice.below(2) as usize), time },
@@ -169,6 +177,50 @@ impl Fault {
         }
     }
 
+    /// Draws a course of faults that is unlikely to come about by chance: when each begins, from now. `owner` owns.
+    pub(crate) fn course(dice: &mut Dice, owner: usize) -> Vec<(Nanos, Self)> {
+        let other = 1 - owner;
+        let mut ms = |about: u64| dice.ms(about * 8 / 10, about * 12 / 10);
+        let crash = |host, down, lost_file| Self::Crash { host, down, outputs: None, lost_file };
+        match ms(1_000) % 5 {
+            // A term taken beyond a cut and forgotten, keys known again, then a takeover with the same keys.
+            0 => vec![
+                (0, Self::CutAll { from: None, time: ms(1_500) }),
+                (ms(700), crash(other, ms(2_000), false)),
+                (ms(6_500), crash(owner, ms(1_000), false)),
+            ],
+            // The shadow cannot take over at once, and does so when what it knows is old.
+            1 => vec![
+                (0, Self::Uplink { host: other, time: ms(3_500) }),
+                (ms(200), Self::CutAll { from: Some(owner), time: ms(6_000) }),
+                (ms(900), Self::Slow { host: owner, time: ms(100) }),
+                (ms(1_800), Self::Slow { host: owner, time: ms(100) }),
+            ],
+            // The shadow falls behind, the owner goes on alone, exchanges happen, the owner dies.
+            2 => vec![
+                (0, Self::Lag { from: other, by: ms(850), time: ms(4_000) }),
+                (ms(800), Self::Slow { host: owner, time: ms(100) }),
+                (ms(1_300), Self::Slow { host: owner, time: ms(100) }),
+                (ms(1_800), Self::Slow { host: owner, time: ms(100) }),
+                (ms(2_300), crash(owner, ms(2_000), false)),
+            ],
+            // New SAs and their leases travel slowly; then the owner dies.
+            3 => vec![
+                (0, Self::Lag { from: owner, by: ms(250), time: ms(4_000) }),
+                (ms(500), Self::Slow { host: other, time: ms(100) }),
+                (ms(1_000), Self::Slow { host: other, time: ms(100) }),
+                (ms(2_000), crash(owner, ms(2_000), false)),
+            ],
+            // The owner is suspended again and again.
+            _ => vec![
+                (0, Self::Suspend { host: owner, time: ms(300) }),
+                (ms(1_500), Self::Suspend { host: other, time: ms(300) }),
+                (ms(3_000), Self::Pause { host: owner, time: ms(150) }),
+                (ms(4_500), Self::ClockStop { host: other, time: ms(250) }),
+            ],
+        }
+    }
+
     /// Whether established SAs may be lost by this one: the peer threw them away, or both instances went on alone.
     pub(crate) fn may_lose_sas(self, links: usize) -> bool {
         match self {
@@ -178,11 +230,17 @@ impl Fault {
         }
     }
 
+    /// Whether both instances went on alone: some SAs may fall apart much later.
+    pub(crate) fn splits(self, links: usize) -> bool {
+        self.may_lose_sas(links) && !matches!(self, Self::PeerRestart { .. })
+    }
+
     /// How long it lasts, until the world is whole again.
     pub(crate) fn lasts(self) -> Nanos {
         match self {
             Self::Crash { down, .. } | Self::PowerCut { down, .. } | Self::PeerRestart { down, .. } => down,
             Self::Pause { time, .. }
+            | Self::Suspend { time, .. }
             | Self::ClockStop { time, .. }
             | Self::Cut { time, .. }
             | Self::CutAll { time, .. }
@@ -201,6 +259,11 @@ impl World {
     pub(crate) fn begin(&mut self, fault: Fault) {
         log::set_turn(self.now, usize::MAX);
         log::say(&format!("FAULT {fault:?}   [{}]", self.describe()));
+        // Exchanges under way are what faults hurt most.
+        for _ in 0..self.dice.below(3) {
+            let about = self.dice.us(0, 60_000);
+            self.at(self.now + about, Event::Rekey { again: false });
+        }
         match fault {
             Fault::Crash { host, outputs, .. } => {
                 let paused = self.hosts[host].paused;
@@ -224,6 +287,10 @@ impl World {
                 self.forget_file(fault);
             }
             Fault::Pause { host, .. } => self.hosts[host].paused = true,
+            Fault::Suspend { host, .. } => {
+                self.hosts[host].paused = true;
+                self.hosts[host].suspended = true;
+            }
             Fault::ClockStop { host, .. } => {
                 self.hosts[host].paused = true;
                 self.hosts[host].clock.freeze(self.now);
@@ -268,7 +335,7 @@ impl World {
                 }
                 self.restart(host);
             }
-            Fault::Pause { host, .. } | Fault::ClockStop { host, .. } => self.resume(host),
+            Fault::Pause { host, .. } | Fault::Suspend { host, .. } | Fault::ClockStop { host, .. } => self.resume(host),
             Fault::Cut { link, from, .. } => self.cut(link..link + 1, from, true),
             Fault::CutAll { from, .. } => self.cut(0..self.scene.links, from, true),
             Fault::Uplink { host, .. } => self.uplink(host, true),
@@ -330,8 +397,13 @@ impl World {
         if !self.hosts[host].paused {
             return;
         }
+        if self.net.two_way().is_none() {
+            // Who was away and hears nothing now cannot know what became of its endpoint.
+            self.excuse_partition(Nanos::MAX);
+        }
         let h = &mut self.hosts[host];
         h.paused = false;
+        h.suspended = false;
         if h.stopped_until == Nanos::MAX {
             h.clock.thaw(self.now);
             // ha.md: until it drains its sockets, at most `fence_after` (on a clock that may be slow).
@@ -364,7 +436,7 @@ impl World {
         let two_way = self.net.two_way().is_some();
         self.deaf_since = if two_way { None } else { self.deaf_since.or(Some(self.now)) };
         // Who has never been in contact cannot come into it now.
-        let strangers = self.hosts.iter().take(2).any(|host| host.process.as_ref().is_none_or(|p| p.keys == 0));
+        let strangers = (0..2).any(|host| self.is_stranger(host));
         if self.net.partitioned() || (!two_way && strangers) {
             self.excuse_partition(Nanos::MAX);
         } else if before || two_way {
@@ -373,6 +445,12 @@ impl World {
         if works {
             self.thaw_stream();
         }
+    }
+
+    /// Its process has not met the other's.
+    fn is_stranger(&self, host: usize) -> bool {
+        let h = &self.hosts[host];
+        h.process.as_ref().is_none_or(|p| !p.gateway.pair().status(h.local(self.now)).joined)
     }
 
     fn settle_partition(&mut self) {

@@ -149,6 +149,8 @@ pub struct Host {
     pub up: bool,
     /// Nothing on it runs (SIGSTOP of the daemon, or the hypervisor).
     pub paused: bool,
+    /// Paused so that what arrives meanwhile is lost (suspended).
+    pub suspended: bool,
     /// The hypervisor's pause or its aftermath: the fence may be open although the other took over.
     pub stopped_until: Nanos,
     /// Its WAN interface works.
@@ -175,6 +177,7 @@ impl Host {
             clock,
             up: true,
             paused: false,
+            suspended: false,
             stopped_until: 0,
             wan_up: true,
             closing_until: 0,
@@ -264,6 +267,7 @@ impl Host {
     pub fn reboot(&mut self, now: Nanos, dice: &mut Dice) {
         self.up = true;
         self.paused = false;
+        self.suspended = false;
         self.clock = boot_clock(now, dice);
     }
 }

@@ -93,7 +93,7 @@ impl Scene {
             links: if dice.chance(850) { 2 } else { 1 },
             home: dice.below(2) as u8,
             pair_initiates: (0..peers).map(|_| dice.chance(500)).collect(),
-            timers: PairTimers { boot_wait: Duration::from_millis(dice.between(500, 2_500)), ..PairTimers::default() },
+            timers: PairTimers { boot_wait: Duration::from_millis(dice.between(1_500, 3_500)), ..PairTimers::default() },
             pair_ike: lifetimes(dice),
             peer_ike: lifetimes(dice),
             ike_proposal: dice.pick(&IKE_PROPOSALS).unwrap_or(IKE_PROPOSALS[0]),

@@ -59,8 +59,8 @@ pub(crate) enum Event {
     Ask,
     /// Inner packets set out.
     Traffic,
-    /// Somebody rekeys.
-    Rekey,
+    /// Somebody rekeys, now and then, or just once.
+    Rekey { again: bool },
     /// A fault begins.
     Fault(Fault),
     /// It ends.
@@ -161,7 +161,7 @@ impl World {
         for host in 0..world.hosts.len() {
             world.start(host)?;
         }
-        for event in [Event::Connect, Event::Ask, Event::Traffic, Event::Rekey, Event::Direct] {
+        for event in [Event::Connect, Event::Ask, Event::Traffic, Event::Rekey { again: true }, Event::Direct] {
             let at = world.dice.us(10, 5_000);
             world.at(at, event);
         }
@@ -189,13 +189,18 @@ impl World {
 
     fn check(&mut self) {
         if self.hosts[0].passes(self.now) && self.hosts[1].passes(self.now) {
-            let stopped = self.hosts.iter().take(2).any(|host| self.now < host.stopped_until);
-            let allowed = stopped || self.now < self.partition_until;
-            self.checks.fences(self.now, allowed);
+            self.overlap();
         }
         for error in log::take_errors() {
             self.checks.violate(if error.contains("digests differ") { 7 } else { 0 }, format!("ERROR in the log: {error}"));
         }
+    }
+
+    /// Both instances pass the fence now.
+    fn overlap(&mut self) {
+        let stopped = self.hosts.iter().take(2).any(|host| self.now < host.stopped_until);
+        let allowed = stopped || self.now < self.partition_until;
+        self.checks.fences(self.now, allowed);
     }
 
     pub(crate) fn at(&mut self, at: Nanos, event: Event) {
@@ -232,6 +237,9 @@ impl World {
             }
             Event::Steered { to, keys, what } => self.steered_arrives(to, keys, what),
             Event::Stream { to, id, sent, item } => self.stream_arrives(to, id, sent, item),
+            Event::StreamUp { to, life, id, link } if self.hosts[to].suspended => {
+                self.at(self.now + 50 * MS, Event::StreamUp { to, life, id, link });
+            }
             Event::StreamUp { to, life, id, link } => {
                 if let Some(p) = self.reads(to)
                     && p.life == life
@@ -246,6 +254,9 @@ impl World {
                 }
             }
             Event::Probed { from, life, link } => self.probed(from, life, link),
+            Event::Tell { host, life, input } if self.hosts[host].suspended => {
+                self.at(self.now + 20 * MS, Event::Tell { host, life, input });
+            }
             Event::Tell { host, life, input } => {
                 if let Some(p) = self.reads(host)
                     && p.life == life
@@ -265,7 +276,7 @@ impl World {
                 self.at(self.now + ASK, Event::Ask);
             }
             Event::Traffic => self.traffic_tick(),
-            Event::Rekey => self.rekey(),
+            Event::Rekey { again } => self.rekey(again),
             Event::Fault(fault) => self.begin(fault),
             Event::End(fault) => self.end(fault),
             Event::Exit { host, life, down } => self.exit(host, life, down),
@@ -276,7 +287,7 @@ impl World {
     /// The process on a host, if the kernel there can put something into its sockets.
     pub(crate) fn reads(&mut self, host: usize) -> Option<&mut Process> {
         let host = &mut self.hosts[host];
-        host.process.as_deref_mut().filter(|_| host.up)
+        host.process.as_deref_mut().filter(|_| host.up && !host.suspended)
     }
 
     /// The control loop wakes up for an input.
@@ -314,6 +325,7 @@ impl World {
 
     /// A datagram leaves a host: everything on the wire passes here.
     pub(crate) fn send_wan(&mut self, host: usize, p: &Process, datagram: Datagram) {
+        self.must_pass(host, p);
         let kind = self.checks.wan(self.now, &datagram, |spi| p.outbound.get(&spi).map(|out| out.key));
         if let Kind::Ike(exchange, id, response) = kind
             && log::verbose()
@@ -328,6 +340,15 @@ impl World {
         }
         for delay in self.net.wan.copies(&mut self.dice).into_iter().flatten() {
             self.at(self.now + delay, Event::Wan(datagram.clone()));
+        }
+    }
+
+    /// Whoever sends for the pair, or delivers, passes the fence.
+    pub(crate) fn must_pass(&mut self, host: usize, p: &Process) {
+        if host < 2 && self.hosts[host].local(self.now) >= p.fence {
+            self.checks.violate(3, "something left outside the fence".into());
+        } else if host < 2 && self.hosts[1 - host].passes(self.now) {
+            self.overlap();
         }
     }
 
@@ -405,7 +426,7 @@ impl World {
         self.at(self.now + pause, Event::Traffic);
     }
 
-    fn rekey(&mut self) {
+    fn rekey(&mut self, again: bool) {
         let host = self.dice.below(self.hosts.len() as u64) as usize;
         let peer = if host >= 2 { host - 2 } else { self.dice.below(self.scene.peers as u64) as usize };
         let (ike, children) = (self.dice.chance(400), self.dice.chance(600));
@@ -414,11 +435,16 @@ impl World {
             p.inbox.push_back(Input::Request(gateway::Request::Rekey { connection, ike, children }));
             self.wake_soon(host);
         }
-        let pause = self.dice.ms(500, 4_000);
-        self.at(self.now + pause, Event::Rekey);
+        if again {
+            let pause = self.dice.ms(300, 3_000);
+            self.at(self.now + pause, Event::Rekey { again });
+        }
     }
 
     fn written(&mut self, host: usize, life: u64, term: Term) {
+        if self.hosts[host].suspended {
+            return self.at(self.now + 20 * MS, Event::Disk { host, life, term });
+        }
         let alive = self.hosts[host].process.as_ref().is_some_and(|p| p.life == life);
         // A write that was under way when the process died may or may not have happened.
         if !self.hosts[host].up || !(alive || self.dice.chance(500)) {
@@ -455,6 +481,10 @@ impl World {
 
     fn stream_arrives(&mut self, to: usize, id: u64, sent: Nanos, item: Item) {
         let from = 1 - to;
+        if self.hosts[to].suspended {
+            // TCP tries again.
+            return self.at(self.now + 100 * MS, Event::Stream { to, id, sent, item });
+        }
         let newest = self.net.stream.as_ref().filter(|stream| stream.id == id);
         let lost = newest.is_some_and(|stream| sent > stream.lost_after[from]) && matches!(item, Item::Frame(_));
         let up = self.hosts[to].up;

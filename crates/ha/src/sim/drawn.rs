@@ -117,7 +117,10 @@ fn proven_death_takes_milliseconds_and_costs_no_jump() {
     let ms = until(&mut world, 50, |world| owner(world) == [1]);
     let (_, own) = last_own(&world);
     assert!(ms <= 20, "{ms} ms");
-    assert_eq!((own.how, own.synced, own.seq_jump, own.quiet_until), (How::ProvenDeath, true, 0, None));
+    assert_eq!(
+        (own.how, own.synced, own.seq_jump, own.quiet_until),
+        (How::ProvenDeath, true, 0, None)
+    );
     assert_eq!(own.term, Term(3), "the next odd one");
 }
 
@@ -318,9 +321,11 @@ fn a_record_lost_at_the_shadow_is_found_and_a_snapshot_forced() {
     let mut world = pair_in_sync(Bug::PutLost);
     world.run_for(3000 * MS);
     assert!(world.ledger.mismatches > 0);
-    let warned = world.ledger.warnings.iter().filter(|(host, w)| {
-        *host == 0 && matches!(w, Warning::DigestMismatch { .. })
-    });
+    let warned = world
+        .ledger
+        .warnings
+        .iter()
+        .filter(|(host, w)| *host == 0 && matches!(w, Warning::DigestMismatch { .. }));
     assert_eq!(warned.count(), 1, "one line a minute");
 }
 
@@ -484,7 +489,7 @@ fn a_lost_term_file_starts_1024_above_what_is_heard() {
 #[test]
 fn different_configs_keep_ownership_and_replicate_nothing() {
     let mut world = World::new(5, 1, Bug::None);
-    world.config_digests = [1, 2];
+    world.tweak = |host, config| config.config_digest = host as u64;
     for host in 0..2 {
         world.fault(Fault::Start { host, lose_terms: false });
     }
@@ -497,6 +502,107 @@ fn different_configs_keep_ownership_and_replicate_nothing() {
     world.fault(Fault::Kill(0));
     world.run_for(50 * MS);
     assert_eq!(owner(&world), [1]);
+}
+
+/// Both start with this change to their configs; returns what they warned of.
+fn refused(tweak: fn(usize, &mut Config)) -> (World, Vec<(usize, Warning)>) {
+    // Left owns already; then right comes with something wrong, and leaves it alone.
+    let mut world = World::new(6, 1, Bug::None);
+    world.tweak = tweak;
+    world.fault(Fault::Start { host: 0, lose_terms: false });
+    world.run_for(1200 * MS);
+    assert_eq!(owner(&world), [0]);
+    world.fault(Fault::Start { host: 1, lose_terms: false });
+    for _ in 0..6000 {
+        world.run_for(MS);
+        assert_eq!(owner(&world), [0]);
+        assert!(open(&world, 0), "no endpoint is lost");
+    }
+    let warnings = world.ledger.warnings.clone();
+    (world, warnings)
+}
+
+#[test]
+fn equal_indices_refuse_the_link_and_every_acquisition() {
+    let (world, warnings) = refused(|_, config| config.index = 0);
+    assert_eq!(
+        warnings,
+        [(0, Warning::EqualIndex(0)), (1, Warning::EqualIndex(0))],
+        "one line each"
+    );
+    assert!(
+        world.ledger.hooks.iter().any(|(host, state, _)| (*host, *state) == (1, HookState::Fault))
+    );
+}
+
+#[test]
+fn equal_names_refuse_the_link_and_every_acquisition() {
+    let (_, warnings) = refused(|_, config| {
+        config.name = "same".into();
+        config.peer_name = "other".into();
+    });
+    assert!(warnings.iter().all(|(_, w)| *w == Warning::EqualName("same".into())));
+    assert_eq!(warnings.len(), 2);
+}
+
+#[test]
+fn a_stranger_is_refused() {
+    let (_, warnings) = refused(|host, config| {
+        if host == 1 {
+            config.name = "stranger".into();
+        }
+    });
+    let (expected, heard) = ("right".to_owned(), "stranger".to_owned());
+    assert!(warnings.contains(&(0, Warning::OtherName { heard, expected })));
+}
+
+#[test]
+fn releases_without_a_common_format_are_refused() {
+    let (_, warnings) = refused(|host, config| {
+        if host == 1 {
+            config.releases = Releases { own: 3, oldest: 2 };
+        }
+    });
+    assert!(warnings.contains(&(0, Warning::OldRelease { ours: (1, 1), theirs: (2, 3) })));
+    assert!(warnings.contains(&(1, Warning::OldRelease { ours: (2, 3), theirs: (1, 1) })));
+}
+
+#[test]
+fn neighbouring_releases_settle_on_the_lower() {
+    let mut world = World::new(7, 1, Bug::None);
+    world.tweak = |host, config| {
+        if host == 1 {
+            config.releases = Releases { own: 2, oldest: 1 };
+        }
+    };
+    for host in 0..2 {
+        world.fault(Fault::Start { host, lose_terms: false });
+    }
+    world.run_for(1500 * MS);
+    assert!(world.converged());
+    for host in 0..2 {
+        let status = world.hosts[host].pair.as_ref().unwrap().status(world.local(host));
+        assert_eq!(status.release, Some(1));
+    }
+}
+
+#[test]
+fn announcements_follow_the_plan() {
+    let mut world = pair_in_sync(Bug::None);
+    world.fault(Fault::Kill(0));
+    until(&mut world, 50, |world| owner(world) == [1]);
+    let mut seen = Vec::new();
+    let before = world.ledger.announces - 1;
+    for ms in 0..6000 {
+        while world.ledger.announces - before > seen.len() {
+            seen.push(ms);
+        }
+        world.run_for(MS);
+    }
+    assert_eq!(seen.len(), 7);
+    for (seen, planned) in seen.iter().zip(config::ANNOUNCE_MS) {
+        assert!((planned..=planned + 3).contains(seen), "{seen} instead of {planned}");
+    }
 }
 
 /// Scenarios that a deliberate bug must fail, where seeds alone would take long to find it.

@@ -30,6 +30,9 @@ pub(super) struct Gateway {
     installed: u64,
 }
 
+/// What a record puts and deletes.
+type Content = (Vec<(u64, Vec<u8>)>, Vec<u64>);
+
 /// What was seen of one endpoint by the world.
 #[derive(Default)]
 struct Seen {
@@ -48,7 +51,7 @@ struct Seen {
 #[derive(Default)]
 pub(super) struct Ledger {
     seen: BTreeMap<u8, Seen>,
-    content: BTreeMap<u64, (Vec<(u64, Vec<u8>)>, Vec<u64>)>,
+    content: BTreeMap<u64, Content>,
     serial: u64,
     pub(super) owns: Vec<(usize, Own)>,
     pub(super) handovers: usize,
@@ -148,7 +151,8 @@ impl World {
                 self.ledger.modes.push((host, mode));
                 let before = self.gw(host, endpoint).mode.replace(mode);
                 // Invariant 4: an owner goes solo only when the other knows, or counts as dead.
-                let contact = self.hosts[host].pair.as_ref().unwrap().status(self.local(host)).contact;
+                let contact =
+                    self.hosts[host].pair.as_ref().unwrap().status(self.local(host)).contact;
                 if (before, mode) == (Some(Mode::Synced), Mode::Solo)
                     && contact
                     && self.solo_unheard(host, endpoint.0)
@@ -519,7 +523,8 @@ impl World {
     /// One owner in sync, one shadow in sync, for every endpoint.
     pub(super) fn converged(&self) -> bool {
         (0..self.endpoints).all(|endpoint| {
-            let (Some(one), Some(two)) = (self.status(0, endpoint), self.status(1, endpoint)) else {
+            let (Some(one), Some(two)) = (self.status(0, endpoint), self.status(1, endpoint))
+            else {
                 return false;
             };
             let pair = match (one.role, two.role) {

@@ -75,11 +75,18 @@ enum Happening {
 pub(super) enum Fault {
     Kill(usize),
     PowerOff(usize),
-    Start { host: usize, lose_terms: bool },
+    Start {
+        host: usize,
+        lose_terms: bool,
+    },
     Pause(usize, Us),
     Resume(usize),
     /// Both links, or one; both directions, or one (the direction towards a host).
-    Cut { link: Option<u8>, towards: Option<usize>, cut: bool },
+    Cut {
+        link: Option<u8>,
+        towards: Option<usize>,
+        cut: bool,
+    },
     Loss(u64),
     Delay(Us, Us),
     /// The stream alone is slow, by up to this.
@@ -152,7 +159,7 @@ pub(super) struct World {
     pub(super) workload: bool,
     /// Percent of switchovers whose counters come too late.
     pub(super) slow_counters: u64,
-    pub(super) config_digests: [u64; 2],
+    pub(super) tweak: fn(usize, &mut Config),
 }
 
 impl World {
@@ -200,7 +207,7 @@ impl World {
             boot_wait: 1000 * MS,
             workload: true,
             slow_counters: 0,
-            config_digests: [7, 7],
+            tweak: |_, _| {},
         };
         world.at(world.now, Happening::Connect);
         world
@@ -264,10 +271,9 @@ impl World {
 
     pub(super) fn config(&self, host: usize) -> Config {
         let names = ["left", "right"];
-        Config {
+        let mut config = Config {
             links: 2,
             boot_wait: Duration::from_micros(self.boot_wait),
-            config_digest: self.config_digests[host],
             endpoints: (0..self.endpoints)
                 .map(|n| EndpointConfig {
                     name: format!("endpoint{n}"),
@@ -275,7 +281,9 @@ impl World {
                 })
                 .collect(),
             ..Config::new(names[host], host as u8, names[1 - host])
-        }
+        };
+        (self.tweak)(host, &mut config);
+        config
     }
 
     pub(super) fn start(&mut self, host: usize, lose_terms: bool) {
@@ -617,9 +625,11 @@ impl World {
     /// Whether heartbeats towards `host` were silent for `us`, now or within the last 300 ms.
     fn silent(&self, host: usize, us: Us) -> bool {
         self.now - self.arrival[host] >= us
-            || self.gaps[host].iter().rev().take(8).any(|(end, gap)| {
-                *gap >= us && self.now - *end < 300 * MS
-            })
+            || self.gaps[host]
+                .iter()
+                .rev()
+                .take(8)
+                .any(|(end, gap)| *gap >= us && self.now - *end < 300 * MS)
     }
 
     /// Whether the pair was, or just now was, in what amounts to a full partition.

@@ -359,8 +359,12 @@ fn collisions_on_a_bad_network() {
                 }
             }
             w.run(Duration::from_secs(45));
-            assert!(w.works("net"), "seed {seed} round {round}\n{:#?}\n{:#?}",
-                w.sides[A].ike.status(w.now), w.sides[B].ike.status(w.now));
+            assert!(
+                w.works("net"),
+                "seed {seed} round {round}\n{:#?}\n{:#?}",
+                w.sides[A].ike.status(w.now),
+                w.sides[B].ike.status(w.now)
+            );
         }
         w.run(Duration::from_secs(90));
         w.assert_tidy();

@@ -102,7 +102,10 @@ fn replays_change_nothing() {
         w.with_side(1 - side, |ike, cx| ike.handle_datagram(cx, t.from, t.to, &t.bytes));
         assert_eq!(w.snapshot(1 - side), before);
         for (_, answer) in &w.sent[sent..] {
-            assert!(all.iter().any(|(_, old)| old.bytes == answer.bytes), "a new answer to a replay");
+            assert!(
+                all.iter().any(|(_, old)| old.bytes == answer.bytes),
+                "a new answer to a replay"
+            );
         }
     }
 }
@@ -167,8 +170,7 @@ fn unprotected_notifies_are_not_believed() {
         NotifyType::INITIAL_CONTACT,
     ] {
         for response in [false, true] {
-            let header =
-                Header { exchange: ExchangeType::INFORMATIONAL, response, ..base };
+            let header = Header { exchange: ExchangeType::INFORMATIONAL, response, ..base };
             let mut forged = MessageBuilder::clear(&header);
             forged.push(&Payload::Notify(Notify::new(kind, &[])));
             let bytes = forged.finish().unwrap();
@@ -209,14 +211,17 @@ fn a_bad_network_only_delays() {
                 w.with_side(n, |ike, cx| ike.handle_timeout(cx));
             }
             up += usize::from(w.works("net"));
-            if dice.next_u32() % 20 == 0 && w.works("net") {
+            if dice.next_u32().is_multiple_of(20) && w.works("net") {
                 let n = dice.next_u32() as usize % 2;
                 w.rekey(n, Target::Children(ConnectionId(0)));
             }
         }
-        assert!(up > 250, "seed {seed}: up for {up} of 300 s {:#?} {:#?}",
+        assert!(
+            up > 250,
+            "seed {seed}: up for {up} of 300 s {:#?} {:#?}",
             w.sides[A].events.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            w.sides[B].events.iter().map(ToString::to_string).collect::<Vec<_>>());
+            w.sides[B].events.iter().map(ToString::to_string).collect::<Vec<_>>()
+        );
         // On a good network it comes to rest.
         w.run(Duration::from_secs(120));
         w.assert_tunnel();

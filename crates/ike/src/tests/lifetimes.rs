@@ -76,9 +76,8 @@ fn a_dead_peer_is_noticed_and_called_again() {
         w.wire.clear();
     }
     assert!(!w.works("net"));
-    let dead = |e: &Event| {
-        matches!(e, Event::Deleted { reason: crate::DeleteReason::PeerDead, .. })
-    };
+    let dead =
+        |e: &Event| matches!(e, Event::Deleted { reason: crate::DeleteReason::PeerDead, .. });
     assert_eq!(w.sides[A].events.iter().filter(|e| dead(e)).count(), 1);
     assert!(w.failure(A).contains("we (192.0.2.2) sent IKE_SA_INIT"), "{}", w.failure(A));
     let (spis, rng) = (Spis { next: 77, ..Spis::default() }, rng(5));
@@ -311,8 +310,8 @@ fn mass_initiation_is_paced() {
     });
     let limit = Limits::default().initiations_per_peer;
     for _ in 0..2000 {
-        let half = w.sides[A].ike.status(w.now).ike_sas.iter()
-            .filter(|s| s.state == "connecting").count();
+        let half =
+            w.sides[A].ike.status(w.now).ike_sas.iter().filter(|s| s.state == "connecting").count();
         assert!(half <= limit);
         w.run(Duration::from_millis(5));
     }
@@ -341,9 +340,8 @@ fn initiations_can_be_held_back() {
 #[test]
 fn the_key_log_is_off_by_default() {
     let w = World::established();
-    let lines = |w: &World| {
-        w.sides[A].events.iter().filter(|e| matches!(e, Event::KeyLog(_))).count()
-    };
+    let lines =
+        |w: &World| w.sides[A].events.iter().filter(|e| matches!(e, Event::KeyLog(_))).count();
     assert_eq!(lines(&w), 0);
     let mut w = World::tuned(|_, c| c.keylog = true);
     w.initiate(A);

@@ -31,7 +31,9 @@ fn another_secret() {
         "c: authentication failed: the peer (192.0.2.1) sent an AUTH for IDi gw0.example made with \
          another pre-shared key; would have matched: the same pre-shared key on both sides"
     );
-    assert!(w.failure(A).contains("we (192.0.2.2) sent IDi gw0.example asking for IDr gw1.example"));
+    assert!(
+        w.failure(A).contains("we (192.0.2.2) sent IDi gw0.example asking for IDr gw1.example")
+    );
     assert!(w.failure(A).contains("AUTHENTICATION_FAILED"));
     // The half-open remains of it go away.
     w.run(Duration::from_secs(31));
@@ -111,8 +113,14 @@ fn another_secret_on_the_way_back() {
     w.with_side(A, |ike, cx| ike.activate(cx, Term(2), Doubt::None).unwrap());
     w.settle();
     nothing_up(&w);
-    assert!(w.failure(A).contains("the peer (192.0.2.2) sent IDr gw1.example; would have matched: \
-         remote_id someone.else"), "{}", w.failure(A));
+    assert!(
+        w.failure(A).contains(
+            "the peer (192.0.2.2) sent IDr gw1.example; would have matched: \
+         remote_id someone.else"
+        ),
+        "{}",
+        w.failure(A)
+    );
     assert!(w.failure(B).contains("AUTHENTICATION_FAILED"));
 }
 
@@ -201,9 +209,8 @@ fn a_refused_child_is_asked_for_again() {
             c.children[0].remote_ts = ts("10.9.0.0/24");
         }
     });
-    let count = |w: &World| {
-        w.sides[B].events.iter().filter(|e| matches!(e, Event::Failed(_))).count()
-    };
+    let count =
+        |w: &World| w.sides[B].events.iter().filter(|e| matches!(e, Event::Failed(_))).count();
     w.run(Duration::from_secs(120));
     assert!((4..12).contains(&count(&w)), "{}", count(&w));
 }
@@ -230,10 +237,10 @@ fn narrowing() {
     });
     w.assert_tidy();
     let sa = w.sides[B].plane.sender("net").unwrap();
-    assert_eq!((&sa.local_ts, &sa.remote_ts), (
-        &ts("10.2.0.0/24"),
-        &ts("10.1.0.128/25 10.1.0.0/25")
-    ));
+    assert_eq!(
+        (&sa.local_ts, &sa.remote_ts),
+        (&ts("10.2.0.0/24"), &ts("10.1.0.128/25 10.1.0.0/25"))
+    );
 }
 
 // RFC 7296 §2.9: first selectors that come from a packet choose among children.
@@ -353,8 +360,11 @@ fn limits_of_half_open_sas() {
         w.sent[before..].iter().map(|(_, t)| t.bytes.clone()).next()
     };
     let is_cookie = |answer: &Option<Vec<u8>>| {
-        wire::ike::Message::parse(answer.as_ref().unwrap()).unwrap().payloads
-            .notify(wire::ike::NotifyType::COOKIE).is_some()
+        wire::ike::Message::parse(answer.as_ref().unwrap())
+            .unwrap()
+            .payloads
+            .notify(wire::ike::NotifyType::COOKIE)
+            .is_some()
     };
     for n in 0..3 {
         assert!(!is_cookie(&flood(&mut w, "192.0.2.1", n)), "{n}");

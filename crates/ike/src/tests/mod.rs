@@ -7,8 +7,10 @@
 mod collisions;
 mod establish;
 mod faults;
+mod golden;
 mod lifetimes;
 mod mismatch;
+mod puppet;
 mod takeover;
 
 use core::{net::SocketAddr, time::Duration};
@@ -184,11 +186,9 @@ pub(crate) struct World {
 fn describe(ops: &[ChildOp]) -> Vec<String> {
     ops.iter()
         .map(|op| match op {
-            ChildOp::Install(sa) => format!(
-                "{op:?} {:x?} {:x?}",
-                sa.keymat_in.expose(),
-                sa.keymat_out.expose()
-            ),
+            ChildOp::Install(sa) => {
+                format!("{op:?} {:x?} {:x?}", sa.keymat_in.expose(), sa.keymat_out.expose())
+            }
             op => format!("{op:?}"),
         })
         .collect()
@@ -332,7 +332,12 @@ impl World {
         self.with_side(n, |ike, cx| ike.handle_datagram(cx, from, to, &bytes));
     }
 
-    fn translate(&self, to_side: usize, from: SocketAddr, to: SocketAddr) -> (SocketAddr, SocketAddr) {
+    fn translate(
+        &self,
+        to_side: usize,
+        from: SocketAddr,
+        to: SocketAddr,
+    ) -> (SocketAddr, SocketAddr) {
         match (self.nat_port, to_side) {
             (Some(port), B) => (SocketAddr::new(from.ip(), port + from.port() % 2), to),
             (Some(port), _) => {
@@ -465,11 +470,11 @@ impl World {
     }
 
     pub(crate) fn failure(&self, n: usize) -> String {
-        let failed = self.sides[n].events.iter().filter_map(|e| match e {
+        let mut failed = self.sides[n].events.iter().filter_map(|e| match e {
             Event::Failed(failure) => Some(failure.to_string()),
             _ => None,
         });
-        failed.last().unwrap_or_default()
+        failed.next_back().unwrap_or_default()
     }
 
     /// The owner of a side dies; its shadow takes over, with a new empty shadow

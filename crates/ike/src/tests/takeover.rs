@@ -82,10 +82,15 @@ fn a_takeover_at_every_message_boundary() {
                     // No establishment began anew: the peer's SAs of that moment
                     // went only by rekeying.
                     let failed = w.sides[1 - side].events.iter().any(|e| {
-                        matches!(e, Event::Failed(_)) || matches!(e, Event::Deleted {
-                            reason: crate::DeleteReason::PeerDead
-                                | crate::DeleteReason::InitialContact, ..
-                        })
+                        matches!(e, Event::Failed(_))
+                            || matches!(
+                                e,
+                                Event::Deleted {
+                                    reason: crate::DeleteReason::PeerDead
+                                        | crate::DeleteReason::InitialContact,
+                                    ..
+                                }
+                            )
                     });
                     assert!(!failed, "{name}, side {side}, boundary {boundary}: {spis:?}");
                     w.assert_tidy();
@@ -134,10 +139,7 @@ fn terms_never_repeat() {
     let now = w.now;
     let side = &mut w.sides[A];
     let mut cx = Context { now, rng: &mut side.rng, spis: &mut side.spis };
-    assert_eq!(
-        side.ike.activate(&mut cx, term, Doubt::None),
-        Err(crate::ActivateError::OldTerm)
-    );
+    assert_eq!(side.ike.activate(&mut cx, term, Doubt::None), Err(crate::ActivateError::OldTerm));
     assert!(!side.ike.is_active());
     side.ike.activate(&mut cx, Term(term.0 + 2), Doubt::None).unwrap();
     // The IV of the next message shows the term.
@@ -215,7 +217,10 @@ fn in_doubt_a_new_ike_sa_is_made_before_the_old_one_goes() {
     while !w.wire.is_empty() {
         // (A sends on the new one as soon as it answers IKE_AUTH, one flight
         // before B can receive: RFC 7296 §2.8 allows it.)
-        assert!(w.sides.iter().all(|s| s.plane.sas.contains_key(&EspSpi(0x0010_0001))) || w.works("net"));
+        assert!(
+            w.sides.iter().all(|s| s.plane.sas.contains_key(&EspSpi(0x0010_0001)))
+                || w.works("net")
+        );
         let flight = w.lose();
         w.deliver(flight);
     }
@@ -223,9 +228,10 @@ fn in_doubt_a_new_ike_sa_is_made_before_the_old_one_goes() {
     w.assert_tidy();
     assert_ne!(w.child(B), old);
     for n in [A, B] {
-        assert!(!w.sides[n].events.iter().any(|e| matches!(e, Event::Deleted {
-            reason: crate::DeleteReason::InitialContact, ..
-        })));
+        assert!(!w.sides[n].events.iter().any(|e| matches!(
+            e,
+            Event::Deleted { reason: crate::DeleteReason::InitialContact, .. }
+        )));
     }
 }
 
@@ -350,13 +356,7 @@ fn bad_records_are_refused_whole() {
     let mut renamed = config(A);
     renamed.connections[0].name = "d".to_owned();
     let mut other = Endpoint::new(renamed);
-    assert_eq!(
-        other.apply(zero, &records, &[]).unwrap_err(),
-        crate::RecordError::Connection
-    );
+    assert_eq!(other.apply(zero, &records, &[]).unwrap_err(), crate::RecordError::Connection);
     let mut own = w;
-    assert_eq!(
-        own.sides[A].ike.apply(zero, &records, &[]).unwrap_err(),
-        crate::RecordError::Owner
-    );
+    assert_eq!(own.sides[A].ike.apply(zero, &records, &[]).unwrap_err(), crate::RecordError::Owner);
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use gateway::{Answer, Output};
 use netio::clock::{Timer, boottime};
 use netio::route::LinkEvent as InterfaceEvent;
-use tokio::io::unix::AsyncFd;
+use netio::wake::AsyncEvent;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{debug, error, info, warn};
@@ -67,7 +67,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
     let mut terminate = signal(SignalKind::terminate()).map_err(fail("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(fail("signals"))?;
     let mut timer = Timer::new().map_err(fail("timer"))?;
-    let wake = AsyncFd::new(parts.worker.event().clone()).map_err(fail("worker"))?;
+    let wake = AsyncEvent::new(parts.worker.event().clone()).map_err(fail("worker"))?;
     let (done, mut results) = mpsc::unbounded_channel();
     let mut parts = parts;
     let mut link_events = parts.link_events.take();
@@ -84,8 +84,9 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
     control.uplinks().await;
     sd_notify::notify(false, &[sd_notify::NotifyState::Ready]).map_err(fail("systemd"))?;
     loop {
-        control.drain(&mut link_events, &mut results)?;
+        // Read before the sockets are: the turn vouches that all that came until then was seen.
         let now = boottime();
+        control.drain(&mut link_events, &mut results)?;
         control.parts.gateway.handle_turn(now);
         control.carry_out()?;
         if control.stopped(now) {
@@ -102,11 +103,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
             _ = terminate.recv() => control.stop(),
             _ = interrupt.recv() => control.stop(),
             event = next_event(&mut link_events) => control.link_event(event),
-            guard = wake.readable() => {
-                let mut guard = guard.map_err(fail("worker"))?;
-                control.parts.worker.event().clear();
-                guard.clear_ready();
-            }
+            woken = wake.wait() => woken.map_err(fail("worker"))?,
             result = timer.expired() => result.map_err(fail("timer"))?,
             () = readable(&control.parts.places) => {}
             call = control.parts.calls.recv() => if let Some(call) = call { control.request(call) },
@@ -424,11 +421,11 @@ impl Control {
     /// A planned stop: endpoints go to the other instance first.
     fn stop(&mut self) {
         if self.stopping.is_none() {
-            info!("stopping: handing the endpoints over");
+            info!("stopping: endpoints go to the other instance, or their peers are told");
             let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
             let now = boottime();
             self.stopping = Some(now + HAND_OVER);
-            self.parts.gateway.handle_request(now, u64::MAX - 1, &gateway::Request::Failover { endpoint: None });
+            self.parts.gateway.leave(now);
         }
     }
 
@@ -439,7 +436,8 @@ impl Control {
             self.stopping = Some(now + STRAGGLERS);
             return false;
         }
-        if now < deadline {
+        let told = !self.parts.gateway.owns_nothing() && !self.parts.gateway.has_tunnels(now);
+        if now < deadline && !told {
             return false;
         }
         self.parts.gateway.goodbye(now);

@@ -47,6 +47,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         play: large_packets,
     },
     Scenario {
+        name: "independent-eye",
+        about: "tshark decrypts IKE and ESP with our key log",
+        play: independent_eye,
+    },
+    Scenario {
         name: "wan-is-clean",
         about: "captures: no IV repeats, nothing in clear",
         play: wan_is_clean,
@@ -406,5 +411,38 @@ fn wan_is_clean(lab: &Lab<'_>) -> Result<String> {
     Ok(format!(
         "{} protected datagrams: 0 IV repeats; 0 in clear, also before the tunnel and after SIGKILL",
         ivs.checked
+    ))
+}
+
+fn independent_eye(lab: &Lab<'_>) -> Result<String> {
+    let keylog = lab.run.subdir("keylog")?;
+    let folder = keylog.to_string_lossy().into_owned();
+    let mut stage = single_with(lab, &Config::single(), &[conn()], "", &["--keylog", &folder])?;
+    let capture = Capture::start(lab.run, &stage.net.wan, "br0", "udp", 2048)?;
+    stage.peer_up()?;
+    stage.ping_both()?;
+    let before = stage.peer.spis()?;
+    stage.peer.rekey_child("net")?;
+    wait::until("a rekeyed child", PATIENCE, TICK, || {
+        Ok((before.changed(&stage.peer.spis()?) >= 2).then_some(()))
+    })?;
+    stage.ping_both()?;
+    stage.daemon.tandem(&["rekey", "branch", "--ike"])?;
+    stage.net.lhost.ping(net::RHOST, 20, PATIENCE)?;
+    let recording = capture.stop()?;
+    let seen = crate::capture::tshark(recording.path(), &keylog)?;
+    ensure(seen.esp >= 40 && seen.esp_opened == seen.esp, || format!("tshark: {seen:?}"))?;
+    ensure(
+        ["gw.example", "branch.example"]
+            .iter()
+            .all(|id| seen.identities.iter().any(|seen| seen == id)),
+        || format!("tshark read these identities in IKE_AUTH: {:?}", seen.identities),
+    )?;
+    stage.check_clean()?;
+    Ok(format!(
+        "{} of {} ESP packets opened, identities {}",
+        seen.esp_opened,
+        seen.esp,
+        seen.identities.join(", ")
     ))
 }

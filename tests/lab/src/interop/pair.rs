@@ -602,7 +602,7 @@ fn mismatch(lab: &Lab<'_>) -> Result<String> {
     type Spoil = fn(&mut Config);
     let spoils: [(&str, Spoil); 2] = [
         ("secret", |config| config.secret = Some("f".repeat(64))),
-        ("configuration", |config| config.branch().children[0].local_ts.push("10.9.0.0/24".into())),
+        ("config", |config| config.branch().children[0].local_ts.push("10.9.0.0/24".into())),
     ];
     for (what, spoil) in spoils {
         let net = crate::net::Net::build(lab.run)?;

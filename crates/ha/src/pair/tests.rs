@@ -1,0 +1,402 @@
+//! The face at close quarters: two pairs over a perfect wire, frame by frame, and hostile bytes.
+
+use super::*;
+use crate::codec::Record;
+use crate::{EndpointConfig, Mode, Role};
+use proptest::prelude::*;
+
+const E: EndpointId = EndpointId(0);
+
+fn config(index: u8) -> Config {
+    let names = ["left", "right"];
+    let other = names[usize::from(1 - index)];
+    Config {
+        endpoints: vec![EndpointConfig { name: "main".into(), home_is_me: index == 0 }],
+        ..Config::new(names[usize::from(index)], index, other)
+    }
+}
+
+/// Two instances on one clock; what each sends is kept, to be delivered or looked at.
+struct Wire {
+    now: Duration,
+    pairs: [Pair; 2],
+    sent: [Vec<Transmit>; 2],
+    events: [Vec<Event>; 2],
+    install: bool,
+    confirm: bool,
+}
+
+impl Wire {
+    fn new() -> Wire {
+        let now = Duration::from_secs(100);
+        let pair = |index| Pair::new(config(index), now, 40 + u64::from(index), &[Some(Term(0))]);
+        let pairs = [pair(0).unwrap(), pair(1).unwrap()];
+        let mut wire = Wire {
+            now,
+            pairs,
+            sent: Default::default(),
+            events: Default::default(),
+            install: true,
+            confirm: true,
+        };
+        for pair in &mut wire.pairs {
+            pair.handle_stream_up(now, LinkId(0));
+        }
+        wire.run(200);
+        wire
+    }
+
+    fn synced() -> Wire {
+        let wire = Wire::new();
+        assert_eq!(wire.role(0), Role::Owner(Mode::Synced));
+        assert_eq!(wire.role(1), Role::Shadow { synced: true });
+        wire
+    }
+
+    fn role(&self, host: usize) -> Role {
+        self.pairs[host].status(self.now).endpoints[0].role
+    }
+
+    fn drain(&mut self, host: usize) {
+        while let Some(event) = self.pairs[host].poll_event() {
+            match &event {
+                Event::Reserve { endpoint, up_to } => {
+                    self.pairs[host].handle_reserved(self.now, *endpoint, *up_to);
+                }
+                Event::Apply { endpoint, id, .. } if self.install => {
+                    self.pairs[host].applied(self.now, *endpoint, *id);
+                }
+                Event::Mode { endpoint, mode: Mode::Syncing(id) } if self.confirm => {
+                    self.pairs[host].confirm_ceilings(self.now, *endpoint, *id);
+                }
+                _ => {}
+            }
+            self.events[host].push(event);
+        }
+        while let Some(transmit) = self.pairs[host].poll_transmit() {
+            self.sent[host].push(transmit);
+        }
+    }
+
+    /// Delivers everything both have sent.
+    fn deliver(&mut self) {
+        for host in 0..2 {
+            self.drain(host);
+        }
+        for from in 0..2 {
+            for transmit in core::mem::take(&mut self.sent[from]) {
+                let to = &mut self.pairs[1 - from];
+                match transmit {
+                    Transmit::Heartbeat { link, bytes } => {
+                        to.handle_heartbeat(self.now, link, &bytes)
+                    }
+                    Transmit::Frame(bytes) => to.handle_frame(self.now, &bytes),
+                    Transmit::Probe { .. } | Transmit::CloseStream { .. } => {}
+                }
+            }
+        }
+    }
+
+    /// Milliseconds pass, with a perfect wire.
+    fn run(&mut self, ms: u64) {
+        for _ in 0..ms {
+            self.deliver();
+            self.now += Duration::from_millis(1);
+            for pair in &mut self.pairs {
+                pair.handle_turn(self.now);
+            }
+        }
+        self.deliver();
+    }
+
+    fn frames(&mut self, host: usize) -> Vec<Frame> {
+        self.drain(host);
+        core::mem::take(&mut self.sent[host])
+            .into_iter()
+            .filter_map(|transmit| match transmit {
+                Transmit::Frame(bytes) => Some(codec::frame(&bytes).unwrap()),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn put(&mut self, key: u64, value: Vec<u8>) -> Result<Position, AppendError> {
+        let puts = vec![(key, Value::new(value))];
+        self.pairs[0].append(self.now, E, Batch { puts, deletes: Vec::new() })
+    }
+
+    fn acked(&mut self) -> Vec<Position> {
+        let acked = |event| match event {
+            Event::Acked { position, .. } => Some(position),
+            _ => None,
+        };
+        core::mem::take(&mut self.events[0]).into_iter().filter_map(acked).collect()
+    }
+}
+
+#[test]
+fn a_record_is_acknowledged_only_when_installed() {
+    let mut wire = Wire::synced();
+    wire.acked();
+    wire.install = false;
+    let position = wire.put(7, b"state".to_vec()).unwrap();
+    wire.run(5);
+    assert_eq!(wire.pairs[1].value(E, 7).map(|v| v.to_vec()), Some(b"state".to_vec()));
+    assert_eq!(wire.acked(), []);
+    let id = wire.events[1].iter().rev().find_map(|event| match event {
+        Event::Apply { id, .. } => Some(*id),
+        _ => None,
+    });
+    wire.pairs[1].applied(wire.now, E, id.unwrap());
+    wire.run(2);
+    assert_eq!(wire.acked(), [position]);
+}
+
+#[test]
+fn in_solo_every_record_is_acknowledged_at_once() {
+    let now = Duration::from_secs(5);
+    let lone = Config { lone: true, links: 0, ..config(0) };
+    let mut pair = Pair::new(lone, now, 1, &[None]).unwrap();
+    pair.handle_turn(now);
+    while let Some(event) = pair.poll_event() {
+        if let Event::Reserve { endpoint, up_to } = event {
+            pair.handle_reserved(now, endpoint, up_to);
+        }
+    }
+    pair.handle_turn(now);
+    let events: Vec<Event> = core::iter::from_fn(|| pair.poll_event()).collect();
+    assert!(
+        events.iter().any(|e| matches!(e, Event::Own(own) if own.term == Term(1026))),
+        "{events:?}"
+    );
+    assert!(pair.fence(E) > now, "a lone instance owns at once");
+    let position = pair.append(now, E, Batch { puts: vec![], deletes: vec![1] }).unwrap();
+    assert_eq!(pair.poll_event(), Some(Event::Acked { endpoint: E, position }));
+    assert_eq!(pair.send_side(now, E, SideKind::Acked, vec![1]), None, "nobody to tell");
+    assert!(pair.poll_transmit().is_none());
+}
+
+#[test]
+fn limits_and_roles_are_checked_before_anything_changes() {
+    let mut wire = Wire::synced();
+    let before = wire.pairs[0].status(wire.now).endpoints[0].digest;
+    let huge = vec![0; crate::config::VALUE_MAX + 1];
+    assert_eq!(wire.put(1, huge), Err(AppendError::TooLarge));
+    let two = (0..2).map(|key| (key, Value::new(vec![0; crate::config::BATCH_MAX / 2]))).collect();
+    let batch = Batch { puts: two, deletes: Vec::new() };
+    assert_eq!(wire.pairs[0].append(wire.now, E, batch), Err(AppendError::TooLarge));
+    assert_eq!(wire.pairs[1].append(wire.now, E, Batch::default()), Err(AppendError::NotOwner));
+    assert_eq!(
+        wire.pairs[0].append(wire.now, EndpointId(9), Batch::default()),
+        Err(AppendError::NotOwner)
+    );
+    assert_eq!(wire.pairs[0].status(wire.now).endpoints[0].digest, before);
+    // The largest that is allowed fits a frame.
+    assert!(wire.put(1, vec![0; crate::config::VALUE_MAX]).is_ok());
+    wire.run(2);
+    assert!(wire.pairs[1].value(E, 1).is_some());
+}
+
+#[test]
+fn a_snapshot_flows_in_a_window_and_side_messages_go_ahead_of_its_rest() {
+    let mut wire = Wire::synced();
+    for key in 0..100 {
+        wire.put(key, vec![key as u8; 50_000]).unwrap();
+        wire.run(1);
+    }
+    let digest = wire.pairs[0].status(wire.now).endpoints[0].digest;
+    // The stream breaks and comes back: a snapshot, still in sync.
+    for host in 0..2 {
+        wire.pairs[host].handle_stream_down(wire.now, false);
+        wire.pairs[host].handle_stream_up(wire.now, LinkId(0));
+    }
+    wire.deliver();
+    wire.sent = Default::default();
+    wire.now += Duration::from_millis(1);
+    wire.pairs[0].handle_turn(wire.now);
+    let chunks = wire.frames(0);
+    assert_eq!(chunks.len(), 8, "the window");
+    let position = wire.put(500, b"behind".to_vec()).unwrap();
+    wire.pairs[0].send_side(wire.now, E, SideKind::Acked, b"lease".to_vec()).unwrap();
+    let more = wire.frames(0);
+    assert!(matches!(more.as_slice(), [Frame::Side { .. }]), "ahead of the rest; the record waits");
+    for frame in chunks.into_iter().chain(more) {
+        wire.pairs[1].handle_frame(wire.now, &codec::encode(&frame));
+    }
+    wire.events = Default::default();
+    wire.run(20);
+    assert_eq!(wire.role(0), Role::Owner(Mode::Synced));
+    assert!(wire.acked().contains(&position));
+    assert!(wire.pairs[1].value(E, 500).is_some());
+    assert_ne!(wire.pairs[1].status(wire.now).endpoints[0].digest, digest);
+    assert!(
+        wire.events[1]
+            .iter()
+            .any(|e| matches!(e, Event::Side { bytes, .. } if bytes.0 == b"lease"))
+    );
+}
+
+/// security.md, statement 17: replayed, reordered, cut and duplicated records change nothing.
+#[test]
+fn replayed_reordered_cut_and_doubled_records_change_nothing() {
+    let mut wire = Wire::synced();
+    wire.put(1, b"one".to_vec()).unwrap();
+    let first = wire.frames(0).remove(0);
+    wire.put(2, b"two".to_vec()).unwrap();
+    let second = wire.frames(0).remove(0);
+    let state = |wire: &Wire| {
+        let status = wire.pairs[1].status(wire.now).endpoints[0].clone();
+        (status.position, status.digest)
+    };
+    let before = state(&wire);
+    // Reordered: the second alone is a gap, so a snapshot is asked for and nothing applied.
+    wire.pairs[1].handle_frame(wire.now, &codec::encode(&second));
+    assert_eq!(state(&wire), before);
+    assert!(matches!(wire.frames(1).as_slice(), [Frame::Resync { .. }]));
+    wire.pairs[1].handle_frame(wire.now, &codec::encode(&first));
+    let after = state(&wire);
+    assert_ne!(after, before);
+    wire.frames(1);
+    // Doubled and replayed.
+    for _ in 0..3 {
+        wire.pairs[1].handle_frame(wire.now, &codec::encode(&first));
+    }
+    assert_eq!(state(&wire), after);
+    assert!(wire.frames(1).is_empty());
+    // Cut: the stream is closed, the state stays.
+    let bytes = codec::encode(&second);
+    wire.pairs[1].handle_frame(wire.now, &bytes[..bytes.len() - 1]);
+    assert_eq!(state(&wire), after);
+    wire.drain(1);
+    assert!(wire.sent[1].contains(&Transmit::CloseStream { goodbye: false }));
+    assert_eq!(wire.pairs[1].status(wire.now).malformed, 1);
+}
+
+#[test]
+fn a_shadow_takes_nothing_from_another_term_or_before_hello() {
+    let mut wire = Wire::synced();
+    wire.put(1, b"one".to_vec()).unwrap();
+    let Frame::Record(record) = wire.frames(0).remove(0) else { panic!("a record") };
+    let before = wire.pairs[1].status(wire.now).endpoints[0].clone();
+    for term in [Term(0), Term(1), Term(4)] {
+        let frame = Frame::Record(Record { term, ..record.clone() });
+        wire.pairs[1].handle_frame(wire.now, &codec::encode(&frame));
+    }
+    assert_eq!(wire.pairs[1].status(wire.now).endpoints[0], before);
+    wire.pairs[1].handle_stream_down(wire.now, false);
+    wire.pairs[1].handle_stream_up(wire.now, LinkId(0));
+    wire.pairs[1].handle_frame(wire.now, &codec::encode(&Frame::Record(record)));
+    assert_eq!(wire.pairs[1].status(wire.now).endpoints[0].position, before.position);
+    assert_eq!(wire.pairs[1].status(wire.now).malformed, 1);
+}
+
+#[test]
+fn warnings_come_once_a_minute() {
+    let mut wire = Wire::synced();
+    let count = |wire: &mut Wire| {
+        wire.drain(1);
+        let warnings = wire.events[1].iter().filter(|e| matches!(e, Event::Warning(_)));
+        warnings.count()
+    };
+    for _ in 0..100 {
+        wire.pairs[1].handle_heartbeat(wire.now, LinkId(0), b"rubbish");
+    }
+    assert_eq!(count(&mut wire), 1);
+    wire.now += Duration::from_secs(61);
+    wire.pairs[1].handle_heartbeat(wire.now, LinkId(0), b"rubbish");
+    assert_eq!(count(&mut wire), 2);
+}
+
+#[test]
+fn secrets_are_not_printed() {
+    let secret = b"a secret key of an established SA".to_vec();
+    let batch = Batch { puts: vec![(7, Value::new(secret.clone()))], deletes: vec![8] };
+    let own = Event::Apply { endpoint: E, id: ApplyId(1), position: Position(2), batch };
+    let tail =
+        vec![crate::TailItem { key: 1, value: Some(Value::new(secret.clone())), touched: false }];
+    let counters = Opaque(secret.clone());
+    let texts = [
+        format!("{own:?}"),
+        format!("{:?}", Event::Handover { endpoint: E, tail, counters }),
+        format!("{:?}", Transmit::Frame(Value::new(secret.clone()))),
+        format!("{:?}", crate::How::Grant(Opaque(secret))),
+    ];
+    for text in texts {
+        assert!(!text.contains("97") && !text.contains("secret"), "{text}");
+    }
+}
+
+#[test]
+fn configs_that_cannot_work_are_refused() {
+    let ms = Duration::from_millis;
+    let good = config(0);
+    assert_eq!(good.check(), Ok(()));
+    let fence = Config { fence_after: ms(81), ..good.clone() };
+    assert_eq!(fence.check(), Err(ConfigError::Fence));
+    let short = Config { heartbeat: ms(45), dead_after: ms(200), ..good.clone() };
+    assert_eq!(short.check(), Err(ConfigError::FenceShort));
+    assert_eq!(Config { index: 2, ..good.clone() }.check(), Err(ConfigError::Index(2)));
+    assert_eq!(
+        Config { peer_name: "left".into(), ..good.clone() }.check(),
+        Err(ConfigError::EqualNames)
+    );
+    assert_eq!(Config { links: 0, ..good.clone() }.check(), Err(ConfigError::Links(0)));
+    assert_eq!(Config { links: 9, ..good.clone() }.check(), Err(ConfigError::Links(9)));
+    assert_eq!(Config { heartbeat: ms(0), ..good.clone() }.check(), Err(ConfigError::Heartbeat));
+    let mut twice = good;
+    twice.endpoints.push(twice.endpoints[0].clone());
+    assert_eq!(twice.check(), Err(ConfigError::EqualEndpoints("main".into())));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// No bytes panic, and what is not understood changes no endpoint.
+    #[test]
+    fn random_bytes_change_nothing(inputs in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..80), 1..20)) {
+        let mut wire = Wire::synced();
+        for host in 0..2 {
+            let before = wire.pairs[host].status(wire.now).endpoints;
+            for bytes in &inputs {
+                wire.pairs[host].handle_heartbeat(wire.now, LinkId(bytes.first().copied().unwrap_or(0)), bytes);
+                wire.pairs[host].handle_frame(wire.now, bytes);
+            }
+            prop_assert_eq!(wire.pairs[host].status(wire.now).endpoints, before);
+        }
+    }
+
+    /// Damaged copies of real frames and heartbeats do not panic either, whatever they do.
+    #[test]
+    fn damaged_messages_do_not_panic(damage in prop::collection::vec((any::<u16>(), any::<u8>()), 1..60)) {
+        let mut wire = Wire::synced();
+        wire.put(1, b"one".to_vec()).unwrap();
+        wire.now += Duration::from_millis(20);
+        for pair in &mut wire.pairs {
+            pair.handle_turn(wire.now);
+        }
+        for host in 0..2 {
+            wire.drain(host);
+        }
+        let sent = core::mem::take(&mut wire.sent);
+        for (at, value) in damage {
+            for (host, transmits) in sent.iter().enumerate() {
+                for transmit in transmits {
+                    let (Transmit::Heartbeat { bytes, .. }, to) = (transmit, &mut wire.pairs[1 - host]) else {
+                        if let Transmit::Frame(bytes) = transmit {
+                            let mut bytes = bytes.to_vec();
+                            let n = usize::from(at) % bytes.len();
+                            bytes[n] = value;
+                            wire.pairs[1 - host].handle_frame(wire.now, &bytes);
+                        }
+                        continue;
+                    };
+                    let mut bytes = bytes.clone();
+                    let n = usize::from(at) % bytes.len();
+                    bytes[n] = value;
+                    to.handle_heartbeat(wire.now, LinkId(0), &bytes);
+                }
+            }
+        }
+        wire.run(300);
+    }
+}

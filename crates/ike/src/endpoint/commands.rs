@@ -1,0 +1,199 @@
+//! What an operator or a packet asks of an endpoint.
+
+use wire::id::{ConnectionId, EspSpi, IkeSpi};
+
+use super::{Due, Endpoint, starting::is_live};
+use crate::{
+    Context, Target, child,
+    config::{RemoteAddress, Start},
+    error::Error,
+    established,
+    event::DeleteReason,
+    init,
+    record::Stamp,
+    state::{ChildState, Established, Fate, IkeSa, Phase, Task},
+    step::Step,
+    table::Table,
+};
+
+impl Endpoint {
+    /// Brings a connection up: all its children that are ours to start, or all
+    /// if none is. False if there is no such connection or nowhere to go.
+    pub fn initiate(&mut self, cx: &mut Context<'_>, id: ConnectionId) -> bool {
+        self.held.remove(&id);
+        let Some(conn) = self.registry.by_id(id) else { return false };
+        let mut names: Vec<String> = conn
+            .children
+            .iter()
+            .filter(|c| c.start == Start::Initiate)
+            .map(|c| c.name.clone())
+            .collect();
+        if names.is_empty() {
+            names = conn.children.iter().map(|c| c.name.clone()).collect();
+        }
+        self.bring_up(cx, id, names)
+    }
+
+    /// A packet wants a Child SA that is not up (`start = trap`, or a lost one).
+    pub fn acquire(&mut self, cx: &mut Context<'_>, id: ConnectionId, child: &str) -> bool {
+        let paused = self.due.get(&id).is_some_and(|due| due.at > cx.now);
+        if self.held.contains(&id) || paused {
+            return false;
+        }
+        let allowed = self.registry.by_id(id).is_some_and(|conn| {
+            conn.children.iter().any(|c| c.name == child && c.start != Start::Respond)
+        });
+        allowed && self.bring_up(cx, id, vec![child.to_owned()])
+    }
+
+    fn bring_up(&mut self, cx: &mut Context<'_>, id: ConnectionId, names: Vec<String>) -> bool {
+        if !self.active {
+            return false;
+        }
+        let Some(conn) = self.registry.by_id(id) else { return false };
+        let name = conn.name.clone();
+        let remote = match conn.remote_address {
+            RemoteAddress::Ip(ip) => ip,
+            RemoteAddress::Any => return false,
+        };
+        if self.table.of_connection(&name).any(IkeSa::is_initiating) {
+            return true;
+        }
+        let live = self.table.of_connection(&name).find(|sa| is_live(sa)).cloned();
+        let fresh = !self.doubted.contains(&id);
+        self.due
+            .entry(id)
+            .and_modify(|due| due.tries = due.tries.saturating_add(1))
+            .or_insert(Due { at: cx.now, tries: 1 });
+        let result = match live {
+            Some(sa) => self.step(cx, |step| want_children(step, sa, &names)),
+            None => self.step(cx, |step| {
+                let conn = step.registry.by_id(id).ok_or(Error::NotExpected)?;
+                init::start(step, conn, remote, names, fresh).map(|_| ())
+            }),
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, connection = name, "cannot initiate");
+            return false;
+        }
+        true
+    }
+
+    /// Rekeys at once, or as soon as the window is free. Also for what `esp`
+    /// reports as expiring. False if there is no such SA.
+    pub fn rekey(&mut self, cx: &mut Context<'_>, target: Target) -> bool {
+        let now = Stamp::at(cx.now);
+        self.for_each(cx, target, move |e, child| match child {
+            None => e.rekey_at = now,
+            Some(spi) => {
+                if let Some(c) = e.child_mut(spi).filter(|c| c.state == ChildState::Live) {
+                    c.rekey_at = now;
+                }
+            }
+        })
+    }
+
+    /// Deletes, and tells the peer. A connection stays down until
+    /// [`Endpoint::initiate`] or the peer brings it up.
+    pub fn terminate(&mut self, cx: &mut Context<'_>, target: Target) -> bool {
+        if let Target::Connection(id) = target {
+            self.held.insert(id);
+            let name = self.registry.by_id(id).map(|c| c.name.clone()).unwrap_or_default();
+            let unfinished: Vec<IkeSpi> = self
+                .table
+                .of_connection(&name)
+                .filter(|sa| sa.is_initiating())
+                .map(|sa| sa.spi)
+                .collect();
+            for spi in unfinished {
+                if let Some(sa) = self.table.get(spi).cloned() {
+                    let _ = self
+                        .step(cx, |step| established::drop_sa(step, &sa, DeleteReason::Command));
+                }
+            }
+        }
+        self.for_each(cx, target, |e, child| match child {
+            None => {
+                e.wanted.clear();
+                if e.fate == Fate::Live || e.fate == Fate::Doubtful {
+                    e.fate = Fate::Deleting(DeleteReason::Command);
+                }
+            }
+            Some(spi) => {
+                if let Some(c) = e.child_mut(spi).filter(|c| c.state == ChildState::Live) {
+                    c.state = ChildState::Doomed;
+                }
+            }
+        })
+    }
+
+    /// Marks SAs of a target and lets each begin its next task.
+    fn for_each(
+        &mut self,
+        cx: &mut Context<'_>,
+        target: Target,
+        mark: impl Fn(&mut Established, Option<EspSpi>),
+    ) -> bool {
+        if !self.active {
+            return false;
+        }
+        let of = |table: &Table, name: &str| -> Vec<IkeSpi> {
+            table
+                .of_connection(name)
+                .filter(|sa| sa.established().is_some())
+                .map(|sa| sa.spi)
+                .collect()
+        };
+        let name = |id| self.registry.by_id(id).map(|c| c.name.clone()).unwrap_or_default();
+        let (spis, children): (Vec<IkeSpi>, Option<Vec<EspSpi>>) = match target {
+            Target::Connection(id) => (of(&self.table, &name(id)), None),
+            Target::Children(id) => {
+                let spis = of(&self.table, &name(id));
+                let all = spis.iter().filter_map(|s| self.table.get(*s)).flat_map(IkeSa::children);
+                let children = all.map(|c| c.spi_in).collect();
+                (spis, Some(children))
+            }
+            Target::Ike(spi) => (vec![spi], None),
+            Target::Child(spi) => {
+                (self.table.of_child(spi).map(|sa| sa.spi).into_iter().collect(), Some(vec![spi]))
+            }
+        };
+        let mut any = false;
+        for spi in spis {
+            let Some(mut sa) = self.table.get(spi).cloned() else { continue };
+            let Phase::Established(e) = &mut sa.phase else { continue };
+            match &children {
+                None => mark(e, None),
+                Some(list) => list.iter().for_each(|child| mark(e, Some(*child))),
+            }
+            any = true;
+            let result = self.step(cx, |step| {
+                established::advance(step, &mut sa)?;
+                step.put(sa);
+                Ok(())
+            });
+            if let Err(error) = result {
+                tracing::warn!(%error, %spi, "command could not begin");
+            }
+        }
+        any
+    }
+}
+
+/// Wishes for children of an IKE SA that is up.
+fn want_children(step: &mut Step<'_, '_>, mut sa: IkeSa, names: &[String]) -> Result<(), Error> {
+    let now = step.now();
+    let Phase::Established(e) = &mut sa.phase else { return Err(Error::NotExpected) };
+    let asked = match e.task() {
+        Some(Task::Child(new)) => Some(new.name.clone()),
+        _ => None,
+    };
+    for name in names {
+        if !e.has_live(name) && asked.as_ref() != Some(name) {
+            child::want(e, name, now, 0);
+        }
+    }
+    established::advance(step, &mut sa)?;
+    step.put(sa);
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! The face of replication: a shadow applies records, takes over, hands back.
+
+use core::time::Duration;
+use std::collections::BTreeMap;
+
+use wire::id::{EspSpi, IkeSpi, Term};
+use zeroize::Zeroizing;
+
+use super::Endpoint;
+use crate::{
+    ActivateError, ChildOp, Context, Doubt, established,
+    event::DeleteReason,
+    record::{self, RecordError, Stamp},
+    state::{IkeSa, Phase},
+    sync,
+};
+
+impl Endpoint {
+    /// Applies the records of the owner, in order, each whole. Gives what the
+    /// workers must hold, ready to run. Nothing changes on an error.
+    ///
+    /// # Errors
+    /// See [`RecordError`]; [`RecordError::Owner`] while we own the endpoint.
+    pub fn apply(
+        &mut self,
+        now: Duration,
+        puts: &[(IkeSpi, Zeroizing<Vec<u8>>)],
+        deletes: &[IkeSpi],
+    ) -> Result<Vec<ChildOp>, RecordError> {
+        if self.active {
+            return Err(RecordError::Owner);
+        }
+        let mut changes = BTreeMap::new();
+        for spi in deletes {
+            changes.insert(*spi, None);
+        }
+        for (spi, bytes) in puts {
+            let sa = record::decode(bytes, now)?;
+            if sa.spi != *spi {
+                return Err(RecordError::Key);
+            }
+            if sa.connection.is_some() && self.registry.of(&sa).is_none() {
+                return Err(RecordError::Connection);
+            }
+            changes.insert(*spi, Some(sa));
+        }
+        Ok(self.table.commit(&self.registry, changes))
+    }
+
+    /// Forgets every SA (before a snapshot is applied). Gives what the workers
+    /// must forget.
+    ///
+    /// # Errors
+    /// [`RecordError::Owner`] while we own the endpoint.
+    pub fn clear(&mut self) -> Result<Vec<ChildOp>, RecordError> {
+        if self.active {
+            return Err(RecordError::Owner);
+        }
+        let all: Vec<IkeSpi> = self.table.iter().map(|sa| sa.spi).collect();
+        let changes = all.into_iter().map(|spi| (spi, None)).collect();
+        Ok(self.table.commit(&self.registry, changes))
+    }
+
+    /// Every record as of `now`, its ages fresh.
+    #[must_use]
+    pub fn snapshot(&self, now: Duration) -> Vec<(IkeSpi, Zeroizing<Vec<u8>>)> {
+        self.table.iter().map(|sa| (sa.spi, record::encode(sa, now))).collect()
+    }
+
+    /// All it takes to fill empty workers.
+    #[must_use]
+    pub fn install_all(&self) -> Vec<ChildOp> {
+        self.table.install_all(&self.registry)
+    }
+
+    /// Inbound ESP SPIs in use or reserved, whichever instance chose them: an
+    /// allocator must not hand them out.
+    pub fn esp_spis(&self) -> impl Iterator<Item = EspSpi> + '_ {
+        self.table.esp_spis()
+    }
+
+    /// Makes the shadow the owner in a new term: repeats outstanding requests
+    /// byte for byte, arms timers, starts what is to be up.
+    ///
+    /// # Errors
+    /// [`ActivateError::OldTerm`] unless `term` is above every earlier one.
+    pub fn activate(
+        &mut self,
+        cx: &mut Context<'_>,
+        term: Term,
+        doubt: Doubt,
+    ) -> Result<(), ActivateError> {
+        if self.term.is_some_and(|old| old >= term) {
+            return Err(ActivateError::OldTerm);
+        }
+        // A new term is a new IV space for every key (ha.md).
+        self.ivs.clear();
+        self.term = Some(term);
+        self.active = true;
+        self.due.clear();
+        self.doubted.clear();
+        self.snoozed.clear();
+        self.transitions.clear();
+        let now = cx.now;
+        let spis: Vec<IkeSpi> = self.table.iter().map(|sa| sa.spi).collect();
+        for spi in spis {
+            // The peer may have been heard by the old owner since the record.
+            self.table.adjust(spi, &self.registry, |sa| {
+                if let Phase::Established(e) = &mut sa.phase {
+                    e.heard = Stamp::at(now);
+                }
+            });
+            let Some(sa) = self.table.get(spi).cloned() else { continue };
+            match doubt {
+                Doubt::None => self.repeat(now, &sa, false),
+                Doubt::InDoubt => self.take_over_in_doubt(cx, sa),
+            }
+        }
+        let names: Vec<String> =
+            self.registry.config.connections.iter().map(|c| c.name.clone()).collect();
+        for name in names {
+            self.review(now, &name);
+        }
+        self.start_due(cx);
+        self.arm_keepalives(now);
+        Ok(())
+    }
+
+    fn take_over_in_doubt(&mut self, cx: &mut Context<'_>, sa: IkeSa) {
+        let id = self.registry.of(&sa).map(|c| c.id);
+        let spi = sa.spi;
+        let result = match &sa.phase {
+            // A peer that goes on with it is answered as usual.
+            Phase::InitAnswered(_) | Phase::Closed(_) => Ok(()),
+            // The responder may have answered already: begin anew.
+            Phase::InitSent(_) | Phase::AuthSent(_) => {
+                self.doubted.extend(id);
+                self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::InDoubt))
+            }
+            Phase::Established(_) if sync::is_preferred(&sa) => {
+                self.step(cx, |step| sync::request(step, sa))
+            }
+            Phase::Established(_) => {
+                self.doubted.extend(id);
+                self.step(cx, |step| sync::reestablish(step, sa))
+            }
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, %spi, "takeover in doubt");
+        }
+    }
+
+    /// No longer the owner; the state stays warm as a shadow's. What was not
+    /// polled yet is dropped: it was not committed.
+    pub fn deactivate(&mut self) {
+        self.active = false;
+        self.transitions.clear();
+        self.keepalives.clear();
+        self.due.clear();
+        self.keepalive_at = None;
+    }
+
+    /// No exchange of ours begins before `until` (ha.md, split brain). Answers
+    /// and repetitions go on.
+    pub fn hold_initiations(&mut self, until: Duration) {
+        self.quiet_until = until;
+    }
+}

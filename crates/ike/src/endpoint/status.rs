@@ -1,0 +1,92 @@
+//! The picture of an endpoint for `tandem status`.
+
+use core::time::Duration;
+
+use wire::id::EspSpi;
+
+use super::Endpoint;
+use crate::{
+    event::{ChildStatus, IkeStatus, Status},
+    state::{ChildState, Established, Fate, IkeSa, Phase, Task},
+};
+
+impl Endpoint {
+    /// A picture for `tandem status`.
+    #[must_use]
+    pub fn status(&self, now: Duration) -> Status {
+        let mut status = Status::default();
+        for sa in self.table.iter() {
+            if sa.is_half_open() {
+                status.half_open += 1;
+            } else if !matches!(sa.phase, Phase::Closed(_)) {
+                // A closed one only repeats its last answer.
+                status.ike_sas.push(self.ike_status(sa, now));
+            }
+        }
+        status.ike_sas.sort_by(|a, b| {
+            a.connection.cmp(&b.connection).then(b.age.cmp(&a.age)).then(a.spi.cmp(&b.spi))
+        });
+        status
+    }
+
+    fn ike_status(&self, sa: &IkeSa, now: Duration) -> IkeStatus {
+        let conn = self.registry.of(sa);
+        let e = sa.established();
+        let state = match (&sa.phase, e) {
+            (_, None) => "connecting",
+            (_, Some(e)) => match (e.fate, e.task()) {
+                (Fate::Live, Some(Task::Rekey(_))) => "rekeying",
+                (Fate::Live, Some(Task::Sync(..))) => "synchronising",
+                (Fate::Live, _) => "established",
+                (Fate::Deleting(_), _) => "deleting",
+                (Fate::Replaced(_), _) => "replaced",
+                (Fate::Rival(..), _) => "rekeying",
+                (Fate::Doubtful, _) => "in doubt",
+            },
+        };
+        let connection = sa.connection.clone().unwrap_or_default();
+        let senders = self.table.sending(&connection);
+        IkeStatus {
+            connection: sa.connection.clone(),
+            spi: sa.spi,
+            peer_spi: sa.peer_spi,
+            state,
+            initiator: sa.initiator,
+            local: sa.path.local,
+            remote: sa.path.remote,
+            local_id: conn.map(|c| c.local_id.to_string()),
+            remote_id: conn.map(|c| c.remote_id.to_string()),
+            suite: e.map(|e| e.suite().to_string()),
+            age: sa.since.age(now),
+            rekey_in: e.map(|e| e.rekey_at.until(now)),
+            heard: e.map(|e| e.heard.age(now)),
+            nat: (sa.path.nat_here, sa.path.nat_there),
+            children: sa
+                .children()
+                .iter()
+                .map(|c| ChildStatus {
+                    name: c.name.clone(),
+                    spi_in: c.spi_in,
+                    spi_out: c.spi_out,
+                    state: match c.state {
+                        ChildState::Retired(_) => "retired",
+                        ChildState::Doomed => "deleting",
+                        ChildState::Live if rekeying(e, c.spi_in) => "rekeying",
+                        ChildState::Live if senders.contains(&c.spi_in) => "installed",
+                        ChildState::Live => "receiving",
+                    },
+                    suite: c.suite().to_string(),
+                    udp_encap: sa.path.encap,
+                    local_ts: c.local_ts.clone(),
+                    remote_ts: c.remote_ts.clone(),
+                    age: c.since.age(now),
+                    rekey_in: (c.state == ChildState::Live).then(|| c.rekey_at.until(now)),
+                })
+                .collect(),
+        }
+    }
+}
+
+fn rekeying(e: Option<&Established>, spi_in: EspSpi) -> bool {
+    matches!(e.and_then(|e| e.task()), Some(Task::Child(new)) if new.rekeys == Some(spi_in))
+}
