@@ -276,6 +276,11 @@ impl Pair {
             self.each(now, Endpoint::peer_restarted);
         }
         self.each(now, Endpoint::handle_claims);
+        for endpoint in &mut self.endpoints {
+            if !matches!(endpoint.role, Role::Owner(_)) {
+                endpoint.notify(HookState::Backup, &mut self.out);
+            }
+        }
     }
 
     fn handle_joined(&mut self, now: Duration, frame: Frame) {

@@ -296,7 +296,9 @@ fn accept(
             established.children.push(child);
         }
         Err(refusal) => {
-            reply.push(&Payload::Notify(Notify::new(refusal.kind, &refusal.data)));
+            // INVALID_SYNTAX would take the IKE SA with it.
+            let kind = if refusal.fatal { NotifyType::NO_PROPOSAL_CHOSEN } else { refusal.kind };
+            reply.push(&Payload::Notify(Notify::new(kind, &refusal.data)));
         }
     }
     if established.sync {

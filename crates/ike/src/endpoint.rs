@@ -89,6 +89,10 @@ pub struct Endpoint {
     held: BTreeSet<ConnectionId>,
     /// Connections that are re-established without INITIAL_CONTACT.
     doubted: BTreeSet<ConnectionId>,
+    /// IKE SAs taken over in doubt that wait for the quiet time to end.
+    doubtful: BTreeSet<IkeSpi>,
+    /// When an IKE SA last changed under our ownership.
+    used: BTreeMap<IkeSpi, Duration>,
     keepalive_at: Option<Duration>,
     told: BTreeMap<(IpAddr, u8), Duration>,
     snoozed: BTreeMap<IkeSpi, Duration>,
@@ -114,6 +118,8 @@ impl Endpoint {
             due: BTreeMap::new(),
             held: BTreeSet::new(),
             doubted: BTreeSet::new(),
+            doubtful: BTreeSet::new(),
+            used: BTreeMap::new(),
             keepalive_at: None,
             told: BTreeMap::new(),
             snoozed: BTreeMap::new(),
@@ -253,6 +259,7 @@ impl Endpoint {
                 self.tick(cx, spi);
             }
         }
+        self.resolve_doubts(cx);
         self.start_due(cx);
         self.send_keepalives(now);
     }
@@ -373,9 +380,11 @@ impl Endpoint {
             if let Some(new) = new {
                 names.extend(new.connection.clone());
                 nat |= new.path.nat_here;
+                self.used.insert(*spi, now);
             } else {
                 self.ivs.remove(spi);
                 self.snoozed.remove(spi);
+                self.used.remove(spi);
             }
         }
         let mut transition = Transition { transmits: done.transmits, ..Transition::default() };
@@ -446,7 +455,8 @@ impl Endpoint {
             return None;
         }
         let sas = self.table.next_deadline(&self.snoozed);
-        sas.into_iter().chain(self.next_start()).chain(self.keepalive_at).min()
+        let doubts = (!self.doubtful.is_empty()).then_some(self.quiet_until);
+        sas.into_iter().chain(doubts).chain(self.next_start()).chain(self.keepalive_at).min()
     }
 }
 

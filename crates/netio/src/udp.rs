@@ -4,11 +4,16 @@
 //! takeover opens nothing. While the address is absent the kernel refuses to send from it
 //! (EINVAL, newer ones ENETUNREACH): one more fence, counted in [`SendCounters`].
 //!
+//! Datagrams that follow each other with one length, destination and TOS leave as one UDP_SEGMENT send,
+//! which the kernel splits as late as it can: most of what sending costs is then paid once a run. Where
+//! the kernel refuses such a send, that socket sends one by one from then on.
+//!
 //! Outer datagrams leave with DF clear and without path-MTU discovery (IP_PMTUDISC_DONT;
 //! RFC 4301 §8.1 leaves the choice to us): fragmentation is kept rare by the TUN's MTU, a forged
 //! ICMP cannot shrink a path, and a peer behind a silent small-MTU hop stays reachable.
 
 use std::io;
+use std::iter::Peekable;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -100,6 +105,8 @@ pub struct BatchSocket {
     local: SocketAddr,
     recv_tos: bool,
     scratch: Box<Scratch>,
+    /// The kernel takes UDP_SEGMENT here.
+    segmenting: bool,
     counters: SendCounters,
     /// Receive errors other than "nothing there" (pending ICMP errors, mostly).
     receive_errors: u64,
@@ -112,13 +119,17 @@ pub struct UdpSender {
     local: SocketAddr,
 }
 
-/// Room for one TOS control message, aligned as the kernel wants it.
+/// Room for a TOS and a UDP_SEGMENT control message, aligned as the kernel wants it.
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 struct Control([u8; CONTROL]);
 
-/// CMSG_SPACE(sizeof(int)).
-const CONTROL: usize = 24;
+/// CMSG_SPACE(sizeof(int)), which also holds a UDP_SEGMENT's two bytes.
+const SPACE: usize = 24;
+const CONTROL: usize = 2 * SPACE;
+
+/// Most bytes of one segmented send: a UDP datagram over IPv4 (RFC 768, RFC 791).
+const MOST_SEGMENTED: usize = 65_507;
 
 /// The headers of a batch. The pointers inside are set and used within one call only.
 struct Scratch {
@@ -126,6 +137,15 @@ struct Scratch {
     vectors: [libc::iovec; BATCH],
     controls: [Control; BATCH],
     messages: [libc::mmsghdr; BATCH],
+    /// Datagrams in each message, and where the first one's vector stands.
+    runs: [Run; BATCH],
+}
+
+/// Which datagrams make up one message.
+#[derive(Clone, Copy)]
+struct Run {
+    first: usize,
+    count: usize,
 }
 
 // SAFETY: the raw pointers in `vectors` and `messages` are rewritten at the start of every call
@@ -199,6 +219,7 @@ impl BatchSocket {
             local,
             recv_tos: options.recv_tos,
             scratch: Scratch::new(),
+            segmenting: true,
             counters: SendCounters::default(),
             receive_errors: 0,
         })
@@ -236,7 +257,7 @@ impl BatchSocket {
         buffers: impl Iterator<Item = &'a mut [u8]>,
         metas: &mut [RecvMeta],
     ) -> usize {
-        let Scratch { names, vectors, controls, messages } = &mut *self.scratch;
+        let Scratch { names, vectors, controls, messages, .. } = &mut *self.scratch;
         let mut count = 0;
         let slots = names.iter_mut().zip(vectors).zip(controls).zip(messages.iter_mut());
         for ((((name, vector), control), message), buffer) in slots.zip(buffers).take(metas.len()) {
@@ -301,28 +322,53 @@ impl BatchSocket {
         (self.counters.sent - before) as usize
     }
 
-    /// Fills headers from the iterator, gives their number (1..=BATCH).
-    fn fill<'a>(&mut self, items: &mut impl Iterator<Item = SendItem<'a>>) -> usize {
-        let Scratch { names, vectors, controls, messages } = &mut *self.scratch;
+    /// Fills headers from the iterator, a run of equal datagrams into each; gives their number (1..=BATCH).
+    fn fill<'a>(&mut self, items: &mut Peekable<impl Iterator<Item = SendItem<'a>>>) -> usize {
+        let segmenting = self.segmenting;
+        let Scratch { names, vectors, controls, messages, runs } = &mut *self.scratch;
+        let headers = names.iter_mut().zip(controls).zip(messages.iter_mut()).zip(runs.iter_mut());
+        let mut vectors = vectors.iter_mut().enumerate();
         let mut count = 0;
-        let slots = names.iter_mut().zip(vectors).zip(controls).zip(messages.iter_mut());
-        // The slots come first in the zip: the other order would eat an item beyond the batch.
-        for ((((name, vector), control), message), item) in slots.zip(items) {
-            vector.iov_base = item.bytes.as_ptr().cast_mut().cast();
-            vector.iov_len = item.bytes.len();
+        for (((name, control), message), run) in headers {
+            let Some((first, vector)) = vectors.next() else { break };
+            let Some(head) = items.next() else { break };
+            let size = head.bytes.len();
+            *vector = vector_of(&head);
+            *run = Run { first, count: 1 };
             let header = &mut message.msg_hdr;
-            header.msg_namelen = write_address(name, item.to);
-            header.msg_name = std::ptr::from_mut(name).cast();
             header.msg_iov = vector;
-            header.msg_iovlen = 1;
-            if item.tos == 0 {
-                header.msg_control = std::ptr::null_mut();
-                header.msg_controllen = 0;
-            } else {
-                write_tos(control, item.tos, item.to.is_ipv4());
-                header.msg_control = control.0.as_mut_ptr().cast();
-                header.msg_controllen = CONTROL as _;
+            let (mut total, mut last) = (size, size);
+            // The last segment may be shorter, and then it is the last.
+            let fits = |item: &SendItem<'_>, total: usize, last: usize| {
+                segmenting
+                    && last == size
+                    && (1..=size).contains(&item.bytes.len())
+                    && (item.to, item.tos) == (head.to, head.tos)
+                    && total + item.bytes.len() <= MOST_SEGMENTED
+            };
+            while vectors.len() > 0
+                && let Some(item) = items.next_if(|item| fits(item, total, last))
+                && let Some((_, vector)) = vectors.next()
+            {
+                *vector = vector_of(&item);
+                last = item.bytes.len();
+                total += last;
+                run.count += 1;
             }
+            header.msg_iovlen = run.count as _;
+            header.msg_namelen = write_address(name, head.to);
+            header.msg_name = std::ptr::from_mut(name).cast();
+            let mut length = 0;
+            if head.tos != 0 {
+                write_tos(control, head.tos, head.to.is_ipv4());
+                length += SPACE;
+            }
+            if run.count > 1 {
+                write_segment(control, length, size);
+                length += SPACE;
+            }
+            header.msg_control = if length == 0 { std::ptr::null_mut() } else { control.0.as_mut_ptr().cast() };
+            header.msg_controllen = length as _;
             header.msg_flags = 0;
             message.msg_len = 0;
             count += 1;
@@ -345,8 +391,10 @@ impl BatchSocket {
                     libc::MSG_DONTWAIT as _,
                 )
             };
+            let runs = &self.scratch.runs;
             if let Ok(sent @ 1..) = usize::try_from(sent) {
-                self.counters.sent += sent as u64;
+                let datagrams = runs.iter().skip(next).take(sent).map(|run| run.count as u64);
+                self.counters.sent += datagrams.sum::<u64>();
                 next += sent;
                 retried = false;
                 continue;
@@ -355,7 +403,20 @@ impl BatchSocket {
             if error.kind() == io::ErrorKind::Interrupted {
                 continue;
             }
-            match count_error(&mut self.counters, &error, (count - next) as u64) {
+            let run = runs.get(next).copied().unwrap_or(Run { first: 0, count: 0 });
+            let refused = matches!(
+                error.raw_os_error(),
+                Some(libc::EINVAL | libc::EIO | libc::EMSGSIZE | libc::EOPNOTSUPP | libc::ENOPROTOOPT)
+            );
+            if run.count > 1 && refused {
+                // Perhaps it is the segmentation that the kernel does not take: each by itself then.
+                self.send_singly(next, run);
+                next += 1;
+                continue;
+            }
+            let left = runs.iter().take(count).skip(next).map(|run| run.count as u64).sum();
+            let failure = count_error(&mut self.counters, &error, left, run.count as u64);
+            match failure {
                 Failure::Batch => return,
                 Failure::Datagram => next += 1,
                 Failure::Pending if retried => next += 1,
@@ -364,6 +425,31 @@ impl BatchSocket {
             }
         }
     }
+
+    /// Sends the datagrams of one message one by one. If that works, this socket stops segmenting.
+    fn send_singly(&mut self, message: usize, run: Run) {
+        let Scratch { vectors, messages, .. } = &mut *self.scratch;
+        let Some(message) = messages.get_mut(message) else { return };
+        for vector in vectors.iter_mut().skip(run.first).take(run.count) {
+            let header = &mut message.msg_hdr;
+            header.msg_iov = vector;
+            header.msg_iovlen = 1;
+            header.msg_control = std::ptr::null_mut();
+            header.msg_controllen = 0;
+            // SAFETY: as in `send_filled`: one header, its name and one vector, all alive and filled.
+            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
+            if sent >= 0 {
+                self.counters.sent += 1;
+                self.segmenting = false;
+            } else {
+                count_error(&mut self.counters, &io::Error::last_os_error(), 1, 1);
+            }
+        }
+    }
+}
+
+fn vector_of(item: &SendItem<'_>) -> libc::iovec {
+    libc::iovec { iov_base: item.bytes.as_ptr().cast_mut().cast(), iov_len: item.bytes.len() }
 }
 
 /// What a failed send says about the datagrams.
@@ -376,7 +462,8 @@ enum Failure {
     Pending,
 }
 
-fn count_error(counters: &mut SendCounters, error: &io::Error, remaining: u64) -> Failure {
+/// `remaining` datagrams would follow in the call that failed, the first `these` of them in one message.
+fn count_error(counters: &mut SendCounters, error: &io::Error, remaining: u64, these: u64) -> Failure {
     match error.raw_os_error().unwrap_or(0) {
         libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM => {
             counters.full += remaining;
@@ -387,12 +474,12 @@ fn count_error(counters: &mut SendCounters, error: &io::Error, remaining: u64) -
             return Failure::Pending;
         }
         libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::EHOSTDOWN => {
-            counters.unreachable += 1;
+            counters.unreachable += these;
         }
-        libc::EPERM | libc::EACCES => counters.refused_by_host += 1,
-        libc::EINVAL | libc::EADDRNOTAVAIL => counters.not_local += 1,
-        libc::EMSGSIZE => counters.too_large += 1,
-        _ => counters.other += 1,
+        libc::EPERM | libc::EACCES => counters.refused_by_host += these,
+        libc::EINVAL | libc::EADDRNOTAVAIL => counters.not_local += these,
+        libc::EMSGSIZE => counters.too_large += these,
+        _ => counters.other += these,
     }
     Failure::Datagram
 }
@@ -512,6 +599,21 @@ fn write_tos(control: &mut Control, tos: u8, v4: bool) {
     unsafe {
         place.cast::<libc::cmsghdr>().write(header);
         libc::CMSG_DATA(place.cast()).cast::<libc::c_int>().write_unaligned(libc::c_int::from(tos));
+    }
+}
+
+/// Writes the control message that splits one send into datagrams of `size` bytes, `at` bytes into the room.
+fn write_segment(control: &mut Control, at: usize, size: usize) {
+    // SAFETY: CMSG_LEN does arithmetic only.
+    let length = unsafe { libc::CMSG_LEN(size_of::<u16>() as u32) };
+    let header =
+        libc::cmsghdr { cmsg_len: length as _, cmsg_level: libc::SOL_UDP, cmsg_type: libc::UDP_SEGMENT };
+    let Some(place) = control.0.get_mut(at..at + SPACE) else { return };
+    let place = place.as_mut_ptr();
+    // SAFETY: `Control` is 8-aligned, `at` is 0 or SPACE, and SPACE bytes hold a cmsghdr of 16 and two bytes more.
+    unsafe {
+        place.cast::<libc::cmsghdr>().write(header);
+        libc::CMSG_DATA(place.cast()).cast::<u16>().write_unaligned(size as u16);
     }
 }
 

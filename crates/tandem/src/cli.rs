@@ -9,6 +9,7 @@
 //! | `status` | the document of [`gateway::status::Status`] |
 //! | `failover`, `up`, `down`, `rekey` | [`Response`]: `{"result":"failover","moves":[…]}` … |
 //! | `check` | [`CheckAnswer`]: `{"result":"check","ok":false,"problems":[{"line":7,…}],…}` |
+//! | `protect` | `{"result":"protect","text":"…"}` |
 //! | `genkey` | `{"result":"genkey","file":"…"}`, without a file `{"result":"genkey","key":"…"}` |
 //! | `peer-config` | `{"result":"peer-config","connection":"…","format":"swanctl","text":"…"}` |
 //! | any, failing | `{"result":"error","fault":"not-owner","text":"…","hint":"…"}` |
@@ -100,6 +101,15 @@ enum Command {
         #[arg(long)]
         instance: Option<String>,
     },
+    /// Set the rules that keep protected traffic from passing in clear, daemon or no daemon (run at boot)
+    Protect {
+        /// Which instance this is [default: the one named like this host]
+        #[arg(long)]
+        instance: Option<String>,
+        /// Take the rules away instead; protected traffic may then pass in clear
+        #[arg(long, conflicts_with = "instance")]
+        remove: bool,
+    },
     /// Draw a random 256-bit key: as pair secret or pre-shared key
     Genkey {
         /// A new file for it, mode 0600; never overwrites [default: print it]
@@ -174,6 +184,9 @@ enum LocalAnswer<'a> {
         format: &'static str,
         text: &'a str,
     },
+    Protect {
+        text: &'a str,
+    },
 }
 
 /// What a command has to say when it worked.
@@ -244,6 +257,7 @@ fn run(args: Args, colour: bool) -> Result<Answer, Failure> {
         Command::Check { file, instance } => {
             check(file.as_deref().unwrap_or(&args.config), instance, colour)
         }
+        Command::Protect { instance, remove } => protect(&args.config, instance, remove),
         Command::Genkey { file } => genkey(file.as_deref()),
         Command::PeerConfig { connection, format: Format::Swanctl, secrets } => {
             let loaded = load(&args.config)?;
@@ -259,6 +273,32 @@ fn run(args: Args, colour: bool) -> Result<Answer, Failure> {
             Ok(Answer { text, ..answer })
         }
     }
+}
+
+/// Sets or removes the rules that outlive the daemon ([`crate::routing`]).
+fn protect(config: &Path, instance: Option<String>, remove: bool) -> Result<Answer, Failure> {
+    let failed = |error: std::io::Error| {
+        Failure::new(Fault::Failed, format!("rules cannot be changed: {error}")).hint("this needs root")
+    };
+    let loaded = if remove { None } else { Some(load_as(config, Options::here(instance))?) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let text = runtime.block_on(async {
+        let netlink = netio::route::Netlink::open().map_err(failed)?;
+        match loaded {
+            Some(loaded) => {
+                crate::routing::protect(&netlink, &loaded.config).await.map_err(failed)?;
+                let pairs = loaded.config.protected_pairs().len();
+                Ok(format!("{pairs} pair(s) of networks are kept from passing in clear"))
+            }
+            None => {
+                let (routes, rules) = netlink.purge().await.map_err(failed)?;
+                Ok(format!("{routes} route(s) and {rules} rule(s) removed"))
+            }
+        }
+    })?;
+    let value = LocalAnswer::Protect { text: &text };
+    let answer = Answer::new(String::new(), &value)?;
+    Ok(Answer { text, ..answer })
 }
 
 /// The daemon's end of the control socket.
@@ -335,8 +375,10 @@ fn sentence(response: &Response) -> String {
 }
 
 fn load(path: &Path) -> Result<config_file::Loaded, Failure> {
-    let mut options = Options::here(None);
-    options.any_instance = true;
+    load_as(path, Options { any_instance: true, ..Options::here(None) })
+}
+
+fn load_as(path: &Path, options: Options) -> Result<config_file::Loaded, Failure> {
     config_file::load(path, &options).map_err(|error| match error {
         LoadError::Unreadable { .. } => {
             Failure::new(Fault::File, error.to_string()).hint("--config names another file")

@@ -427,7 +427,7 @@ fn unreachable(path: &Path, error: &io::Error) -> Failure {
             Fault::Unreachable,
             format!("tandemd is not running here (nobody listens on {path})"),
         )
-        .hint("start it with `systemctl start tandem`; --socket or --config names another socket"),
+        .hint("start it with `systemctl start tandemd`; --socket or --config names another socket"),
         io::ErrorKind::PermissionDenied => {
             Failure::new(Fault::Denied, format!("no permission to open {path}"))
                 .hint("use sudo, or the user that tandemd runs as")

@@ -6,7 +6,7 @@
 //! | 2 sequence numbers, leases | [`Checks::wan`], [`Checks::sealed`] |
 //! | 3 fence | [`Checks::fences`], after every step |
 //! | 4 message ids | [`Checks::wan`] |
-//! | 5 no SA lost | [`Checks::wan`] (a new IKE_SA_INIT), and the gap in traffic (`director`) |
+//! | 5 no SA lost | [`Checks::wan`] (a new IKE_SA_INIT), [`Checks::healed`], and the gap in traffic (`director`) |
 //! | 6 pinning | holds trivially: one endpoint |
 //! | 7 digests | [`Checks::logs`], byte by byte; `ha`'s own comparison is an ERROR |
 //! | 8 nothing in clear | [`Checks::wan`] |
@@ -71,6 +71,8 @@ pub struct Checks {
     /// By instance: the ceilings it knows, by inbound SPI.
     ceilings: [HashMap<u32, u64>; 2],
     compared: (u64, u64),
+    /// The higher term of two that owned at once.
+    rivals: u64,
 }
 
 /// A hash for comparison of datagrams and keys (FNV-1a, then a finisher).
@@ -226,6 +228,27 @@ impl Checks {
             self.violate(3, "two instances pass the fence".into());
         }
         self.split_at = Some(now);
+    }
+
+    /// A process came or went: what it knew of its rival is gone.
+    pub fn forget_rivals(&mut self) {
+        self.rivals = 0;
+    }
+
+    /// ha.md, "Terms": after a split the winner's term is above both.
+    pub fn healed(&mut self, status: [&ha::EndpointStatus; 2]) {
+        let owners: Vec<u64> =
+            status.iter().filter(|s| matches!(s.role, ha::Role::Owner(_))).map(|s| s.term.0).collect();
+        match owners.as_slice() {
+            [a, b] => self.rivals = self.rivals.max(*a).max(*b),
+            [winner] if status.iter().any(|s| s.role == ha::Role::Shadow { synced: true }) => {
+                if *winner < self.rivals {
+                    self.violate(5, format!("term {winner} won a split against term {}", self.rivals));
+                }
+                self.rivals = 0;
+            }
+            _ => {}
+        }
     }
 
     /// Compares the logs of owner and shadow, where they stand at the same place.

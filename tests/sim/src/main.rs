@@ -105,7 +105,11 @@ fn run_all(args: &Args, bug: Option<sim::bugs::Bug>) -> bool {
 fn catch_all(first: u64, seeds: u64) -> bool {
     let (mut caught, mut missed) = (0, 0);
     for (name, breaks, bug) in sim::bugs::ALL {
-        let found = (first..first + seeds).find_map(|seed| sim::run(seed, Some(*bug)).err().map(|why| (seed, why)));
+        // Caught is what fails with the mistake and passes without it.
+        let found = (first..first + seeds).find_map(|seed| {
+            let why = sim::run(seed, Some(*bug)).err()?;
+            sim::run(seed, None).is_ok().then_some((seed, why))
+        });
         match found {
             Some((seed, (invariant, why))) => {
                 caught += 1;

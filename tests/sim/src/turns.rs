@@ -166,7 +166,10 @@ impl World {
                 let link = usize::from(link.0);
                 self.send_link(host, link, || Event::Heartbeat { to: 1 - host, link, keys, bytes: bytes.clone() });
             }
-            ha::Transmit::Frame(bytes) => self.send_item(host, p, Item::Frame(bytes.to_vec())),
+            ha::Transmit::Frame(bytes) => {
+                self.check_ack(host, p, &bytes);
+                self.send_item(host, p, Item::Frame(bytes.to_vec()));
+            }
             ha::Transmit::Probe { link } => {
                 let delay = self.net.pair.delay(&mut self.dice);
                 let probe = Event::Probed { from: host, life: p.life, link: usize::from(link.0) };
@@ -177,6 +180,21 @@ impl World {
                 if p.stream.take().is_some() {
                     p.inbox.push_back(Input::StreamDown(false));
                 }
+            }
+        }
+    }
+
+    /// ha.md, "Takeover, in order": nothing of the old term is acknowledged by a new owner.
+    fn check_ack(&mut self, host: usize, p: &Process, bytes: &[u8]) {
+        // An acknowledgement is a handful of numbers; everything else may be long.
+        if bytes.len() > 64 {
+            return;
+        }
+        if let Ok(ha::codec::Frame::Ack { term, .. }) = ha::codec::frame(bytes) {
+            let status = p.gateway.pair().status(self.hosts[host].local(self.now));
+            let owned = status.endpoints.first().filter(|s| matches!(s.role, ha::Role::Owner(_)));
+            if owned.is_some_and(|owned| owned.term != term) {
+                self.checks.violate(4, format!("an owner acknowledged a record of the old term {}", term.0));
             }
         }
     }

@@ -210,6 +210,9 @@ impl World {
 
     pub(crate) fn start(&mut self, host: usize) -> Result<(), String> {
         let seed = self.seed;
+        if host < 2 {
+            self.checks.forget_rivals();
+        }
         if host < 2 && self.deaf_since.is_some() {
             // Without a two-way link it can never come into contact: a partition for who starts now.
             self.excuse_partition(Nanos::MAX);
@@ -601,6 +604,9 @@ impl World {
     pub(crate) fn gone(&mut self, host: usize, p: &Process, goodbye: bool) {
         log::set_turn(self.now, host);
         log::say("is gone");
+        if host < 2 {
+            self.checks.forget_rivals();
+        }
         if host >= 2 || !self.hosts[host].up {
             return;
         }
@@ -639,6 +645,7 @@ impl World {
     /// Both logs are compared where they can be.
     pub(crate) fn compare_logs(&mut self) {
         let (Some(a), Some(b)) = (self.pair_status(0), self.pair_status(1)) else { return };
+        self.checks.healed([&a, &b]);
         if let (Some(left), Some(right)) = (&self.hosts[0].process, &self.hosts[1].process) {
             self.checks.logs([left.gateway.pair(), right.gateway.pair()], [&a, &b]);
         }

@@ -37,7 +37,7 @@ impl Endpoint {
     /// A packet wants a Child SA that is not up (`start = trap`, or a lost one).
     pub fn acquire(&mut self, cx: &mut Context<'_>, id: ConnectionId, child: &str) -> bool {
         let paused = self.due.get(&id).is_some_and(|due| due.at > cx.now);
-        if self.held.contains(&id) || paused {
+        if self.held.contains(&id) || paused || cx.now < self.quiet_until {
             return false;
         }
         let allowed = self.registry.by_id(id).is_some_and(|conn| {

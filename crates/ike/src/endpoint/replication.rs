@@ -1,7 +1,7 @@
 //! The face of replication: a shadow applies records, takes over, hands back.
 
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use wire::id::{EspSpi, IkeSpi, Term};
 use zeroize::Zeroizing;
@@ -30,20 +30,9 @@ impl Endpoint {
         if self.active {
             return Err(RecordError::Owner);
         }
-        let mut changes = BTreeMap::new();
-        for spi in deletes {
-            changes.insert(*spi, None);
-        }
-        for (spi, bytes) in puts {
-            let sa = record::decode(bytes, now)?;
-            if sa.spi != *spi {
-                return Err(RecordError::Key);
-            }
-            if sa.connection.is_some() && self.registry.of(&sa).is_none() {
-                return Err(RecordError::Connection);
-            }
-            changes.insert(*spi, Some(sa));
-        }
+        let mut changes: BTreeMap<IkeSpi, Option<IkeSa>> =
+            deletes.iter().map(|spi| (*spi, None)).collect();
+        changes.extend(self.decode_all(now, puts)?.into_iter().map(|(spi, sa)| (spi, Some(sa))));
         Ok(self.table.commit(&self.registry, changes))
     }
 
@@ -99,6 +88,8 @@ impl Endpoint {
         self.active = true;
         self.due.clear();
         self.doubted.clear();
+        self.doubtful.clear();
+        self.used.clear();
         self.snoozed.clear();
         self.transitions.clear();
         let now = cx.now;
@@ -113,9 +104,12 @@ impl Endpoint {
             let Some(sa) = self.table.get(spi).cloned() else { continue };
             match doubt {
                 Doubt::None => self.repeat(now, &sa, false),
-                Doubt::InDoubt => self.take_over_in_doubt(cx, sa),
+                Doubt::InDoubt => {
+                    self.doubtful.insert(spi);
+                }
             }
         }
+        self.resolve_doubts(cx);
         let names: Vec<String> =
             self.registry.config.connections.iter().map(|c| c.name.clone()).collect();
         for name in names {
@@ -124,6 +118,18 @@ impl Endpoint {
         self.start_due(cx);
         self.arm_keepalives(now);
         Ok(())
+    }
+
+    /// Begins the exchanges that end doubts, once exchanges may begin.
+    pub(super) fn resolve_doubts(&mut self, cx: &mut Context<'_>) {
+        if cx.now < self.quiet_until {
+            return;
+        }
+        for spi in core::mem::take(&mut self.doubtful) {
+            if let Some(sa) = self.table.get(spi).cloned() {
+                self.take_over_in_doubt(cx, sa);
+            }
+        }
     }
 
     fn take_over_in_doubt(&mut self, cx: &mut Context<'_>, sa: IkeSa) {
@@ -150,6 +156,69 @@ impl Endpoint {
         }
     }
 
+    /// After a split brain healed (ha.md): takes over the loser's records of IKE
+    /// SAs that have not changed here since `since`, the time of the split, so
+    /// that what happened on the other side is not lost. Yields one transition.
+    /// Gives how many records were taken.
+    ///
+    /// # Errors
+    /// See [`RecordError`]; nothing changes then.
+    pub fn adopt(
+        &mut self,
+        cx: &mut Context<'_>,
+        since: Duration,
+        puts: &[(IkeSpi, Zeroizing<Vec<u8>>)],
+        deletes: &[IkeSpi],
+    ) -> Result<usize, RecordError> {
+        let mut taken = self.decode_all(cx.now, puts)?;
+        let untouched = |spi: &IkeSpi| self.used.get(spi).is_none_or(|at| *at <= since);
+        taken.retain(|spi, _| untouched(spi));
+        let gone: Vec<IkeSpi> = deletes
+            .iter()
+            .filter(|spi| self.table.get(**spi).is_some() && untouched(spi))
+            .copied()
+            .collect();
+        let count = taken.len() + gone.len();
+        // Child SAs may have moved between the IKE SAs concerned; one that would
+        // then stand in two places stays where it was used.
+        let moved: BTreeSet<EspSpi> =
+            taken.values().flat_map(|sa| sa.esp_spis().collect::<Vec<_>>()).collect();
+        let clash = self.table.iter().any(|sa| {
+            !taken.contains_key(&sa.spi)
+                && !gone.contains(&sa.spi)
+                && sa.esp_spis().any(|spi| moved.contains(&spi))
+        });
+        if clash || count == 0 {
+            return Ok(0);
+        }
+        // Nothing in it can fail.
+        let _ = self.step(cx, |step| {
+            taken.into_values().for_each(|sa| step.put(sa));
+            gone.into_iter().for_each(|spi| step.delete(spi));
+            Ok(())
+        });
+        Ok(count)
+    }
+
+    fn decode_all(
+        &self,
+        now: Duration,
+        puts: &[(IkeSpi, Zeroizing<Vec<u8>>)],
+    ) -> Result<BTreeMap<IkeSpi, IkeSa>, RecordError> {
+        let mut all = BTreeMap::new();
+        for (spi, bytes) in puts {
+            let sa = record::decode(bytes, now)?;
+            if sa.spi != *spi {
+                return Err(RecordError::Key);
+            }
+            if sa.connection.is_some() && self.registry.of(&sa).is_none() {
+                return Err(RecordError::Connection);
+            }
+            all.insert(*spi, sa);
+        }
+        Ok(all)
+    }
+
     /// No longer the owner; the state stays warm as a shadow's. What was not
     /// polled yet is dropped: it was not committed.
     pub fn deactivate(&mut self) {
@@ -161,7 +230,7 @@ impl Endpoint {
     }
 
     /// No exchange of ours begins before `until` (ha.md, split brain). Answers
-    /// and repetitions go on.
+    /// and repetitions go on. Call it before [`Endpoint::activate`].
     pub fn hold_initiations(&mut self, until: Duration) {
         self.quiet_until = until;
     }

@@ -222,8 +222,10 @@ fn a_childless_ike_auth_has_its_error() {
     let auth = Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: &mac });
     let bytes = p.seal(ExchangeType::IKE_AUTH, 1, &[Payload::IdI(id.payload()), auth]);
     let answer = say(&mut w, &bytes).unwrap();
-    let (kinds, _) = p.read(&answer);
+    let (kinds, errors) = p.read(&answer);
     assert!(kinds.contains(&PayloadType::AUTH));
+    assert_eq!(errors, [NotifyType::NO_PROPOSAL_CHOSEN]);
+    assert!(established(&w));
     assert!(w.sides[B].plane.sas.is_empty());
 }
 

@@ -360,3 +360,58 @@ fn bad_records_are_refused_whole() {
     let mut own = w;
     assert_eq!(own.sides[A].ike.apply(zero, &records, &[]).unwrap_err(), crate::RecordError::Owner);
 }
+
+// ha.md, split brain: nobody begins an exchange for ten seconds, doubt or not.
+#[test]
+fn doubts_wait_for_the_quiet_time() {
+    let mut w = World::established();
+    let until = w.now + Duration::from_secs(10);
+    w.sides[A].shadow.hold_initiations(until);
+    w.take_over(A, Doubt::InDoubt);
+    assert!(w.wire.is_empty());
+    w.run(Duration::from_millis(9_900));
+    assert!(w.wire.is_empty());
+    // B's requests are answered meanwhile.
+    w.rekey(B, Target::Child(w.child(B)));
+    w.settle();
+    w.assert_tunnel();
+    w.run(Duration::from_secs(60));
+    w.assert_tidy();
+}
+
+// ha.md, healing: A' took over by silence while A lived on and rekeyed with B.
+// A' has not used the IKE SA, so it takes A's records.
+#[test]
+fn the_winner_takes_what_it_has_not_used() {
+    let mut w = World::established();
+    let split = w.now;
+    let old = w.sides[A].shadow.snapshot(split);
+    let mut winner = Endpoint::new(config(A));
+    winner.apply(split, &old, &[]).unwrap();
+    let (mut r, mut spis) = (rng(3), Spis::default());
+    spis.taken = winner.esp_spis().collect();
+    let mut plane = Plane::default();
+    plane.apply(winner.install_all());
+    let mut cx = Context { now: split, rng: &mut r, spis: &mut spis };
+    winner.hold_initiations(split + Duration::from_secs(10));
+    winner.activate(&mut cx, Term(2), Doubt::None).unwrap();
+
+    // The loser goes on: both rekeyings, and the old IKE SA is gone.
+    w.rekey(A, Target::Child(w.child(A)));
+    w.settle();
+    w.rekey(A, Target::Ike(w.ike(A)));
+    w.settle();
+    let tail = w.sides[A].ike.snapshot(w.now);
+    let deletes: Vec<IkeSpi> = old.iter().map(|(spi, _)| *spi).collect();
+
+    let mut cx = Context { now: w.now, rng: &mut r, spis: &mut spis };
+    while winner.poll_transition().is_some() {}
+    cx.spis.release(*plane.sas.keys().next().unwrap());
+    cx.spis.allocate();
+    assert_eq!(winner.adopt(&mut cx, split, &tail, &deletes).unwrap(), tail.len() + 1);
+    let transition = winner.poll_transition().unwrap();
+    plane.apply(transition.children);
+    assert_eq!(plane.sender("net").unwrap().spi_out, w.sides[A].plane.sender("net").unwrap().spi_out);
+    // And a second time nothing: it has changed since.
+    assert_eq!(winner.adopt(&mut cx, split, &old, &[]).unwrap(), 0);
+}

@@ -367,8 +367,11 @@ impl Control {
         });
     }
 
-    fn reply(&mut self, ticket: u64, answer: Answer, purged: bool) {
+    fn reply(&mut self, ticket: u64, mut answer: Answer, purged: bool) {
         let Some(Waiting { request, reply }) = self.waiting.remove(&ticket) else { return };
+        if let (Answer::Status(status), Some(handle)) = (&mut answer, &self.parts.link) {
+            status.counters.pair_drops.extend(handle.counters().drops().map(|(why, n)| (why.to_owned(), n)));
+        }
         let response = answers::response(&request, answer, &self.parts.local, &self.parts.peer, purged);
         // The caller may have left.
         let _ = reply.send(response);

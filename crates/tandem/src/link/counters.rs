@@ -67,6 +67,25 @@ counters! {
     warnings,
 }
 
+impl Snapshot {
+    /// What was dropped or refused, by reason; reasons that never occurred are left out.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        [
+            ("strangers", self.strangers),
+            ("short", self.short),
+            ("unknown", self.unknown),
+            ("other_key", self.other_key),
+            ("forged", self.forged),
+            ("replayed", self.replayed),
+            ("refused_handshakes", self.refused_handshakes),
+            ("broken_handshakes", self.broken_handshakes),
+            ("broken_streams", self.broken_streams),
+        ]
+        .into_iter()
+        .filter(|(_, n)| *n > 0)
+    }
+}
+
 /// One kind of warning's memory.
 #[derive(Debug, Default, Clone, Copy)]
 struct Warned {
