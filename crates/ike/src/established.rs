@@ -353,9 +353,6 @@ fn next(established: &mut Established, conn: &ConnectionConfig, now: Duration, t
         Fate::Deleting(reason) => return Next::DeleteIke(reason),
         Fate::Replaced(at) if at.is_due(now) => return Next::DeleteIke(DeleteReason::Rekeyed),
         Fate::Rival(at, _) if at.is_due(now) => return Next::DeleteIke(DeleteReason::Redundant),
-        Fate::Doubtful if established.expires_at.is_due(now) => {
-            return Next::DeleteIke(DeleteReason::InDoubt);
-        }
         Fate::Replaced(_) | Fate::Rival(..) | Fate::Doubtful => return Next::Nothing,
     }
     if established.expires_at.is_due(now) {
@@ -444,8 +441,12 @@ pub(crate) fn want_again(
     }
 }
 
-/// A new IKE SA is up: those in doubt of the same connection go.
+/// A new IKE SA is up: those in doubt of the same connection go, without a
+/// Delete. Its message id may be one that the old owner used for something else,
+/// and no peer may see two requests with one id (ha.md, invariant 4); the peer
+/// finds out by its own means. What is on its way is still received.
 pub(crate) fn supersede_doubtful(step: &mut Step<'_, '_>, conn: &ConnectionConfig, sa: &IkeSa) {
+    let until = step.now().after(child::LINGER);
     let doubtful: Vec<IkeSa> = step
         .of_connection(&conn.name)
         .into_iter()
@@ -455,11 +456,8 @@ pub(crate) fn supersede_doubtful(step: &mut Step<'_, '_>, conn: &ConnectionConfi
         .collect();
     for mut old in doubtful {
         if let Phase::Established(established) = &mut old.phase {
-            established.fate = Fate::Deleting(DeleteReason::InDoubt);
-            established.request = None;
+            established.expires_at = established.expires_at.min(until);
         }
-        if advance(step, &mut old).is_ok() {
-            step.put(old);
-        }
+        step.put(old);
     }
 }

@@ -94,6 +94,9 @@ pub(crate) fn tick(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Error> 
             step.delete(sa.spi);
             return Ok(());
         }
+        Phase::Established(e) if e.fate == Fate::Doubtful && e.expires_at.is_due(now) => {
+            return established::drop_sa(step, &sa, DeleteReason::InDoubt);
+        }
         Phase::Established(e) => {
             e.children.retain(|c| match c.state {
                 ChildState::Retired(until) => !until.is_due(now),

@@ -8,6 +8,9 @@
 //! which the kernel splits as late as it can: most of what sending costs is then paid once a run. Where
 //! the kernel refuses such a send, that socket sends one by one from then on.
 //!
+//! Likewise UDP_GRO: the kernel may hand over a run of datagrams in one buffer of 64 KB, and [`BatchSocket::recv`]
+//! deals them out to the caller's buffers.
+//!
 //! Outer datagrams leave with DF clear and without path-MTU discovery (IP_PMTUDISC_DONT;
 //! RFC 4301 §8.1 leaves the choice to us): fragmentation is kept rare by the TUN's MTU, a forged
 //! ICMP cannot shrink a path, and a peer behind a silent small-MTU hop stays reachable.
@@ -105,6 +108,7 @@ pub struct BatchSocket {
     local: SocketAddr,
     recv_tos: bool,
     scratch: Box<Scratch>,
+    incoming: Incoming,
     /// The kernel takes UDP_SEGMENT here.
     segmenting: bool,
     counters: SendCounters,
@@ -130,6 +134,63 @@ const CONTROL: usize = 2 * SPACE;
 
 /// Most bytes of one segmented send: a UDP datagram over IPv4 (RFC 768, RFC 791).
 const MOST_SEGMENTED: usize = 65_507;
+
+/// Runs of datagrams in one recvmmsg.
+const RUNS: usize = 32;
+
+/// Room for one run: the largest UDP datagram there is.
+const RUN_ROOM: usize = 1 << 16;
+
+/// One received run: datagrams of `size` bytes, the last perhaps shorter.
+#[derive(Clone, Copy)]
+struct Received {
+    meta: RecvMeta,
+    size: usize,
+}
+
+/// What one recvmmsg brought, and how far it was dealt out. Its memory is allocated once; pages that no run ever
+/// reached stay untouched.
+struct Incoming {
+    room: Box<[u8]>,
+    runs: [Received; RUNS],
+    count: usize,
+    next: usize,
+    /// Into the run at `next`.
+    offset: usize,
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Incoming({} of {} runs dealt)", self.next, self.count)
+    }
+}
+
+impl Incoming {
+    fn new() -> Self {
+        let none = Received { meta: RecvMeta::EMPTY, size: 0 };
+        Self { room: vec![0; RUNS * RUN_ROOM].into_boxed_slice(), runs: [none; RUNS], count: 0, next: 0, offset: 0 }
+    }
+
+    /// The next datagram.
+    fn next(&mut self) -> Option<(&[u8], RecvMeta)> {
+        if self.next >= self.count {
+            return None;
+        }
+        let run = self.runs.get(self.next)?;
+        let room = self.room.get(self.next * RUN_ROOM..(self.next + 1) * RUN_ROOM)?;
+        let whole = room.get(..run.meta.len)?;
+        let end = self.offset.saturating_add(run.size).min(whole.len());
+        let bytes = whole.get(self.offset..end)?;
+        let meta = run.meta;
+        if end >= whole.len() {
+            self.next += 1;
+            self.offset = 0;
+        } else {
+            self.offset = end;
+        }
+        Some((bytes, meta))
+    }
+}
 
 /// The headers of a batch. The pointers inside are set and used within one call only.
 struct Scratch {
@@ -213,12 +274,15 @@ impl BatchSocket {
     /// Opens and binds; see [`Options`] and the module's head.
     pub fn bind(local: SocketAddr, options: Options) -> io::Result<Self> {
         let socket = open(local, options)?;
+        // Kernels before 5.0 refuse; then every datagram comes by itself.
+        let _ = set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 1);
         let local = socket.local_addr()?.as_socket().unwrap_or(local);
         Ok(Self {
             socket: Arc::new(socket),
             local,
             recv_tos: options.recv_tos,
             scratch: Scratch::new(),
+            incoming: Incoming::new(),
             segmenting: true,
             counters: SendCounters::default(),
             receive_errors: 0,
@@ -249,46 +313,64 @@ impl BatchSocket {
         self.receive_errors
     }
 
-    /// Receives up to `min(BATCH, buffers, metas)` datagrams, the i-th into the i-th buffer and
-    /// described by `metas[i]`. 0 when nothing is there. Never blocks, never allocates.
-    /// Pending errors of the socket are counted, not returned.
+    /// Receives up to `min(buffers, metas)` datagrams, the i-th into the i-th buffer and described by
+    /// `metas[i]`. 0 when nothing is there. Never blocks, never allocates. Pending errors of the socket are
+    /// counted, not returned. What did not find a buffer comes with the next call: see [`BatchSocket::has_more`].
     pub fn recv<'a>(
         &mut self,
         buffers: impl Iterator<Item = &'a mut [u8]>,
         metas: &mut [RecvMeta],
     ) -> usize {
+        if !self.has_more() {
+            self.receive();
+        }
+        let mut dealt = 0;
+        for (buffer, meta) in buffers.zip(metas) {
+            let Some((bytes, of)) = self.incoming.next() else { break };
+            let room = buffer.len().min(bytes.len());
+            if let (Some(to), Some(from)) = (buffer.get_mut(..room), bytes.get(..room)) {
+                to.copy_from_slice(from);
+            }
+            *meta = RecvMeta { len: room, truncated: of.truncated || room < bytes.len(), ..of };
+            dealt += 1;
+        }
+        dealt
+    }
+
+    /// Whether datagrams were received that no call of [`BatchSocket::recv`] has handed out yet: the descriptor
+    /// does not become readable for them.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.incoming.next < self.incoming.count
+    }
+
+    /// One recvmmsg into the buffers of `incoming`.
+    fn receive(&mut self) {
         let Scratch { names, vectors, controls, messages, .. } = &mut *self.scratch;
-        let mut count = 0;
         let slots = names.iter_mut().zip(vectors).zip(controls).zip(messages.iter_mut());
-        for ((((name, vector), control), message), buffer) in slots.zip(buffers).take(metas.len()) {
-            vector.iov_base = buffer.as_mut_ptr().cast();
-            vector.iov_len = buffer.len();
+        let rooms = self.incoming.room.chunks_exact_mut(RUN_ROOM);
+        for ((((name, vector), control), message), room) in slots.zip(rooms) {
+            vector.iov_base = room.as_mut_ptr().cast();
+            vector.iov_len = room.len();
             let header = &mut message.msg_hdr;
             header.msg_name = std::ptr::from_mut(name).cast();
             header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
             header.msg_iov = vector;
             header.msg_iovlen = 1;
-            if self.recv_tos {
-                header.msg_control = control.0.as_mut_ptr().cast();
-                header.msg_controllen = CONTROL as _;
-            } else {
-                header.msg_control = std::ptr::null_mut();
-                header.msg_controllen = 0;
-            }
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = CONTROL as _;
             header.msg_flags = 0;
             message.msg_len = 0;
-            count += 1;
         }
-        if count == 0 {
-            return 0;
-        }
-        // SAFETY: the first `count` headers were filled above with pointers into buffers that the
-        // iterator lent for longer than this call and into arrays of `self`; lengths match.
+        self.incoming.count = 0;
+        self.incoming.next = 0;
+        self.incoming.offset = 0;
+        // SAFETY: the first RUNS headers were filled above with pointers into arrays of `self`; lengths match.
         let got = unsafe {
             libc::recvmmsg(
                 self.socket.as_raw_fd(),
                 messages.as_mut_ptr(),
-                count as libc::c_uint,
+                RUNS as libc::c_uint,
                 libc::MSG_DONTWAIT as _,
                 std::ptr::null_mut(),
             )
@@ -297,16 +379,21 @@ impl BatchSocket {
             if !is_transient(&io::Error::last_os_error()) {
                 self.receive_errors += 1;
             }
-            return 0;
+            return;
         };
-        for ((message, name), meta) in messages.iter().zip(names.iter()).zip(metas).take(got) {
+        for ((message, name), run) in messages.iter().zip(names.iter()).zip(&mut self.incoming.runs).take(got) {
             let header = &message.msg_hdr;
-            meta.len = message.msg_len as usize;
-            meta.truncated = header.msg_flags & libc::MSG_TRUNC != 0;
-            meta.from = address_of(name).unwrap_or(RecvMeta::EMPTY.from);
-            meta.tos = if self.recv_tos { tos_of(header) } else { 0 };
+            let (tos, size) = notes_of(header);
+            let len = message.msg_len as usize;
+            let meta = RecvMeta {
+                from: address_of(name).unwrap_or(RecvMeta::EMPTY.from),
+                len,
+                truncated: header.msg_flags & libc::MSG_TRUNC != 0,
+                tos: if self.recv_tos { tos } else { 0 },
+            };
+            *run = Received { meta, size: if size == 0 { len } else { size } };
         }
-        got
+        self.incoming.count = got;
     }
 
     /// Sends datagrams in order, in system calls of up to [`BATCH`]; gives how many the kernel
@@ -564,27 +651,35 @@ fn address_of(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     }
 }
 
-/// The TOS byte among a message's control data, 0 when absent.
-fn tos_of(header: &libc::msghdr) -> u8 {
-    // SAFETY: the header was filled by recvmmsg; CMSG_FIRSTHDR checks the control length, and the
-    // control array is aligned and outlives this call.
-    let first = unsafe { libc::CMSG_FIRSTHDR(header).as_ref() };
-    let Some(first) = first else { return 0 };
-    let (length, v4) = match (first.cmsg_level, first.cmsg_type) {
-        (libc::IPPROTO_IP, libc::IP_TOS) => (1, true),
-        (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => (size_of::<libc::c_int>() as u32, false),
-        _ => return 0,
-    };
-    // SAFETY: CMSG_LEN does arithmetic only.
-    if (first.cmsg_len as u64) < u64::from(unsafe { libc::CMSG_LEN(length) }) {
-        return 0;
+/// The TOS byte and the size of the datagrams in a run, 0 for what the kernel did not say.
+fn notes_of(header: &libc::msghdr) -> (u8, usize) {
+    let (mut tos, mut size) = (0, 0);
+    // SAFETY: the header was filled by recvmmsg; CMSG_FIRSTHDR checks the control length, and the control array is
+    // aligned and outlives this call.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: null, or a header inside the control array, by the macros' contract.
+    while let Some(note) = unsafe { next.as_ref() } {
+        // SAFETY: CMSG_LEN does arithmetic only.
+        let holds = |bytes: usize| note.cmsg_len as u64 >= u64::from(unsafe { libc::CMSG_LEN(bytes as u32) });
+        // SAFETY: CMSG_DATA does arithmetic only; `holds` proves that the data is there.
+        let data = unsafe { libc::CMSG_DATA(note) };
+        // SAFETY: as above, for each read its length was checked.
+        unsafe {
+            match (note.cmsg_level, note.cmsg_type) {
+                (libc::IPPROTO_IP, libc::IP_TOS) if holds(1) => tos = *data,
+                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) if holds(size_of::<libc::c_int>()) => {
+                    tos = data.cast::<libc::c_int>().read_unaligned() as u8;
+                }
+                (libc::SOL_UDP, libc::UDP_GRO) if holds(size_of::<libc::c_int>()) => {
+                    size = usize::try_from(data.cast::<libc::c_int>().read_unaligned()).unwrap_or(0);
+                }
+                _ => {}
+            }
+        }
+        // SAFETY: both point into the same control array.
+        next = unsafe { libc::CMSG_NXTHDR(header, note) };
     }
-    // SAFETY: CMSG_DATA does arithmetic only; the length check proves that the data is there:
-    // one byte for IPv4, an int for IPv6.
-    unsafe {
-        let data = libc::CMSG_DATA(first);
-        if v4 { *data } else { data.cast::<libc::c_int>().read_unaligned() as u8 }
-    }
+    (tos, size)
 }
 
 /// Writes the control message that sets the TOS byte of one datagram.

@@ -87,6 +87,24 @@ fn word(bytes: &[u8], at: usize) -> Option<[u8; 8]> {
     bytes.get(at..at + 8)?.try_into().ok()
 }
 
+/// The term of an acknowledgement on the pair's stream, if the frame is one: in release 1, `[4, [id, term, …]]` in
+/// CBOR (RFC 8949 §3).
+#[must_use]
+pub fn acked_term(frame: &[u8]) -> Option<u64> {
+    fn number(bytes: &[u8]) -> Option<(u64, &[u8])> {
+        let (head, rest) = bytes.split_first()?;
+        let len = match head {
+            0..=23 => return Some((u64::from(*head), rest)),
+            24..=27 => 1_usize << (head - 24),
+            _ => return None,
+        };
+        let (word, rest) = rest.split_at_checked(len)?;
+        Some((word.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)), rest))
+    }
+    let (_, rest) = number(frame.strip_prefix(&[0x82, 4, 0x84])?)?;
+    number(rest).map(|(term, _)| term)
+}
+
 impl Checks {
     /// Notes a violation; the first counts.
     pub fn violate(&mut self, invariant: u8, text: String) {
@@ -320,6 +338,40 @@ mod tests {
         assert!(checks.violation.is_none());
         checks.sealed(0, EspSpi(7), 1, 100);
         assert_eq!(checks.violation.map(|(number, _)| number), Some(2));
+    }
+
+    #[test]
+    fn acknowledgements_are_told_from_other_frames() {
+        let ack = [0x82, 4, 0x84, 0x19, 1, 2, 0x19, 0x04, 0x03, 7, 0];
+        assert_eq!(acked_term(&ack), Some(0x0403));
+        assert_eq!(acked_term(&[0x82, 6, 0x83, 1, 2, 3]), None);
+        assert_eq!(acked_term(&ack[..6]), None);
+    }
+
+    #[test]
+    fn a_winner_with_the_lower_term_is_found() {
+        let status = |role, term| ha::EndpointStatus {
+            endpoint: ha::EndpointId(0),
+            role,
+            term: ha::Term(term),
+            lineage: ha::Lineage(1),
+            position: ha::Position(1),
+            acked: ha::Position(1),
+            digest: 0,
+            keys: 0,
+            uplink: true,
+            valid_until: std::time::Duration::ZERO,
+            peer_owns: false,
+            peer_uplink: None,
+        };
+        let owner = |term| status(ha::Role::Owner(ha::Mode::Synced), term);
+        let shadow = |term| status(ha::Role::Shadow { synced: true }, term);
+        for (winner, found) in [(9, None), (5, Some(5))] {
+            let mut checks = Checks::default();
+            checks.healed([&owner(5), &owner(8)]);
+            checks.healed([&owner(winner), &shadow(winner)]);
+            assert_eq!(checks.violation.map(|(number, _)| number), found);
+        }
     }
 
     #[test]

@@ -186,15 +186,11 @@ impl World {
 
     /// ha.md, "Takeover, in order": nothing of the old term is acknowledged by a new owner.
     fn check_ack(&mut self, host: usize, p: &Process, bytes: &[u8]) {
-        // An acknowledgement is a handful of numbers; everything else may be long.
-        if bytes.len() > 64 {
-            return;
-        }
-        if let Ok(ha::codec::Frame::Ack { term, .. }) = ha::codec::frame(bytes) {
+        if let Some(term) = crate::checks::acked_term(bytes) {
             let status = p.gateway.pair().status(self.hosts[host].local(self.now));
             let owned = status.endpoints.first().filter(|s| matches!(s.role, ha::Role::Owner(_)));
-            if owned.is_some_and(|owned| owned.term != term) {
-                self.checks.violate(4, format!("an owner acknowledged a record of the old term {}", term.0));
+            if owned.is_some_and(|owned| owned.term.0 != term) {
+                self.checks.violate(4, format!("an owner acknowledged a record of the old term {term}"));
             }
         }
     }

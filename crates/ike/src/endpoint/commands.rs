@@ -112,11 +112,15 @@ impl Endpoint {
                 }
             }
         }
-        self.for_each(cx, target, |e, child| match child {
+        let now = Stamp::at(cx.now);
+        self.for_each(cx, target, move |e, child| match child {
             None => {
                 e.wanted.clear();
-                if e.fate == Fate::Live || e.fate == Fate::Doubtful {
-                    e.fate = Fate::Deleting(DeleteReason::Command);
+                match e.fate {
+                    Fate::Live => e.fate = Fate::Deleting(DeleteReason::Command),
+                    // Its message ids are in doubt: forgotten in silence.
+                    Fate::Doubtful => e.expires_at = now,
+                    _ => {}
                 }
             }
             Some(spi) => {

@@ -136,10 +136,10 @@ impl Endpoint {
         let id = self.registry.of(&sa).map(|c| c.id);
         let spi = sa.spi;
         let result = match &sa.phase {
-            // A peer that goes on with it is answered as usual.
-            Phase::InitAnswered(_) | Phase::Closed(_) => Ok(()),
-            // The responder may have answered already: begin anew.
-            Phase::InitSent(_) | Phase::AuthSent(_) => {
+            Phase::Closed(_) => Ok(()),
+            // The other side, or the old owner towards it, may be further on:
+            // whoever initiates begins anew.
+            Phase::InitSent(_) | Phase::InitAnswered(_) | Phase::AuthSent(_) => {
                 self.doubted.extend(id);
                 self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::InDoubt))
             }

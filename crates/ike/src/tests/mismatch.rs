@@ -91,13 +91,9 @@ fn another_identity_is_asked_for() {
     assert!(w.failure(B).contains("asking for IDr other.example"));
 }
 
-// RFC 7296 §2.21.2: a responder that answers with an identity we did not ask
-// for is told, and forgets the IKE SA it believed in.
-#[test]
-fn another_secret_on_the_way_back() {
-    // B accepts A's AUTH but signs with something else: played by swapping the
-    // responder's identity after the fact is impossible from outside, so A's
-    // expectation changes while IKE_AUTH is on its way.
+/// A responder that proves itself with what A does not expect: played by giving A
+/// another configuration while its IKE_AUTH is on its way.
+fn changed_under_way(f: impl Fn(&mut ConnectionConfig)) -> World {
     let mut w = World::new();
     w.initiate(A);
     w.pass(B);
@@ -106,22 +102,40 @@ fn another_secret_on_the_way_back() {
     assert_eq!(w.sides[B].ike.status(w.now).ike_sas[0].state, "established");
     let snapshot = w.sides[A].ike.snapshot(w.now);
     let mut other = super::config(A);
-    other.connections[0].remote_id = "someone.else".parse().unwrap();
+    f(&mut other.connections[0]);
     let mut ike = Endpoint::new(other);
     ike.apply(w.now, &snapshot, &[]).unwrap();
     w.sides[A].ike = ike;
     w.with_side(A, |ike, cx| ike.activate(cx, Term(2), Doubt::None).unwrap());
     w.settle();
     nothing_up(&w);
-    assert!(
-        w.failure(A).contains(
-            "the peer (192.0.2.2) sent IDr gw1.example; would have matched: \
-         remote_id someone.else"
-        ),
-        "{}",
-        w.failure(A)
-    );
+    // RFC 7296 §2.21.2: it is told, and forgets the IKE SA it believed in.
     assert!(w.failure(B).contains("AUTHENTICATION_FAILED"));
+    w
+}
+
+#[test]
+fn another_identity_on_the_way_back() {
+    let w = changed_under_way(|c| c.remote_id = "someone.else".parse().unwrap());
+    let line = w.failure(A);
+    assert!(
+        line.contains(
+            "the peer (192.0.2.2) sent IDr gw1.example; would have matched: remote_id someone.else"
+        ),
+        "{line}"
+    );
+}
+
+#[test]
+fn another_secret_on_the_way_back() {
+    let w = changed_under_way(|c| c.psk = Secret::from_slice(b"another secret"));
+    let line = w.failure(A);
+    assert!(
+        line.contains(
+            "the peer (192.0.2.2) sent an AUTH for IDr gw1.example made with another pre-shared key"
+        ),
+        "{line}"
+    );
 }
 
 #[test]

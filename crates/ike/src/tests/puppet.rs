@@ -50,7 +50,10 @@ fn say(w: &mut World, bytes: &[u8]) -> Option<Vec<u8>> {
 }
 
 fn ike_offer() -> Vec<Proposal> {
-    proposal::ike_payload(&proposal::parse_ike(&["aes256gcm16-prfsha384-x25519"]).unwrap(), Spi::None)
+    proposal::ike_payload(
+        &proposal::parse_ike(&["aes256gcm16-prfsha384-x25519"]).unwrap(),
+        Spi::None,
+    )
 }
 
 fn esp_offer() -> Payload<'static> {
@@ -64,8 +67,7 @@ impl Puppet {
         let mut r = rng(4711);
         let eph = Ephemeral::generate(Group::X25519, &mut r);
         let spi = IkeSpi(0xaaaa);
-        let mut b =
-            MessageBuilder::clear(&header(spi, IkeSpi(0), ExchangeType::IKE_SA_INIT, 0));
+        let mut b = MessageBuilder::clear(&header(spi, IkeSpi(0), ExchangeType::IKE_SA_INIT, 0));
         let public = eph.public();
         b.push(&Payload::Sa(ike_offer()))
             .push(&Payload::Ke(KeyExchange { group: GroupId::X25519, data: &public }))
@@ -180,7 +182,8 @@ fn wrong_ike_auth_requests_establish_nothing() {
             3 => (vec![idi.clone(), auth.clone(), auth.clone()], syntax), // AUTH twice
             4 => (vec![Payload::IdI(other.payload()), auth.clone()], failed),
             5 => {
-                let short = Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: &mac[..47] });
+                let short =
+                    Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: &mac[..47] });
                 (vec![idi.clone(), short], failed)
             }
             6 => {
@@ -337,7 +340,8 @@ fn bad_public_values_are_refused() {
     ];
     let tune = |_: usize, c: &mut EndpointConfig| {
         let c = &mut c.connections[0];
-        c.ike_proposals = proposal::parse_ike(&["aes256gcm16-prfsha384-x25519-ecp256-ecp384"]).unwrap();
+        c.ike_proposals =
+            proposal::parse_ike(&["aes256gcm16-prfsha384-x25519-ecp256-ecp384"]).unwrap();
         c.children[0].esp_proposals =
             proposal::parse_esp(&["aes256gcm16-x25519-ecp256-ecp384", "aes256gcm16"]).unwrap();
     };
@@ -358,13 +362,17 @@ fn bad_public_values_are_refused() {
         p.establish(&mut w);
         let esp = proposal::parse_esp(&["aes256gcm16-x25519-ecp256-ecp384"]).unwrap();
         let sas = w.sides[B].plane.sas.len();
-        let bytes = p.seal(ExchangeType::CREATE_CHILD_SA, 2, &[
-            Payload::Sa(proposal::esp_payload(&esp, EspSpi(0x8888), true)),
-            Payload::Nonce(&[8; 32]),
-            Payload::Ke(KeyExchange { group: id, data: value }),
-            Payload::TsI(ts("10.1.0.0/24")),
-            Payload::TsR(ts("10.2.0.0/24")),
-        ]);
+        let bytes = p.seal(
+            ExchangeType::CREATE_CHILD_SA,
+            2,
+            &[
+                Payload::Sa(proposal::esp_payload(&esp, EspSpi(0x8888), true)),
+                Payload::Nonce(&[8; 32]),
+                Payload::Ke(KeyExchange { group: id, data: value }),
+                Payload::TsI(ts("10.1.0.0/24")),
+                Payload::TsR(ts("10.2.0.0/24")),
+            ],
+        );
         let answer = say(&mut w, &bytes).unwrap();
         assert_eq!(p.read(&answer).1, [NotifyType::NO_PROPOSAL_CHOSEN]);
         assert_eq!(w.sides[B].plane.sas.len(), sas);
@@ -379,13 +387,17 @@ fn requests_about_unknown_sas() {
     let mut p = Puppet::new(&mut w);
     p.establish(&mut w);
     let rekey = Notify::about(NotifyType::REKEY_SA, EspSpi(0xdead), &[]);
-    let bytes = p.seal(ExchangeType::CREATE_CHILD_SA, 2, &[
-        Payload::Notify(rekey),
-        esp_offer(),
-        Payload::Nonce(&[8; 32]),
-        Payload::TsI(ts("10.1.0.0/24")),
-        Payload::TsR(ts("10.2.0.0/24")),
-    ]);
+    let bytes = p.seal(
+        ExchangeType::CREATE_CHILD_SA,
+        2,
+        &[
+            Payload::Notify(rekey),
+            esp_offer(),
+            Payload::Nonce(&[8; 32]),
+            Payload::TsI(ts("10.1.0.0/24")),
+            Payload::TsR(ts("10.2.0.0/24")),
+        ],
+    );
     let answer = say(&mut w, &bytes).unwrap();
     assert_eq!(p.read(&answer).1, [NotifyType::CHILD_SA_NOT_FOUND]);
     for delete in [
@@ -415,8 +427,8 @@ fn damaged_insides() {
         p.establish(&mut w);
         let mut id = 2;
         for _ in 0..20 {
-            let mut b = MessageBuilder::clear(&header(
-                p.spi, p.peer, ExchangeType::CREATE_CHILD_SA, id));
+            let mut b =
+                MessageBuilder::clear(&header(p.spi, p.peer, ExchangeType::CREATE_CHILD_SA, id));
             let esp = proposal::parse_esp(&["aes256gcm16-x25519"]).unwrap();
             let eph = Ephemeral::generate(Group::X25519, &mut dice);
             b.push(&Payload::Sa(proposal::esp_payload(&esp, EspSpi(0x9000 + id), true)))

@@ -206,7 +206,6 @@ fn in_doubt_message_ids_are_agreed() {
 // strongSwan, which a synchronisation would kill (see sync.rs): B calls it.
 // A                                   B'
 //                                 ◄── SA_INIT ... AUTH (no INITIAL_CONTACT)
-//                                 ◄── D() on the old one, ids as far as known
 #[test]
 fn in_doubt_a_new_ike_sa_is_made_before_the_old_one_goes() {
     let mut w = World::tuned(|_, c| c.connections[0].encap = Encap::Never);
@@ -224,9 +223,15 @@ fn in_doubt_a_new_ike_sa_is_made_before_the_old_one_goes() {
         let flight = w.lose();
         w.deliver(flight);
     }
-    w.run(Duration::from_secs(60));
+    // B forgets the old one in silence; A notices by its liveness check.
+    w.run(Duration::from_secs(10));
+    assert_eq!(w.sides[B].ike.status(w.now).ike_sas.len(), 1);
+    w.run(Duration::from_secs(180));
     w.assert_tidy();
     assert_ne!(w.child(B), old);
+    let ids =
+        w.sent.iter().filter(|(n, t)| *n == B && t.bytes[18] == 37).map(|(_, t)| &t.bytes[..24]);
+    assert_eq!(ids.clone().count(), ids.collect::<BTreeSet<_>>().len(), "no id is used twice");
     for n in [A, B] {
         assert!(!w.sides[n].events.iter().any(|e| matches!(
             e,
@@ -411,7 +416,10 @@ fn the_winner_takes_what_it_has_not_used() {
     assert_eq!(winner.adopt(&mut cx, split, &tail, &deletes).unwrap(), tail.len() + 1);
     let transition = winner.poll_transition().unwrap();
     plane.apply(transition.children);
-    assert_eq!(plane.sender("net").unwrap().spi_out, w.sides[A].plane.sender("net").unwrap().spi_out);
+    assert_eq!(
+        plane.sender("net").unwrap().spi_out,
+        w.sides[A].plane.sender("net").unwrap().spi_out
+    );
     // And a second time nothing: it has changed since.
     assert_eq!(winner.adopt(&mut cx, split, &old, &[]).unwrap(), 0);
 }

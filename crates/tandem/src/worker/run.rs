@@ -166,7 +166,7 @@ impl State {
                     COMMANDS => {
                         self.commands.event().clear();
                     }
-                    socket => self.read_socket((socket - FIRST_SOCKET) as usize),
+                    socket => while self.read_socket((socket - FIRST_SOCKET) as usize) {},
                 }
             }
         }
@@ -307,8 +307,9 @@ impl State {
         Ok(())
     }
 
-    fn read_socket(&mut self, at: usize) {
-        let Some(EndpointSocket { endpoint, socket }) = self.sockets.get_mut(at) else { return };
+    /// One batch; true when the socket holds more that it has received already.
+    fn read_socket(&mut self, at: usize) -> bool {
+        let Some(EndpointSocket { endpoint, socket }) = self.sockets.get_mut(at) else { return false };
         let endpoint = *endpoint;
         let errors = socket.receive_errors();
         let slots = self.batch.unused();
@@ -331,6 +332,7 @@ impl State {
             add(&self.io.counters.esp_received, kept as u64);
             self.judge(Direction::Inbound);
         }
+        self.sockets.get(at).is_some_and(|socket| socket.socket.has_more())
     }
 }
 
