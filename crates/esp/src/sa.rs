@@ -217,7 +217,8 @@ impl SaState {
 
     /// The outer addresses changed.
     pub(crate) fn relocate(&mut self, local: SocketAddr, remote: SocketAddr, udp_encap: bool) {
-        self.verdict = Verdict::Send { endpoint: self.endpoint, from: local, to: remote, udp_encap };
+        self.verdict =
+            Verdict::Send { endpoint: self.endpoint, from: local, to: remote, udp_encap };
         self.peer = remote;
         self.follow_peer = udp_encap;
         self.told_peer = None;

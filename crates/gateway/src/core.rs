@@ -87,7 +87,8 @@ impl Gateway {
     /// What `ha` refuses in the configuration; [`Config::new`] has checked the rest.
     pub fn new(start: Start, now: Duration) -> Result<Self, StartError> {
         let Start { config, rng, seed, terms, release } = start;
-        let terms: Vec<Option<ha::Term>> = terms.into_iter().map(|term| term.map(|term| ha::Term(term.0))).collect();
+        let terms: Vec<Option<ha::Term>> =
+            terms.into_iter().map(|term| term.map(|term| ha::Term(term.0))).collect();
         let pair = ha::Pair::new(crate::pair_config::of(&config), now, seed, &terms)?;
         let endpoints = config
             .endpoints
@@ -132,7 +133,9 @@ impl Gateway {
         }
         for endpoint in &self.endpoints {
             match &endpoint.part {
-                Part::Owner { .. } => next = next.min(endpoint.ike.poll_timeout().unwrap_or(Duration::MAX)),
+                Part::Owner { .. } => {
+                    next = next.min(endpoint.ike.poll_timeout().unwrap_or(Duration::MAX))
+                }
                 Part::Steering { last } => next = next.min(*last + STEER_QUIET),
                 Part::Shadow | Part::Holding { .. } => {}
             }
@@ -162,7 +165,12 @@ impl Gateway {
             }
             Part::Steering { last } if !steered => {
                 *last = now;
-                self.outputs.push_back(Output::SteerIke { endpoint, from, to, bytes: bytes.to_vec() });
+                self.outputs.push_back(Output::SteerIke {
+                    endpoint,
+                    from,
+                    to,
+                    bytes: bytes.to_vec(),
+                });
             }
             Part::Owner { .. } if now < e.valid_until => {
                 let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
@@ -234,7 +242,8 @@ impl Gateway {
             {
                 let endpoint = e.id;
                 e.part = Part::Shadow;
-                self.outputs.push_back(Output::Shard(esp::Command::Disown { endpoint, steer: false }));
+                self.outputs
+                    .push_back(Output::Shard(esp::Command::Disown { endpoint, steer: false }));
                 self.outputs.push_back(Output::Addresses { endpoint, present: false });
             }
         }
@@ -309,7 +318,9 @@ impl Gateway {
                 }
                 self.grant(now, endpoint);
             }
-            esp::Report::Disowned { endpoint, counters, .. } => self.yield_counters(now, endpoint, &counters),
+            esp::Report::Disowned { endpoint, counters, .. } => {
+                self.yield_counters(now, endpoint, &counters)
+            }
             esp::Report::Expiring { spi_in, why, .. } => {
                 tracing::info!(%spi_in, ?why, "Child SA is used up and will be rekeyed");
                 self.with_sa(now, spi_in, |ike, cx| ike.rekey(cx, ike::Target::Child(spi_in)));
@@ -318,21 +329,31 @@ impl Gateway {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
                     && e.serves(now)
                 {
-                    let children = self.config.connection(connection).map(|c| c.ike.children.as_slice());
+                    let children =
+                        self.config.connection(connection).map(|c| c.ike.children.as_slice());
                     let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
-                    if let Some(child) = children.and_then(|children| children.get(usize::from(child))) {
+                    if let Some(child) =
+                        children.and_then(|children| children.get(usize::from(child)))
+                    {
                         e.ike.acquire(&mut cx, connection, &child.name);
                     }
                 }
             }
             // IKE follows a peer when its own messages come from elsewhere, DPD's at the latest.
-            esp::Report::PeerMoved { spi_in, from, .. } => tracing::debug!(%spi_in, %from, "ESP from another address"),
+            esp::Report::PeerMoved { spi_in, from, .. } => {
+                tracing::debug!(%spi_in, %from, "ESP from another address")
+            }
             esp::Report::Snapshot(snapshot) => self.take_snapshot(now, snapshot),
         }
         self.pump(now);
     }
 
-    fn with_sa(&mut self, now: Duration, spi_in: EspSpi, act: impl Fn(&mut ike::Endpoint, &mut ike::Context<'_>) -> bool) {
+    fn with_sa(
+        &mut self,
+        now: Duration,
+        spi_in: EspSpi,
+        act: impl Fn(&mut ike::Endpoint, &mut ike::Context<'_>) -> bool,
+    ) {
         for e in &mut self.endpoints {
             if e.serves(now) {
                 let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
@@ -421,7 +442,9 @@ impl Gateway {
                         e.last_error.insert(connection.clone(), (failure.to_string(), now));
                     }
                 }
-                event @ ike::Event::Retransmitting { .. } => tracing::warn!(endpoint = e.name, "{event}"),
+                event @ ike::Event::Retransmitting { .. } => {
+                    tracing::warn!(endpoint = e.name, "{event}")
+                }
                 event => tracing::info!(endpoint = e.name, "{event}"),
             }
         }
@@ -540,7 +563,12 @@ fn install(
             None => outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in })),
         },
         ike::ChildOp::Move { spi_in, local, remote, udp_encap } => {
-            outputs.push_back(Output::Shard(esp::Command::Move { spi_in, local, remote, udp_encap }));
+            outputs.push_back(Output::Shard(esp::Command::Move {
+                spi_in,
+                local,
+                remote,
+                udp_encap,
+            }));
         }
         ike::ChildOp::Remove { spi_in } => {
             e.leases.remove(spi_in);

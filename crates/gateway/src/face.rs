@@ -86,15 +86,23 @@ pub enum Output {
 impl fmt::Debug for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ike { endpoint, to, bytes, .. } => write!(f, "Ike({endpoint} to {to}, {} B)", bytes.len()),
-            Self::SteerIke { endpoint, bytes, .. } => write!(f, "SteerIke({endpoint}, {} B)", bytes.len()),
+            Self::Ike { endpoint, to, bytes, .. } => {
+                write!(f, "Ike({endpoint} to {to}, {} B)", bytes.len())
+            }
+            Self::SteerIke { endpoint, bytes, .. } => {
+                write!(f, "SteerIke({endpoint}, {} B)", bytes.len())
+            }
             Self::Pair(transmit) => transmit.fmt(f),
             Self::Shard(command) => command.fmt(f),
-            Self::Fence { endpoint, valid_until } => write!(f, "Fence({endpoint}, {valid_until:?})"),
+            Self::Fence { endpoint, valid_until } => {
+                write!(f, "Fence({endpoint}, {valid_until:?})")
+            }
             Self::Addresses { endpoint, present } => write!(f, "Addresses({endpoint}, {present})"),
             Self::Announce { endpoint } => write!(f, "Announce({endpoint})"),
             Self::Reserve { endpoint, up_to } => write!(f, "Reserve({endpoint}, {up_to})"),
-            Self::Notify { endpoint, state, term } => write!(f, "Notify({endpoint}, {state}, {term})"),
+            Self::Notify { endpoint, state, term } => {
+                write!(f, "Notify({endpoint}, {state}, {term})")
+            }
             Self::KeyLog(_) => f.write_str("KeyLog(…)"),
             Self::Answer { ticket, .. } => write!(f, "Answer({ticket})"),
         }

@@ -31,14 +31,19 @@ pub(crate) struct Held {
 impl Held {
     /// Queues a step behind `position`, the newest record that it or an earlier step appended.
     pub(crate) fn push(&mut self, position: u64, release: Release) {
-        debug_assert!(self.queue.back().is_none_or(|(last, _)| *last <= position), "positions only grow");
+        debug_assert!(
+            self.queue.back().is_none_or(|(last, _)| *last <= position),
+            "positions only grow"
+        );
         self.queue.push_back((position, release));
     }
 
     /// The next step whose record is committed.
     pub(crate) fn pop(&mut self, committed: u64) -> Option<Release> {
         match self.queue.front() {
-            Some((position, _)) if *position <= committed => self.queue.pop_front().map(|(_, release)| release),
+            Some((position, _)) if *position <= committed => {
+                self.queue.pop_front().map(|(_, release)| release)
+            }
             _ => None,
         }
     }

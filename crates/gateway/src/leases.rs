@@ -52,7 +52,12 @@ impl Leases {
     }
 
     /// Owner: the next lease of one SA, unless one as good is on its way.
-    pub(crate) fn ask(&mut self, spi_in: EspSpi, next_seq: u64, rate_per_s: u64) -> Option<Ceiling> {
+    pub(crate) fn ask(
+        &mut self,
+        spi_in: EspSpi,
+        next_seq: u64,
+        rate_per_s: u64,
+    ) -> Option<Ceiling> {
         let lease = self.sas.get_mut(&spi_in)?;
         let ceiling = esp::ceiling_for(next_seq, rate_per_s);
         let enough = next_seq.saturating_add((ceiling - next_seq.min(ceiling)) / 2);
@@ -66,8 +71,11 @@ impl Leases {
     /// Owner, syncing: every ceiling as it stands, in messages of bounded size.
     pub(crate) fn say_all(&mut self) -> Vec<Vec<Ceiling>> {
         self.void();
-        let all: Vec<Ceiling> =
-            self.sas.iter().map(|(spi_in, lease)| Ceiling { spi_in: spi_in.0, ceiling: lease.ceiling }).collect();
+        let all: Vec<Ceiling> = self
+            .sas
+            .iter()
+            .map(|(spi_in, lease)| Ceiling { spi_in: spi_in.0, ceiling: lease.ceiling })
+            .collect();
         all.chunks(MAX_ENTRIES).map(<[Ceiling]>::to_vec).collect()
     }
 

@@ -26,7 +26,9 @@ impl Gateway {
             ha::Event::StandDown { endpoint, why, counters_wanted } => {
                 self.stand_down(now, endpoint, why, counters_wanted);
             }
-            ha::Event::Apply { endpoint, id, position, batch } => self.apply(now, endpoint, id, position, batch),
+            ha::Event::Apply { endpoint, id, position, batch } => {
+                self.apply(now, endpoint, id, position, batch)
+            }
             ha::Event::Acked { endpoint, position } => {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
                     e.committed = e.committed.max(position.0);
@@ -39,7 +41,10 @@ impl Gateway {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
                     for ceiling in e.leases.acked(id) {
                         let spi_in = EspSpi(ceiling.spi_in);
-                        self.outputs.push_back(Output::Shard(esp::Command::Lease { spi_in, ceiling: ceiling.ceiling }));
+                        self.outputs.push_back(Output::Shard(esp::Command::Lease {
+                            spi_in,
+                            ceiling: ceiling.ceiling,
+                        }));
                     }
                     self.confirm_sync(now, EndpointId(endpoint.0));
                 }
@@ -60,7 +65,10 @@ impl Gateway {
                 }
             }
             ha::Event::Reserve { endpoint, up_to } => {
-                self.outputs.push_back(Output::Reserve { endpoint: EndpointId(endpoint.0), up_to: Term(up_to.0) });
+                self.outputs.push_back(Output::Reserve {
+                    endpoint: EndpointId(endpoint.0),
+                    up_to: Term(up_to.0),
+                });
             }
             ha::Event::Announce { endpoint } => {
                 self.outputs.push_back(Output::Announce { endpoint: EndpointId(endpoint.0) });
@@ -74,12 +82,20 @@ impl Gateway {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) {
                     e.term = Term(term.0);
                 }
-                self.outputs.push_back(Output::Notify { endpoint: EndpointId(endpoint.0), state, term: Term(term.0) });
+                self.outputs.push_back(Output::Notify {
+                    endpoint: EndpointId(endpoint.0),
+                    state,
+                    term: Term(term.0),
+                });
             }
-            ha::Event::Handover { endpoint, tail, counters } => self.handover(now, endpoint, tail, &counters.0),
+            ha::Event::Handover { endpoint, tail, counters } => {
+                self.handover(now, endpoint, tail, &counters.0)
+            }
             ha::Event::Contact(true) => tracing::info!("in contact with the other instance"),
             ha::Event::Contact(false) => tracing::warn!("contact with the other instance is lost"),
-            ha::Event::Warning(warning @ ha::Warning::DigestMismatch { .. }) => tracing::error!("{warning}"),
+            ha::Event::Warning(warning @ ha::Warning::DigestMismatch { .. }) => {
+                tracing::error!("{warning}")
+            }
             ha::Event::Warning(warning) => tracing::warn!("{warning}"),
         }
     }
@@ -104,7 +120,10 @@ impl Gateway {
             let Some(granted) = granted else {
                 // Authenticated, so it is a bug of the other release. Without exact counters the SAs start at their
                 // ceilings, which is always safe.
-                tracing::error!(endpoint = e.name, "the grant's counters cannot be read; going on above the ceilings");
+                tracing::error!(
+                    endpoint = e.name,
+                    "the grant's counters cannot be read; going on above the ceilings"
+                );
                 self.finish_own(now, own);
                 return;
             };
@@ -178,8 +197,15 @@ impl Gateway {
         let index = usize::from(endpoint.0);
         let (mut cx, endpoints) = self.context(now);
         let Some(e) = endpoints.get_mut(index) else { return };
-        let Part::Holding { inbox, .. } = std::mem::replace(&mut e.part, Part::Owner { sync: None }) else { return };
-        tracing::warn!(endpoint = e.name, "the other instance refused the switchover; this one goes on");
+        let Part::Holding { inbox, .. } =
+            std::mem::replace(&mut e.part, Part::Owner { sync: None })
+        else {
+            return;
+        };
+        tracing::warn!(
+            endpoint = e.name,
+            "the other instance refused the switchover; this one goes on"
+        );
         for datagram in inbox {
             e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
         }
@@ -187,7 +213,13 @@ impl Gateway {
         self.outputs.push_back(Output::Shard(esp::Command::Release { endpoint }));
     }
 
-    fn stand_down(&mut self, now: Duration, endpoint: ha::EndpointId, why: ha::Why, counters_wanted: bool) {
+    fn stand_down(
+        &mut self,
+        now: Duration,
+        endpoint: ha::EndpointId,
+        why: ha::Why,
+        counters_wanted: bool,
+    ) {
         let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
         let endpoint = e.id;
         let steer = why == ha::Why::Granted;
@@ -206,7 +238,12 @@ impl Gateway {
         self.outputs.push_back(Output::Shard(esp::Command::Disown { endpoint, steer }));
         if steer {
             for d in inbox {
-                self.outputs.push_back(Output::SteerIke { endpoint, from: d.from, to: d.to, bytes: d.bytes });
+                self.outputs.push_back(Output::SteerIke {
+                    endpoint,
+                    from: d.from,
+                    to: d.to,
+                    bytes: d.bytes,
+                });
             }
         } else {
             self.outputs.push_back(Output::Addresses { endpoint, present: false });
@@ -214,18 +251,35 @@ impl Gateway {
     }
 
     /// The loser of a split tells the winner where its SAs stand.
-    pub(crate) fn yield_counters(&mut self, now: Duration, endpoint: EndpointId, counters: &[esp::Counters]) {
+    pub(crate) fn yield_counters(
+        &mut self,
+        now: Duration,
+        endpoint: EndpointId,
+        counters: &[esp::Counters],
+    ) {
         let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
         if std::mem::take(&mut e.owes_counters) {
             let payload = Counters { sas: counters.iter().map(ExactSa::of).collect() };
-            self.pair.final_counters(now, ha::EndpointId(endpoint.0), ha::Opaque(peer_message::encode(&payload)));
+            self.pair.final_counters(
+                now,
+                ha::EndpointId(endpoint.0),
+                ha::Opaque(peer_message::encode(&payload)),
+            );
         }
     }
 
-    fn apply(&mut self, now: Duration, endpoint: ha::EndpointId, id: ha::ApplyId, position: ha::Position, batch: ha::Batch) {
+    fn apply(
+        &mut self,
+        now: Duration,
+        endpoint: ha::EndpointId,
+        id: ha::ApplyId,
+        position: ha::Position,
+        batch: ha::Batch,
+    ) {
         let index = usize::from(endpoint.0);
         let Some(e) = self.endpoints.get_mut(index) else { return };
-        let puts: Vec<_> = batch.puts.into_iter().map(|(key, value)| (IkeSpi(key), value)).collect();
+        let puts: Vec<_> =
+            batch.puts.into_iter().map(|(key, value)| (IkeSpi(key), value)).collect();
         let deletes: Vec<_> = batch.deletes.into_iter().map(IkeSpi).collect();
         e.position = position.0;
         e.committed = position.0;
@@ -236,7 +290,9 @@ impl Gateway {
                 self.pair.applied(now, endpoint, id);
             }
             // Unapplied, so unacknowledged: the owner will run solo rather than trust this shadow.
-            Err(error) => tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used"),
+            Err(error) => {
+                tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used")
+            }
         }
     }
 
@@ -254,10 +310,14 @@ impl Gateway {
             Some(Side::Tops(list)) => {
                 for said in list {
                     let spi_in = EspSpi(said.spi_in);
-                    self.outputs.push_back(Output::Shard(esp::Command::Window { spi_in, top: said.top }));
+                    self.outputs
+                        .push_back(Output::Shard(esp::Command::Window { spi_in, top: said.top }));
                 }
             }
-            None => tracing::warn!(endpoint = e.name, "a side message of the other instance cannot be read"),
+            None => tracing::warn!(
+                endpoint = e.name,
+                "a side message of the other instance cannot be read"
+            ),
         }
     }
 
@@ -268,12 +328,16 @@ impl Gateway {
         e.mode = mode;
         match mode {
             ha::Mode::Solo => {
-                tracing::warn!(endpoint = e.name, "running solo: a second failure would lose the tunnels");
+                tracing::warn!(
+                    endpoint = e.name,
+                    "running solo: a second failure would lose the tunnels"
+                );
                 e.leases.void();
                 if let Part::Owner { sync } = &mut e.part {
                     *sync = None;
                 }
-                self.outputs.push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on: false }));
+                self.outputs
+                    .push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on: false }));
             }
             ha::Mode::Syncing(sync_id) => {
                 if let Part::Owner { sync } = &mut e.part {
@@ -283,9 +347,12 @@ impl Gateway {
                     self.say_ceilings(now, index, ceilings);
                 }
                 let on = self.bug != Bug::LeasesIgnored;
-                self.outputs.push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on }));
+                self.outputs
+                    .push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on }));
             }
-            ha::Mode::Synced => tracing::info!(endpoint = e.name, "the other instance can take over at any moment"),
+            ha::Mode::Synced => {
+                tracing::info!(endpoint = e.name, "the other instance can take over at any moment")
+            }
         }
     }
 
@@ -305,7 +372,13 @@ impl Gateway {
     }
 
     /// The winner of a split takes over what the loser did meanwhile (ha.md, "Split brain without a witness").
-    fn handover(&mut self, now: Duration, endpoint: ha::EndpointId, tail: Vec<ha::TailItem>, counters: &[u8]) {
+    fn handover(
+        &mut self,
+        now: Duration,
+        endpoint: ha::EndpointId,
+        tail: Vec<ha::TailItem>,
+        counters: &[u8],
+    ) {
         let index = usize::from(endpoint.0);
         let (mut cx, endpoints) = self.context(now);
         let Some(e) = endpoints.get_mut(index) else { return };
@@ -321,7 +394,10 @@ impl Gateway {
         let exact = peer_message::decode::<Counters>(counters).unwrap_or_default();
         for counters in exact.sas.iter().filter_map(ExactSa::counters) {
             // In the running term this is healing: the shard goes on above both and merges the windows.
-            self.outputs.push_back(Output::Shard(esp::Command::Resume { term, counters: Box::new(counters) }));
+            self.outputs.push_back(Output::Shard(esp::Command::Resume {
+                term,
+                counters: Box::new(counters),
+            }));
         }
     }
 }

@@ -84,7 +84,7 @@ impl ExactSa {
             spi_in: wire::id::EspSpi(self.spi_in),
             next_seq: self.next_seq,
             ceiling: self.ceiling,
-            window: esp::Window::from_bytes(self.window.as_slice().try_into().ok()?)?,
+            window: esp::Window::from_bytes(&self.window)?,
         })
     }
 }

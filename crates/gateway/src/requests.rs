@@ -50,7 +50,9 @@ impl Gateway {
             Request::Failover { endpoint } => self.failover(now, ticket, endpoint.as_deref()),
             Request::Up { connection } => self.up(now, ticket, connection),
             Request::Down { connection } => Some(self.down(now, connection)),
-            Request::Rekey { connection, ike, children } => Some(self.rekey(now, connection, *ike, *children)),
+            Request::Rekey { connection, ike, children } => {
+                Some(self.rekey(now, connection, *ike, *children))
+            }
         };
         if let Some(answer) = answer {
             self.outputs.push_back(Output::Answer { ticket, answer });
@@ -76,7 +78,11 @@ impl Gateway {
         for endpoint in &waiting {
             if let Err(error) = self.pair.switchover(now, ha::EndpointId(endpoint.0)) {
                 let text = format!("endpoint {endpoint}: {error}");
-                return Some(refuse(Refusal::NotReady, text, "wait until `tandem status` shows it synced"));
+                return Some(refuse(
+                    Refusal::NotReady,
+                    text,
+                    "wait until `tandem status` shows it synced",
+                ));
             }
         }
         self.pending.push(Pending::Failover { ticket, began: now, waiting, done: Vec::new() });
@@ -85,9 +91,11 @@ impl Gateway {
 
     /// The connection of a name, or the answer that there is none.
     fn connection(&self, name: &str) -> Result<ConnectionId, Answer> {
-        let index = self.config.connections.iter().position(|connection| connection.ike.name == name);
+        let index =
+            self.config.connections.iter().position(|connection| connection.ike.name == name);
         index.and_then(|index| u16::try_from(index).ok()).map(ConnectionId).ok_or_else(|| {
-            let known: Vec<&str> = self.config.connections.iter().map(|c| c.ike.name.as_str()).collect();
+            let known: Vec<&str> =
+                self.config.connections.iter().map(|c| c.ike.name.as_str()).collect();
             let text = format!("no connection is named {name:?}; there is: {}", known.join(", "));
             refuse(Refusal::UnknownName, text, "see `tandem status`")
         })
@@ -95,14 +103,19 @@ impl Gateway {
 
     /// Endpoints of a connection that are served here and now.
     fn serving(&self, now: Duration, id: ConnectionId) -> Vec<usize> {
-        let endpoints = self.config.connection(id).map(|c| c.endpoints.as_slice()).unwrap_or_default();
+        let endpoints =
+            self.config.connection(id).map(|c| c.endpoints.as_slice()).unwrap_or_default();
         let indices = endpoints.iter().map(|endpoint| usize::from(endpoint.0));
         indices.filter(|index| self.endpoints.get(*index).is_some_and(|e| e.serves(now))).collect()
     }
 
     fn not_owner(name: &str) -> Answer {
         let text = format!("{name}: this instance does not own the connection's endpoint");
-        refuse(Refusal::NotOwner, text, "run the command on the host that `tandem status` shows as owner")
+        refuse(
+            Refusal::NotOwner,
+            text,
+            "run the command on the host that `tandem status` shows as owner",
+        )
     }
 
     fn up(&mut self, now: Duration, ticket: u64, name: &str) -> Option<Answer> {
@@ -137,7 +150,13 @@ impl Gateway {
         for index in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
-            closed += e.ike.status(now).ike_sas.iter().filter(|sa| sa.connection.as_deref() == Some(name)).count();
+            closed += e
+                .ike
+                .status(now)
+                .ike_sas
+                .iter()
+                .filter(|sa| sa.connection.as_deref() == Some(name))
+                .count();
             e.ike.terminate(&mut cx, ike::Target::Connection(id));
         }
         Answer::Down { closed: u32::try_from(closed).unwrap_or(u32::MAX) }
@@ -158,12 +177,15 @@ impl Gateway {
             let Some(e) = endpoints.get_mut(index) else { continue };
             // Children first: an IKE SA that is being replaced takes no further exchange.
             for sa in e.ike.status(now).ike_sas {
-                if sa.connection.as_deref() != Some(name) || !matches!(sa.state, "established" | "rekeying") {
+                if sa.connection.as_deref() != Some(name)
+                    || !matches!(sa.state, "established" | "rekeying")
+                {
                     continue;
                 }
                 if children {
                     for child in sa.children.iter().filter(|child| child.state == "installed") {
-                        child_sas += u32::from(e.ike.rekey(&mut cx, ike::Target::Child(child.spi_in)));
+                        child_sas +=
+                            u32::from(e.ike.rekey(&mut cx, ike::Target::Child(child.spi_in)));
                     }
                 }
                 if ike {
@@ -196,13 +218,15 @@ impl Gateway {
                         }
                     }
                 }
-                Pending::Up { ticket, began, connection } => match self.settle_up(now, began, connection) {
-                    Some(answer) => (ticket, answer),
-                    None => {
-                        self.pending.push(Pending::Up { ticket, began, connection });
-                        continue;
+                Pending::Up { ticket, began, connection } => {
+                    match self.settle_up(now, began, connection) {
+                        Some(answer) => (ticket, answer),
+                        None => {
+                            self.pending.push(Pending::Up { ticket, began, connection });
+                            continue;
+                        }
                     }
-                },
+                }
             };
             self.outputs.push_back(Output::Answer { ticket, answer });
         }
@@ -219,16 +243,28 @@ impl Gateway {
         let mut left = Vec::new();
         for id in waiting {
             let Some(e) = self.endpoints.get(usize::from(id.0)) else { continue };
-            let offering = pair.endpoints.iter().any(|s| s.endpoint == e.ha_id() && s.role == ha::Role::Offering);
+            let offering = pair
+                .endpoints
+                .iter()
+                .any(|s| s.endpoint == e.ha_id() && s.role == ha::Role::Offering);
             match e.part {
                 Part::Holding { .. } => left.push(id),
                 Part::Owner { .. } if offering => left.push(id),
                 Part::Owner { .. } => {
-                    let text = format!("{}: the other instance did not take it; this one goes on", e.name);
-                    return Ok(refuse(Refusal::NotReady, text, "see `tandem status` and the log of the other host"));
+                    let text =
+                        format!("{}: the other instance did not take it; this one goes on", e.name);
+                    return Ok(refuse(
+                        Refusal::NotReady,
+                        text,
+                        "see `tandem status` and the log of the other host",
+                    ));
                 }
                 Part::Steering { .. } | Part::Shadow => {
-                    let term = pair.endpoints.iter().find(|s| s.endpoint == e.ha_id()).map_or(0, |s| s.term.0);
+                    let term = pair
+                        .endpoints
+                        .iter()
+                        .find(|s| s.endpoint == e.ha_id())
+                        .map_or(0, |s| s.term.0);
                     let took = now.saturating_sub(began);
                     done.push(Moved { endpoint: e.name.clone(), term: Term(term), took });
                 }
@@ -237,7 +273,12 @@ impl Gateway {
         if left.is_empty() { Ok(Answer::Moved(done)) } else { Err((left, done)) }
     }
 
-    fn settle_up(&self, now: Duration, began: Duration, connection: ConnectionId) -> Option<Answer> {
+    fn settle_up(
+        &self,
+        now: Duration,
+        began: Duration,
+        connection: ConnectionId,
+    ) -> Option<Answer> {
         let name = &self.config.connection(connection)?.ike.name;
         let late = now >= began + UP_PATIENCE;
         let mut states = Vec::new();
@@ -245,16 +286,24 @@ impl Gateway {
             let Some(e) = self.endpoints.get(usize::from(endpoint.0)) else { continue };
             let status = e.ike.status(now);
             let carries = |sa: &ike::IkeStatus| {
-                sa.connection.as_deref() == Some(name) && sa.children.iter().any(|child| child.state == "installed")
+                sa.connection.as_deref() == Some(name)
+                    && sa.children.iter().any(|child| child.state == "installed")
             };
             if let Some((text, _)) = e.last_error.get(name).filter(|(_, at)| *at >= began) {
-                return Some(Answer::Refused { why: Refusal::Failed, text: text.clone(), hint: None });
+                return Some(Answer::Refused {
+                    why: Refusal::Failed,
+                    text: text.clone(),
+                    hint: None,
+                });
             }
             let up = status.ike_sas.iter().any(carries);
             if !up && !late && e.owns() {
                 return None;
             }
-            states.push((e.name.clone(), if up { TunnelState::Established } else { TunnelState::Connecting }));
+            states.push((
+                e.name.clone(),
+                if up { TunnelState::Established } else { TunnelState::Connecting },
+            ));
         }
         Some(Answer::Up(states))
     }

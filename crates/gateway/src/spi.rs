@@ -61,7 +61,8 @@ impl SpiPool {
             if !exhausted {
                 let slot = *fresh as u16;
                 *fresh += 1;
-                return SpiLayout::new(self.instance, self.first_generation, worker, slot).map(SpiLayout::spi);
+                return SpiLayout::new(self.instance, self.first_generation, worker, slot)
+                    .map(SpiLayout::spi);
             }
         }
         None
@@ -71,7 +72,10 @@ impl SpiPool {
     pub(crate) fn adopt(&mut self, spi: EspSpi) {
         let Some(place) = self.ours(spi) else { return };
         let index = usize::from(place.worker());
-        let (Some(fresh), Some(resting)) = (self.fresh.get_mut(index), self.resting.get_mut(index)) else { return };
+        let (Some(fresh), Some(resting)) = (self.fresh.get_mut(index), self.resting.get_mut(index))
+        else {
+            return;
+        };
         while *fresh <= u32::from(place.slot()) {
             if let Some(skipped) =
                 SpiLayout::new(self.instance, self.first_generation, place.worker(), *fresh as u16)
@@ -88,8 +92,13 @@ impl SpiPool {
     pub(crate) fn release(&mut self, spi: EspSpi) {
         let Some(place) = self.ours(spi) else { return };
         let index = usize::from(place.worker());
-        let (Some(fresh), Some(resting)) = (self.fresh.get(index), self.resting.get_mut(index)) else { return };
-        if u32::from(place.slot()) >= *fresh || resting.iter().any(|resting| resting.slot() == place.slot()) {
+        let (Some(fresh), Some(resting)) = (self.fresh.get(index), self.resting.get_mut(index))
+        else {
+            return;
+        };
+        if u32::from(place.slot()) >= *fresh
+            || resting.iter().any(|resting| resting.slot() == place.slot())
+        {
             return;
         }
         resting.push_back(place.next_generation());

@@ -7,8 +7,8 @@ use wire::id::EspSpi;
 use crate::core::Gateway;
 use crate::endpoint::{Endpoint, Part};
 use crate::status::{
-    ChildState, ChildStatus, Contact, Counters, EndpointStatus, IkeStatus, LastError, LinkStatus, Mode, Nat, PairStatus,
-    Role, Status, TunnelState, TunnelStatus,
+    ChildState, ChildStatus, Contact, Counters, EndpointStatus, IkeStatus, LastError, LinkStatus,
+    Mode, Nat, PairStatus, Role, Status, TunnelState, TunnelStatus,
 };
 
 pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
@@ -22,7 +22,11 @@ pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
         uptime_s: now.saturating_sub(gateway.started).as_secs(),
         config_digest: digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
         pair: config.pair.as_ref().map(|_| pair_status(gateway, &pair)),
-        endpoints: gateway.endpoints.iter().map(|e| endpoint_status(gateway, e, &pair, now)).collect(),
+        endpoints: gateway
+            .endpoints
+            .iter()
+            .map(|e| endpoint_status(gateway, e, &pair, now))
+            .collect(),
         tunnels: tunnels(gateway, now),
         counters: counters(gateway),
     }
@@ -44,8 +48,10 @@ fn pair_status(gateway: &Gateway, pair: &ha::Status) -> PairStatus {
         peer: gateway.config.instance_name(config.peer).to_owned(),
         peer_release: pair.release.map(|release| release.to_string()),
         contact,
-        refused: (pair.joined && !pair.compatible)
-            .then(|| "the configurations or releases do not agree: nothing is replicated (see the log)".to_owned()),
+        refused: (pair.joined && !pair.compatible).then(|| {
+            "the configurations or releases do not agree: nothing is replicated (see the log)"
+                .to_owned()
+        }),
         links: config
             .links
             .iter()
@@ -66,7 +72,12 @@ fn pair_status(gateway: &Gateway, pair: &ha::Status) -> PairStatus {
     }
 }
 
-fn endpoint_status(gateway: &Gateway, e: &Endpoint, pair: &ha::Status, now: Duration) -> EndpointStatus {
+fn endpoint_status(
+    gateway: &Gateway,
+    e: &Endpoint,
+    pair: &ha::Status,
+    now: Duration,
+) -> EndpointStatus {
     let config = &gateway.config;
     let spec = config.endpoint(e.id);
     let seen = pair.endpoints.iter().find(|seen| seen.endpoint == e.ha_id());
@@ -78,8 +89,14 @@ fn endpoint_status(gateway: &Gateway, e: &Endpoint, pair: &ha::Status, now: Dura
         (Part::Shadow, _) => Role::None,
     };
     let mode = match seen.map(|seen| seen.role) {
-        Some(ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering | ha::Role::Shadow { synced: true }) => Mode::Synced,
-        Some(ha::Role::Owner(ha::Mode::Syncing(_)) | ha::Role::Shadow { synced: false }) => Mode::Syncing,
+        Some(
+            ha::Role::Owner(ha::Mode::Synced)
+            | ha::Role::Offering
+            | ha::Role::Shadow { synced: true },
+        ) => Mode::Synced,
+        Some(ha::Role::Owner(ha::Mode::Syncing(_)) | ha::Role::Shadow { synced: false }) => {
+            Mode::Syncing
+        }
         _ => Mode::Solo,
     };
     let owner = if role == Role::Owner {
@@ -120,7 +137,11 @@ fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {
                 endpoint: e.name.clone(),
                 state: first.map_or(TunnelState::Down, |sa| state_of(sa.state)),
                 ike: first.map(|sa| ike_status(sa)),
-                children: sas.iter().flat_map(|sa| &sa.children).map(|child| child_status(gateway, child)).collect(),
+                children: sas
+                    .iter()
+                    .flat_map(|sa| &sa.children)
+                    .map(|child| child_status(gateway, child))
+                    .collect(),
                 last_error: e.last_error.get(name).map(|(text, at)| LastError {
                     text: text.clone(),
                     age_s: now.saturating_sub(*at).as_secs(),
@@ -197,7 +218,12 @@ fn stats_of(gateway: &Gateway, spi_in: EspSpi) -> Option<&esp::SaStats> {
 
 fn counters(gateway: &Gateway) -> Counters {
     let mut out = Counters {
-        changes: gateway.counters.changes.iter().map(|(kind, n)| ((*kind).to_owned(), *n)).collect(),
+        changes: gateway
+            .counters
+            .changes
+            .iter()
+            .map(|(kind, n)| ((*kind).to_owned(), *n))
+            .collect(),
         ike_drops: ike_drops(gateway),
         ..Counters::default()
     };

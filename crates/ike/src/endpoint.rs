@@ -63,8 +63,8 @@ pub struct Counters {
     pub internal: u64,
     /// Came while another instance owns the endpoint.
     pub not_owner: u64,
-    /// Cookies demanded, requests refused without keeping state.
-    pub refused: u64,
+    /// Answered without a change of state: cookies, refusals, repeated answers.
+    pub stateless: u64,
 }
 
 /// When a connection that is to be up is tried next.
@@ -240,7 +240,7 @@ impl Endpoint {
         if let Ok(bytes) = builder.finish()
             && bytes.len() <= datagram.len()
         {
-            self.counters.refused += 1;
+            self.counters.stateless += 1;
             let transmits = vec![Transmit { from: to, to: from, bytes }];
             self.transitions.push_back(Transition { transmits, ..Transition::default() });
         }
@@ -396,7 +396,7 @@ impl Endpoint {
         }
         transition.children = self.table.commit(&self.registry, done.changes);
         if !transition.is_record() && !transition.transmits.is_empty() {
-            self.counters.refused += 1;
+            self.counters.stateless += 1;
         }
         if transition.is_record() || !transition.transmits.is_empty() {
             self.transitions.push_back(transition);

@@ -174,7 +174,8 @@ impl Netlink {
     pub async fn anchor(&self, interface: u32) -> io::Result<()> {
         use rtnetlink::packet_route::address::AddressScope;
         let address = IpAddr::from([169, 254, 0, 1]);
-        let mut request = self.handle.address().add(interface, address, Prefix::host(address).length);
+        let mut request =
+            self.handle.address().add(interface, address, Prefix::host(address).length);
         request.message_mut().header.scope = AddressScope::Link;
         accept(request.execute().await, libc::EEXIST)
     }

@@ -168,7 +168,13 @@ impl std::fmt::Debug for Incoming {
 impl Incoming {
     fn new() -> Self {
         let none = Received { meta: RecvMeta::EMPTY, size: 0 };
-        Self { room: vec![0; RUNS * RUN_ROOM].into_boxed_slice(), runs: [none; RUNS], count: 0, next: 0, offset: 0 }
+        Self {
+            room: vec![0; RUNS * RUN_ROOM].into_boxed_slice(),
+            runs: [none; RUNS],
+            count: 0,
+            next: 0,
+            offset: 0,
+        }
     }
 
     /// The next datagram.
@@ -381,7 +387,9 @@ impl BatchSocket {
             }
             return;
         };
-        for ((message, name), run) in messages.iter().zip(names.iter()).zip(&mut self.incoming.runs).take(got) {
+        for ((message, name), run) in
+            messages.iter().zip(names.iter()).zip(&mut self.incoming.runs).take(got)
+        {
             let header = &message.msg_hdr;
             let (tos, size) = notes_of(header);
             let len = message.msg_len as usize;
@@ -454,7 +462,8 @@ impl BatchSocket {
                 write_segment(control, length, size);
                 length += SPACE;
             }
-            header.msg_control = if length == 0 { std::ptr::null_mut() } else { control.0.as_mut_ptr().cast() };
+            header.msg_control =
+                if length == 0 { std::ptr::null_mut() } else { control.0.as_mut_ptr().cast() };
             header.msg_controllen = length as _;
             header.msg_flags = 0;
             message.msg_len = 0;
@@ -493,7 +502,13 @@ impl BatchSocket {
             let run = runs.get(next).copied().unwrap_or(Run { first: 0, count: 0 });
             let refused = matches!(
                 error.raw_os_error(),
-                Some(libc::EINVAL | libc::EIO | libc::EMSGSIZE | libc::EOPNOTSUPP | libc::ENOPROTOOPT)
+                Some(
+                    libc::EINVAL
+                        | libc::EIO
+                        | libc::EMSGSIZE
+                        | libc::EOPNOTSUPP
+                        | libc::ENOPROTOOPT
+                )
             );
             if run.count > 1 && refused {
                 // Perhaps it is the segmentation that the kernel does not take: each by itself then.
@@ -524,7 +539,8 @@ impl BatchSocket {
             header.msg_control = std::ptr::null_mut();
             header.msg_controllen = 0;
             // SAFETY: as in `send_filled`: one header, its name and one vector, all alive and filled.
-            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
+            let sent =
+                unsafe { libc::sendmsg(self.socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
             if sent >= 0 {
                 self.counters.sent += 1;
                 self.segmenting = false;
@@ -550,7 +566,12 @@ enum Failure {
 }
 
 /// `remaining` datagrams would follow in the call that failed, the first `these` of them in one message.
-fn count_error(counters: &mut SendCounters, error: &io::Error, remaining: u64, these: u64) -> Failure {
+fn count_error(
+    counters: &mut SendCounters,
+    error: &io::Error,
+    remaining: u64,
+    these: u64,
+) -> Failure {
     match error.raw_os_error().unwrap_or(0) {
         libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM => {
             counters.full += remaining;
@@ -659,8 +680,12 @@ fn notes_of(header: &libc::msghdr) -> (u8, usize) {
     let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
     // SAFETY: null, or a header inside the control array, by the macros' contract.
     while let Some(note) = unsafe { next.as_ref() } {
-        // SAFETY: CMSG_LEN does arithmetic only.
-        let holds = |bytes: usize| note.cmsg_len as u64 >= u64::from(unsafe { libc::CMSG_LEN(bytes as u32) });
+        let length_of = |bytes: usize| {
+            // SAFETY: CMSG_LEN does arithmetic only.
+            let length = unsafe { libc::CMSG_LEN(bytes as u32) };
+            u64::from(length)
+        };
+        let holds = |bytes: usize| note.cmsg_len as u64 >= length_of(bytes);
         // SAFETY: CMSG_DATA does arithmetic only; `holds` proves that the data is there.
         let data = unsafe { libc::CMSG_DATA(note) };
         // SAFETY: as above, for each read its length was checked.
@@ -671,7 +696,8 @@ fn notes_of(header: &libc::msghdr) -> (u8, usize) {
                     tos = data.cast::<libc::c_int>().read_unaligned() as u8;
                 }
                 (libc::SOL_UDP, libc::UDP_GRO) if holds(size_of::<libc::c_int>()) => {
-                    size = usize::try_from(data.cast::<libc::c_int>().read_unaligned()).unwrap_or(0);
+                    size =
+                        usize::try_from(data.cast::<libc::c_int>().read_unaligned()).unwrap_or(0);
                 }
                 _ => {}
             }
@@ -701,8 +727,11 @@ fn write_tos(control: &mut Control, tos: u8, v4: bool) {
 fn write_segment(control: &mut Control, at: usize, size: usize) {
     // SAFETY: CMSG_LEN does arithmetic only.
     let length = unsafe { libc::CMSG_LEN(size_of::<u16>() as u32) };
-    let header =
-        libc::cmsghdr { cmsg_len: length as _, cmsg_level: libc::SOL_UDP, cmsg_type: libc::UDP_SEGMENT };
+    let header = libc::cmsghdr {
+        cmsg_len: length as _,
+        cmsg_level: libc::SOL_UDP,
+        cmsg_type: libc::UDP_SEGMENT,
+    };
     let Some(place) = control.0.get_mut(at..at + SPACE) else { return };
     let place = place.as_mut_ptr();
     // SAFETY: `Control` is 8-aligned, `at` is 0 or SPACE, and SPACE bytes hold a cmsghdr of 16 and two bytes more.

@@ -278,10 +278,12 @@ fn run(args: Args, colour: bool) -> Result<Answer, Failure> {
 /// Sets or removes the rules that outlive the daemon ([`crate::routing`]).
 fn protect(config: &Path, instance: Option<String>, remove: bool) -> Result<Answer, Failure> {
     let failed = |error: std::io::Error| {
-        Failure::new(Fault::Failed, format!("rules cannot be changed: {error}")).hint("this needs root")
+        Failure::new(Fault::Failed, format!("rules cannot be changed: {error}"))
+            .hint("this needs root")
     };
     let loaded = if remove { None } else { Some(load_as(config, Options::here(instance))?) };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let text = runtime.block_on(async {
         let netlink = netio::route::Netlink::open().map_err(failed)?;
         match loaded {

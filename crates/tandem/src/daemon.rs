@@ -55,7 +55,11 @@ const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
 /// Runs the daemon until it is told to stop.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    let filter = args.log.clone().or_else(|| std::env::var("RUST_LOG").ok()).unwrap_or_else(|| DEFAULT_LOG.into());
+    let filter = args
+        .log
+        .clone()
+        .or_else(|| std::env::var("RUST_LOG").ok())
+        .unwrap_or_else(|| DEFAULT_LOG.into());
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
     // A log on a slow disk must not stop the control loop: lines go through a thread, and are dropped when 8,192 wait.
     let (writer, _flush_at_end) = tracing_appender::non_blocking::NonBlockingBuilder::default()
@@ -67,7 +71,11 @@ pub fn main() -> ExitCode {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false);
     // The journal has a clock of its own.
-    if under_systemd { subscriber.without_time().init() } else { subscriber.init() }
+    if under_systemd {
+        subscriber.without_time().init()
+    } else {
+        subscriber.init()
+    }
     let options = Options { keylog: args.keylog.is_some(), ..Options::here(args.instance) };
     let loaded = match config_file::load(&args.config, &options) {
         Ok(loaded) => loaded,

@@ -76,7 +76,9 @@ async fn run(program: &PathBuf, instance: &str, change: &Change) {
         }
         Ok(Ok(status)) => warn!(program = %program.display(), %status, "notify hook failed"),
         Ok(Err(error)) => warn!(program = %program.display(), %error, "notify hook was lost"),
-        Err(_) => warn!(program = %program.display(), limit_s = LIMIT.as_secs(), "notify hook took too long and was ended"),
+        Err(_) => {
+            warn!(program = %program.display(), limit_s = LIMIT.as_secs(), "notify hook took too long and was ended")
+        }
     }
 }
 

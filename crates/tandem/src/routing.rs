@@ -16,7 +16,7 @@
 use std::io;
 
 use gateway::config::{Config, Endpoint};
-use netio::route::{Action, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target, LAST_METRIC};
+use netio::route::{Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target};
 
 /// Table T: the protected networks.
 pub const TABLE: u32 = 4116;
@@ -34,13 +34,20 @@ const METRIC: u32 = 64;
 /// The pairs of networks between which nothing may pass in clear.
 fn pairs(config: &Config) -> Vec<(Prefix, Prefix)> {
     let prefix = |cidr: &wire::ts::Cidr| Prefix::new(cidr.addr(), cidr.prefix());
-    config.protected_pairs().iter().filter_map(|(local, remote)| Some((prefix(local)?, prefix(remote)?))).collect()
+    config
+        .protected_pairs()
+        .iter()
+        .filter_map(|(local, remote)| Some((prefix(local)?, prefix(remote)?)))
+        .collect()
 }
 
 /// WAN interfaces of this instance, each once.
 fn wan_interfaces(config: &Config) -> Vec<String> {
-    let mut names: Vec<String> =
-        config.endpoints.iter().filter_map(|e| e.wan.interface.get(usize::from(config.local))?.clone()).collect();
+    let mut names: Vec<String> = config
+        .endpoints
+        .iter()
+        .filter_map(|e| e.wan.interface.get(usize::from(config.local))?.clone())
+        .collect();
     names.sort();
     names.dedup();
     names
@@ -49,8 +56,13 @@ fn wan_interfaces(config: &Config) -> Vec<String> {
 /// Sets the rules and blackholes that keep protected traffic from passing in clear, daemon or no daemon. Idempotent.
 pub async fn protect(netlink: &Netlink, config: &Config) -> io::Result<()> {
     for (local, remote) in pairs(config) {
-        let blackhole =
-            Route { destination: remote, table: TABLE, target: Target::Blackhole, metric: LAST_METRIC, source: None };
+        let blackhole = Route {
+            destination: remote,
+            table: TABLE,
+            target: Target::Blackhole,
+            metric: LAST_METRIC,
+            source: None,
+        };
         netlink.set_route(&blackhole).await?;
         let into_table = Rule {
             priority: PROTECTED,
@@ -78,7 +90,13 @@ pub async fn protect(netlink: &Netlink, config: &Config) -> io::Result<()> {
 pub async fn lead_into_tun(netlink: &Netlink, config: &Config, tun: u32) -> io::Result<()> {
     for (_, remote) in pairs(config) {
         for table in [TABLE, MAIN_TABLE] {
-            let route = Route { destination: remote, table, target: Target::Device(tun), metric: METRIC, source: None };
+            let route = Route {
+                destination: remote,
+                table,
+                target: Target::Device(tun),
+                metric: METRIC,
+                source: None,
+            };
             netlink.set_route(&route).await?;
         }
     }
@@ -95,7 +113,9 @@ pub async fn set_uplink(netlink: &Netlink, endpoint: &Endpoint, interface: u32) 
         Some(gateway) => {
             if let Some(destination) = everything {
                 let target = Target::Gateway { gateway, interface, onlink: true };
-                netlink.set_route(&Route { destination, table, target, metric: METRIC, source: None }).await?;
+                netlink
+                    .set_route(&Route { destination, table, target, metric: METRIC, source: None })
+                    .await?;
             }
             endpoint.wan.prefix.and_then(|length| Prefix::new(address, length))
         }
@@ -103,7 +123,9 @@ pub async fn set_uplink(netlink: &Netlink, endpoint: &Endpoint, interface: u32) 
     };
     if let Some(destination) = on_link {
         let target = Target::Device(interface);
-        netlink.set_route(&Route { destination, table, target, metric: METRIC, source: None }).await?;
+        netlink
+            .set_route(&Route { destination, table, target, metric: METRIC, source: None })
+            .await?;
     }
     let rule = Rule {
         priority: UPLINK,

@@ -22,7 +22,9 @@ pub enum TermFileError {
         source: io::Error,
     },
     /// A line is not `NAME TERM`.
-    #[error("{path}:{line}: expected `ENDPOINT TERM`, found {text:?}; remove the file only if this instance has never run since the other was last in contact")]
+    #[error(
+        "{path}:{line}: expected `ENDPOINT TERM`, found {text:?}; remove the file only if this instance has never run since the other was last in contact"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -51,9 +53,15 @@ impl TermFile {
         };
         let mut terms = BTreeMap::new();
         for (index, line) in text.lines().enumerate() {
-            let parsed = line.split_once(' ').and_then(|(name, term)| Some((name.to_owned(), term.parse().ok()?)));
+            let parsed = line
+                .split_once(' ')
+                .and_then(|(name, term)| Some((name.to_owned(), term.parse().ok()?)));
             let Some((name, term)) = parsed else {
-                return Err(TermFileError::Damaged { path, line: index + 1, text: line.to_owned() });
+                return Err(TermFileError::Damaged {
+                    path,
+                    line: index + 1,
+                    text: line.to_owned(),
+                });
             };
             terms.insert(name, term);
         }
@@ -92,7 +100,8 @@ mod tests {
     use super::*;
 
     fn folder(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("tandem-terms-{name}-{}", std::process::id()));
+        let folder =
+            std::env::temp_dir().join(format!("tandem-terms-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
         folder

@@ -59,8 +59,10 @@ fn each_rule_speaks_up() {
             "\n[connections.branch.children.more]\nlocal_ts = [{local}]\nremote_ts = [{remote}]\n"
         )
     };
+    /// Replacements in the sample, text to append, and the first lines of the report.
+    type Case<'a> = (Vec<(&'a str, &'a str)>, String, &'a str);
     #[rustfmt::skip]
-    let cases: Vec<(Vec<(&str, &str)>, String, &str)> = vec![
+    let cases: Vec<Case<'_>> = vec![
         // The pair.
         (vec![("[instances.right]\nindex = 1\nlinks = [\"172.31.0.2:4600\", \"10.1.0.3:4600\"]", "")], String::new(),
             "error instances: a pair has two instances, this file has 1"),

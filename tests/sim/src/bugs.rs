@@ -27,6 +27,10 @@ pub enum Bug {
 }
 
 /// Every mistake: its name, the invariant it breaks, and what it is.
+///
+/// Two of `ha`'s are left to its own simulation, because a whole gateway leaves no way to them: `AckBeforeApply` (the
+/// gateway applies a record before it handles anything else) and `OldLogAcked` (a takeover closes the stream, so no
+/// record of the old term arrives).
 pub const ALL: &[(&str, u8, Bug)] = &[
     ("term-reuse", 1, Bug::Pair(ha::Bug::TermReuse)),
     ("term-parity", 1, Bug::Pair(ha::Bug::TermParity)),
@@ -45,7 +49,6 @@ pub const ALL: &[(&str, u8, Bug)] = &[
     ("commit-before-ack", 4, Bug::Pair(ha::Bug::CommitBeforeAck)),
     ("doubt-ignored", 4, Bug::Gateway(gateway::Bug::DoubtIgnored)),
     ("solo-before-echo", 4, Bug::Pair(ha::Bug::SoloBeforeEcho)),
-    ("old-log-acked", 4, Bug::Pair(ha::Bug::OldLogAcked)),
     ("empty-beats-living", 5, Bug::Pair(ha::Bug::EmptyBeatsLiving)),
     ("heal-in-old-term", 5, Bug::Pair(ha::Bug::HealInOldTerm)),
     ("put-lost", 7, Bug::Pair(ha::Bug::PutLost)),

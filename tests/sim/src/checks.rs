@@ -78,7 +78,9 @@ pub struct Checks {
 /// A hash for comparison of datagrams and keys (FNV-1a, then a finisher).
 #[must_use]
 pub fn hash(bytes: &[u8]) -> u64 {
-    let mut h = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0000_0100_0000_01b3));
+    let mut h = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+        (h ^ u64::from(*b)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
     h ^= h >> 29;
     h.wrapping_mul(0xbf58_476d_1ce4_e5b9)
 }
@@ -113,8 +115,14 @@ impl Checks {
     }
 
     /// A datagram leaves. `key` finds the sender's key of an outbound SPI.
-    pub fn wan(&mut self, now: Nanos, datagram: &Datagram, key: impl Fn(u32) -> Option<u64>) -> Kind {
-        self.trace = hash(&[&self.trace.to_be_bytes()[..], &now.to_be_bytes(), &datagram.bytes].concat());
+    pub fn wan(
+        &mut self,
+        now: Nanos,
+        datagram: &Datagram,
+        key: impl Fn(u32) -> Option<u64>,
+    ) -> Kind {
+        self.trace =
+            hash(&[&self.trace.to_be_bytes()[..], &now.to_be_bytes(), &datagram.bytes].concat());
         if traffic::in_clear(&datagram.bytes) {
             self.violate(8, "an inner packet left in clear".into());
         }
@@ -144,16 +152,24 @@ impl Checks {
             return self.violate(0, "an ESP packet left cut short".into());
         };
         let Some(key) = key(head.spi.0) else {
-            return self.violate(0, format!("an ESP packet left with SPI {} that was never installed", head.spi));
+            return self.violate(
+                0,
+                format!("an ESP packet left with SPI {} that was never installed", head.spi),
+            );
         };
         self.born.entry(key).or_insert(now);
-        let seq = u32::from_be_bytes(packet.get(4..8).and_then(|b| b.try_into().ok()).unwrap_or_default());
+        let seq = u32::from_be_bytes(
+            packet.get(4..8).and_then(|b| b.try_into().ok()).unwrap_or_default(),
+        );
         match self.esp_ivs.entry((key, iv)) {
             Entry::Vacant(free) => {
                 free.insert(hash(packet));
             }
             Entry::Occupied(taken) if *taken.get() != hash(packet) => {
-                self.violate(1, format!("SPI {}: IV {iv:02x?} protects two datagrams (seq {seq})", head.spi));
+                self.violate(
+                    1,
+                    format!("SPI {}: IV {iv:02x?} protects two datagrams (seq {seq})", head.spi),
+                );
             }
             Entry::Occupied(_) => {}
         }
@@ -190,7 +206,10 @@ impl Checks {
                     free.insert(hash(message));
                 }
                 Entry::Occupied(taken) if *taken.get() != hash(message) => {
-                    self.violate(1, format!("IKE SA {i:016x}: IV {iv:02x?} protects two messages (id {id})"));
+                    self.violate(
+                        1,
+                        format!("IKE SA {i:016x}: IV {iv:02x?} protects two messages (id {id})"),
+                    );
                 }
                 Entry::Occupied(_) => {}
             }
@@ -235,7 +254,9 @@ impl Checks {
     pub fn sealed(&mut self, instance: usize, spi_in: EspSpi, key: u64, seq: u32) {
         let known = self.ceiling_of(1 - instance, spi_in).unwrap_or(0);
         if u64::from(seq) >= known && !self.excused(key) {
-            let text = format!("SA {spi_in}: sequence number {seq} is not below the acknowledged lease {known}");
+            let text = format!(
+                "SA {spi_in}: sequence number {seq} is not below the acknowledged lease {known}"
+            );
             self.violate(2, text);
         }
     }
@@ -255,13 +276,19 @@ impl Checks {
 
     /// ha.md, "Terms": after a split the winner's term is above both.
     pub fn healed(&mut self, status: [&ha::EndpointStatus; 2]) {
-        let owners: Vec<u64> =
-            status.iter().filter(|s| matches!(s.role, ha::Role::Owner(_))).map(|s| s.term.0).collect();
+        let owners: Vec<u64> = status
+            .iter()
+            .filter(|s| matches!(s.role, ha::Role::Owner(_)))
+            .map(|s| s.term.0)
+            .collect();
         match owners.as_slice() {
             [a, b] => self.rivals = self.rivals.max(*a).max(*b),
             [winner] if status.iter().any(|s| s.role == ha::Role::Shadow { synced: true }) => {
                 if *winner < self.rivals {
-                    self.violate(5, format!("term {winner} won a split against term {}", self.rivals));
+                    self.violate(
+                        5,
+                        format!("term {winner} won a split against term {}", self.rivals),
+                    );
                 }
                 self.rivals = 0;
             }
@@ -276,13 +303,21 @@ impl Checks {
         let synced = status.iter().any(|s| matches!(s.role, ha::Role::Owner(ha::Mode::Synced)));
         let shadows = status.iter().filter(|s| matches!(s.role, ha::Role::Shadow { .. })).count();
         let alike = (a.term, a.lineage, a.position) == (b.term, b.lineage, b.position);
-        if owners != 1 || shadows != 1 || !synced || !alike || self.compared == (a.term.0, a.position.0) {
+        if owners != 1
+            || shadows != 1
+            || !synced
+            || !alike
+            || self.compared == (a.term.0, a.position.0)
+        {
             return;
         }
         self.compared = (a.term.0, a.position.0);
         let endpoint = ha::EndpointId(0);
         if a.digest != b.digest || !pairs[0].values(endpoint).eq(pairs[1].values(endpoint)) {
-            self.violate(7, format!("the logs differ at position {} of term {}", a.position.0, a.term.0));
+            self.violate(
+                7,
+                format!("the logs differ at position {} of term {}", a.position.0, a.term.0),
+            );
         }
     }
 }
@@ -300,7 +335,8 @@ mod tests {
 
     fn ike(id: u8, iv: u8, body: u8, exchange: u8) -> Datagram {
         let at = SocketAddr::from(([1, 2, 3, 4], 500));
-        let mut bytes = [&[1; 16][..], &[46, 0x20, exchange, 0x08, 0, 0, 0, id, 0, 0, 0, 0]].concat();
+        let mut bytes =
+            [&[1; 16][..], &[46, 0x20, exchange, 0x08, 0, 0, 0, id, 0, 0, 0, 0]].concat();
         bytes.extend([0, 0, 0, 44]);
         bytes.extend([iv; 8]);
         bytes.extend([body; 32]);
@@ -324,7 +360,11 @@ mod tests {
         assert_eq!(run(&[esp(1, 1, 1), esp(2, 1, 2)], true), Some(1), "IVs have no excuse");
         assert_eq!(run(&[esp(1, 1, 1), esp(1, 2, 2)], false), Some(2));
         assert_eq!(run(&[esp(1, 1, 1), esp(1, 2, 2)], true), None);
-        assert_eq!(run(&[ike(1, 1, 1, 37), ike(1, 1, 1, 37), ike(2, 2, 2, 37)], false), None, "a retransmission");
+        assert_eq!(
+            run(&[ike(1, 1, 1, 37), ike(1, 1, 1, 37), ike(2, 2, 2, 37)], false),
+            None,
+            "a retransmission"
+        );
         assert_eq!(run(&[ike(1, 1, 1, 37), ike(1, 2, 1, 37)], false), Some(4));
         assert_eq!(run(&[ike(1, 1, 1, 37), ike(2, 2, 1, 37), ike(1, 1, 1, 37)], false), Some(4));
         assert_eq!(run(&[ike(1, 1, 1, 37), ike(2, 1, 1, 37)], true), Some(1));

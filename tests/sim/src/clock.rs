@@ -37,7 +37,8 @@ impl Clock {
     #[must_use]
     pub fn local(&self, at: Nanos) -> Duration {
         let at = self.frozen.unwrap_or(at);
-        let run = u128::from(at.saturating_sub(self.origin)) * u128::from(self.rate) / u128::from(MILLION);
+        let run = u128::from(at.saturating_sub(self.origin)) * u128::from(self.rate)
+            / u128::from(MILLION);
         Duration::from_nanos(self.base + run as u64)
     }
 

@@ -45,6 +45,8 @@ pub struct Director {
     last_uplink: Option<Nanos>,
     /// There was a split: what the two sides made of their SAs shows later.
     split: bool,
+    /// By flow: the first packet that must not be lost by the fault under way.
+    lossless: Vec<u64>,
     dice: Dice2,
     weather: Option<(Weather, Weather)>,
     /// Faults so far.
@@ -74,6 +76,7 @@ impl Director {
             whole_since: 0,
             last_uplink: None,
             split: false,
+            lossless: Vec::new(),
             dice: Dice2(Dice::new(dice.any(), 7)),
             weather: None,
             faults: 0,
@@ -131,7 +134,8 @@ impl World {
         };
         let steady = self.director.settled_since.is_some_and(|since| now >= since + 100 * MS);
         let (links, peers) = (self.scene.links, self.scene.peers);
-        let owner = usize::from(self.pair_status(1).is_some_and(|s| matches!(s.role, ha::Role::Owner(_))));
+        let owner =
+            usize::from(self.pair_status(1).is_some_and(|s| matches!(s.role, ha::Role::Owner(_))));
         let d = &mut self.director;
         let next = match d.phase {
             Phase::Boot if steady && d.careful => calm(d, now),
@@ -173,6 +177,13 @@ impl World {
                     }
                     d.split |= fault.splits(links);
                     self.checks.strict = !fault.may_lose_sas(links) && !d.split;
+                    let calm_weather = [self.net.pair, self.net.wan].iter().all(|w| w.loss == 0);
+                    let exact = calm_weather
+                        && !self.scene.tight_leases
+                        && !d.split
+                        && fault.costs_nothing(owner);
+                    let next = self.traffic.flows.iter().map(|flow| flow.next);
+                    d.lossless = if exact { next.collect() } else { Vec::new() };
                     self.at(now, Event::Fault(fault));
                     Phase::Fault { fault, until: now + fault.lasts() + 200 * MS }
                 }
@@ -183,8 +194,9 @@ impl World {
                 d.settled_since = None;
                 Phase::Settle { fault, since: now }
             }
-            Phase::Settle { .. } if steady => {
+            Phase::Settle { fault, .. } if steady => {
                 self.checks.strict = !self.director.split;
+                self.check_lossless(fault);
                 let next = calm(&mut self.director, now);
                 log::set_turn(now, usize::MAX);
                 log::say(&format!("settled [{}]", self.describe()));
@@ -215,7 +227,27 @@ impl World {
             _ => false,
         };
         if watched && self.director.careful && !self.director.split && self.silence() > GAP {
-            self.checks.violate(5, format!("no traffic for {} ms   [{}]", self.silence() / MS, self.describe()));
+            self.checks.violate(
+                5,
+                format!("no traffic for {} ms   [{}]", self.silence() / MS, self.describe()),
+            );
+        }
+    }
+
+    /// After a fault that costs nothing, every packet arrived but those still under way.
+    fn check_lossless(&mut self, fault: Fault) {
+        let first = std::mem::take(&mut self.director.lossless);
+        for (flow, first) in self.traffic.flows.iter().zip(first) {
+            let missing = flow.missing(first, flow.next.saturating_sub(8));
+            if !missing.is_empty() {
+                let way = if flow.outward { "to" } else { "from" };
+                let text = format!(
+                    "{} packets {way} peer {} were lost by {fault:?}",
+                    missing.len(),
+                    flow.peer
+                );
+                return self.checks.violate(5, text);
+            }
         }
     }
 

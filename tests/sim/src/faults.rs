@@ -172,7 +172,10 @@ impl Fault {
             22 => Self::Slow { host, time },
             23..=26 => Self::Switchover,
             27 => Self::Stop { host },
-            28 => Self::PeerRestart { host: 2 + dice.below(peers as u64) as usize, down: dice.ms(10, 1_000) },
+            28 => Self::PeerRestart {
+                host: 2 + dice.below(peers as u64) as usize,
+                down: dice.ms(10, 1_000),
+            },
             _ => Self::Crash { host, down, outputs: None, lost_file: false },
         }
     }
@@ -182,7 +185,7 @@ impl Fault {
         let other = 1 - owner;
         let mut ms = |about: u64| dice.ms(about * 8 / 10, about * 12 / 10);
         let crash = |host, down, lost_file| Self::Crash { host, down, outputs: None, lost_file };
-        match ms(1_000) % 5 {
+        match ms(1_000) % 6 {
             // A term taken beyond a cut and forgotten, keys known again, then a takeover with the same keys.
             0 => vec![
                 (0, Self::CutAll { from: None, time: ms(1_500) }),
@@ -211,6 +214,11 @@ impl Fault {
                 (ms(1_000), Self::Slow { host: other, time: ms(100) }),
                 (ms(2_000), crash(owner, ms(2_000), false)),
             ],
+            // The other restarts beyond a cut, waits in vain, and owns as empty.
+            4 => vec![
+                (0, Self::CutAll { from: None, time: ms(6_000) }),
+                (ms(300), crash(other, ms(300), false)),
+            ],
             // The owner is suspended again and again.
             _ => vec![
                 (0, Self::Suspend { host: owner, time: ms(300) }),
@@ -235,10 +243,27 @@ impl Fault {
         self.may_lose_sas(links) && !matches!(self, Self::PeerRestart { .. })
     }
 
+    /// Whether not one packet may be lost by it: a planned move, or a mishap of the standby alone (ha.md, "What we
+    /// promise").
+    pub(crate) fn costs_nothing(self, owner: usize) -> bool {
+        match self {
+            Self::Switchover => true,
+            Self::Crash { host, .. }
+            | Self::PowerCut { host, .. }
+            | Self::Pause { host, .. }
+            | Self::Suspend { host, .. }
+            | Self::ClockStop { host, .. }
+            | Self::Stop { host } => host != owner,
+            _ => false,
+        }
+    }
+
     /// How long it lasts, until the world is whole again.
     pub(crate) fn lasts(self) -> Nanos {
         match self {
-            Self::Crash { down, .. } | Self::PowerCut { down, .. } | Self::PeerRestart { down, .. } => down,
+            Self::Crash { down, .. }
+            | Self::PowerCut { down, .. }
+            | Self::PeerRestart { down, .. } => down,
             Self::Pause { time, .. }
             | Self::Suspend { time, .. }
             | Self::ClockStop { time, .. }
@@ -335,7 +360,9 @@ impl World {
                 }
                 self.restart(host);
             }
-            Fault::Pause { host, .. } | Fault::Suspend { host, .. } | Fault::ClockStop { host, .. } => self.resume(host),
+            Fault::Pause { host, .. }
+            | Fault::Suspend { host, .. }
+            | Fault::ClockStop { host, .. } => self.resume(host),
             Fault::Cut { link, from, .. } => self.cut(link..link + 1, from, true),
             Fault::CutAll { from, .. } => self.cut(0..self.scene.links, from, true),
             Fault::Uplink { host, .. } => self.uplink(host, true),
@@ -379,7 +406,9 @@ impl World {
     }
 
     fn forget_file(&mut self, fault: Fault) {
-        if let Fault::Crash { host, lost_file: true, .. } | Fault::PowerCut { host, lost_file: true, .. } = fault {
+        if let Fault::Crash { host, lost_file: true, .. }
+        | Fault::PowerCut { host, lost_file: true, .. } = fault
+        {
             self.hosts[host].disk = None;
         }
     }

@@ -215,7 +215,13 @@ impl Host {
     ///
     /// # Errors
     /// What it refuses in its configuration.
-    pub fn start(&mut self, now: Nanos, seed: u64, scene: &Scene, bug: Option<crate::bugs::Bug>) -> Result<(), String> {
+    pub fn start(
+        &mut self,
+        now: Nanos,
+        seed: u64,
+        scene: &Scene,
+        bug: Option<crate::bugs::Bug>,
+    ) -> Result<(), String> {
         self.lives += 1;
         let config = match self.index {
             index @ 0..=1 => scene.instance(index as u8)?,
@@ -230,13 +236,15 @@ impl Host {
             terms: vec![self.disk],
             release: "sim".into(),
         };
-        let mut gateway = Gateway::new(start, self.local(now)).map_err(|error| error.to_string())?;
+        let mut gateway =
+            Gateway::new(start, self.local(now)).map_err(|error| error.to_string())?;
         match bug {
             Some(crate::bugs::Bug::Pair(bug)) if self.index < 2 => gateway.set_pair_bug(bug),
             Some(crate::bugs::Bug::Gateway(bug)) if self.index < 2 => gateway.set_bug(bug),
             _ => {}
         }
-        let config = esp::Config { max_slots: 4096, queue_len: 64, slot_len: 512, ..esp::Config::default() };
+        let config =
+            esp::Config { max_slots: 4096, queue_len: 64, slot_len: 512, ..esp::Config::default() };
         self.process = Some(Box::new(Process {
             gateway,
             shard: esp::Shard::new(config),
@@ -273,18 +281,25 @@ impl Host {
 }
 
 fn boot_clock(now: Nanos, dice: &mut Dice) -> Clock {
-    let base = if dice.chance(500) { dice.ms(1_000, 60_000) } else { dice.ms(60_000, 1_000_000_000) };
+    let base =
+        if dice.chance(500) { dice.ms(1_000, 60_000) } else { dice.ms(60_000, 1_000_000_000) };
     Clock::new(now, base, dice.between(900_000, 1_100_000))
 }
 
 impl std::fmt::Debug for Process {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Process").field("life", &self.life).field("term", &self.term).finish_non_exhaustive()
+        f.debug_struct("Process")
+            .field("life", &self.life)
+            .field("term", &self.term)
+            .finish_non_exhaustive()
     }
 }
 
 impl std::fmt::Debug for Host {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Host").field("name", &name_of(self.index)).field("process", &self.process).finish_non_exhaustive()
+        f.debug_struct("Host")
+            .field("name", &name_of(self.index))
+            .field("process", &self.process)
+            .finish_non_exhaustive()
     }
 }

@@ -86,7 +86,11 @@ fn run_all(args: &Args, bug: Option<sim::bugs::Bug>) -> bool {
         }
         if said.elapsed() >= Duration::from_secs(10) {
             said = Instant::now();
-            println!("{} seeds, {failed} failed, {:.0} s", passed + failed, began.elapsed().as_secs_f64());
+            println!(
+                "{} seeds, {failed} failed, {:.0} s",
+                passed + failed,
+                began.elapsed().as_secs_f64()
+            );
         }
     }
     println!(
@@ -113,7 +117,10 @@ fn catch_all(first: u64, seeds: u64) -> bool {
         match found {
             Some((seed, (invariant, why))) => {
                 caught += 1;
-                println!("{name} (breaks {breaks}): caught by seed {seed} after {} seeds, as {invariant}: {why}", seed - first + 1);
+                println!(
+                    "{name} (breaks {breaks}): caught by seed {seed} after {} seeds, as {invariant}: {why}",
+                    seed - first + 1
+                );
             }
             None => {
                 missed += 1;

@@ -146,10 +146,17 @@ impl Network {
     }
 
     /// When an item that is sent now on the newest stream arrives; `None` if it waits for the link.
-    pub fn stream_at(&mut self, now: Nanos, from: usize, item: &Item, dice: &mut Dice) -> Option<Nanos> {
+    pub fn stream_at(
+        &mut self,
+        now: Nanos,
+        from: usize,
+        item: &Item,
+        dice: &mut Dice,
+    ) -> Option<Nanos> {
         let delay = self.pair.delay(dice) + self.lag.get(from).copied().unwrap_or(0);
         let stream = self.stream.as_mut()?;
-        let carries = self.links.get(stream.link).and_then(|link| link.get(from)).copied().unwrap_or(false);
+        let carries =
+            self.links.get(stream.link).and_then(|link| link.get(from)).copied().unwrap_or(false);
         let waits = stream.stalled.get_mut(from)?;
         if !carries || !waits.is_empty() {
             waits.push((now, item.clone()));

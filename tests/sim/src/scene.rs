@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use crypto::Secret;
 use gateway::config::{
-    Config, ConnectionParts, EndpointParts, Instance, OnFailure, PairParts, PairTimers, Parts, WanParts,
+    Config, ConnectionParts, EndpointParts, Instance, OnFailure, PairParts, PairTimers, Parts,
+    WanParts,
 };
-use ike::config::{ChildConfig, ConnectionConfig, Encap, Limits, RemoteAddress, Retransmit, Start, Timers};
+use ike::config::{
+    ChildConfig, ConnectionConfig, Encap, Limits, RemoteAddress, Retransmit, Start, Timers,
+};
 use wire::id::ConnectionId;
 use wire::ts::{AddrRange, TrafficSelector};
 
@@ -49,6 +52,9 @@ pub struct Scene {
     pub home: u8,
     /// Per peer: whether the pair initiates, or else the peer.
     pub pair_initiates: Vec<bool>,
+    /// New SAs begin close to the end of their first lease, as if after a burst: so that leases matter at this rate of
+    /// packets. Then packets may be lost while the lease waits for a shadow that is gone.
+    pub tight_leases: bool,
     /// Times of the pair protocol.
     pub timers: PairTimers,
     pair_ike: Timers,
@@ -57,8 +63,11 @@ pub struct Scene {
     esp_proposal: &'static str,
 }
 
-const IKE_PROPOSALS: [&str; 3] =
-    ["aes128gcm16-prfsha256-x25519", "aes256gcm16-prfsha384-x25519", "chacha20poly1305-prfsha512-x25519"];
+const IKE_PROPOSALS: [&str; 3] = [
+    "aes128gcm16-prfsha256-x25519",
+    "aes256gcm16-prfsha384-x25519",
+    "chacha20poly1305-prfsha512-x25519",
+];
 const ESP_PROPOSALS: [&str; 4] =
     ["aes128gcm16-x25519", "aes256gcm16", "chacha20poly1305-x25519", "aes128gcm16"];
 
@@ -92,8 +101,12 @@ impl Scene {
             peers,
             links: if dice.chance(850) { 2 } else { 1 },
             home: dice.below(2) as u8,
+            tight_leases: dice.chance(600),
             pair_initiates: (0..peers).map(|_| dice.chance(500)).collect(),
-            timers: PairTimers { boot_wait: Duration::from_millis(dice.between(1_500, 3_500)), ..PairTimers::default() },
+            timers: PairTimers {
+                boot_wait: Duration::from_millis(dice.between(1_500, 3_500)),
+                ..PairTimers::default()
+            },
             pair_ike: lifetimes(dice),
             peer_ike: lifetimes(dice),
             ike_proposal: dice.pick(&IKE_PROPOSALS).unwrap_or(IKE_PROPOSALS[0]),
@@ -147,8 +160,15 @@ impl Scene {
             local: name.clone(),
             pair: None,
             instances: vec![Instance { name: name.clone(), index: 0, links: Vec::new() }],
-            endpoints: vec![endpoint(&name, peer_address(peer), BTreeMap::from([(name.clone(), "eth0".to_owned())]))],
-            connections: vec![ConnectionParts { endpoints: vec!["main".into()], ike: self.connection(peer, false) }],
+            endpoints: vec![endpoint(
+                &name,
+                peer_address(peer),
+                BTreeMap::from([(name.clone(), "eth0".to_owned())]),
+            )],
+            connections: vec![ConnectionParts {
+                endpoints: vec!["main".into()],
+                ike: self.connection(peer, false),
+            }],
             limits: limits(),
             keylog: false,
         })
@@ -209,7 +229,8 @@ fn fqdn(name: &str) -> ike::Identity {
 /// The /24 around a host.
 fn ts(host: Ipv4Addr) -> TrafficSelector {
     let [a, b, c, _] = host.octets();
-    let range = AddrRange::new(Ipv4Addr::new(a, b, c, 0).into(), Ipv4Addr::new(a, b, c, 255).into());
+    let range =
+        AddrRange::new(Ipv4Addr::new(a, b, c, 0).into(), Ipv4Addr::new(a, b, c, 255).into());
     TrafficSelector::all(range.unwrap_or(AddrRange::ALL_V4))
 }
 

@@ -26,6 +26,19 @@ pub struct Flow {
     pub arrived: u64,
     /// When the last one came.
     pub last: Nanos,
+    /// Which arrived, one bit each.
+    seen: Vec<u64>,
+}
+
+impl Flow {
+    /// Packets that did not arrive, of those from `first` up to and without `end`.
+    #[must_use]
+    pub fn missing(&self, first: u64, end: u64) -> Vec<u64> {
+        let came = |n: &u64| {
+            self.seen.get((n / 64) as usize).is_some_and(|word| word >> (n % 64) & 1 == 1)
+        };
+        (first..end).filter(|n| !came(n)).collect()
+    }
 }
 
 /// All flows.
@@ -39,14 +52,22 @@ impl Traffic {
     /// Two flows for each peer.
     #[must_use]
     pub fn new(peers: usize) -> Self {
-        let flow = |n: usize| Flow { peer: n / 2, outward: n.is_multiple_of(2), next: 0, arrived: 0, last: 0 };
+        let flow = |n: usize| Flow {
+            peer: n / 2,
+            outward: n.is_multiple_of(2),
+            next: 0,
+            arrived: 0,
+            last: 0,
+            seen: Vec::new(),
+        };
         Self { flows: (0..peers * 2).map(flow).collect() }
     }
 
     /// The next packet of a flow.
     pub fn packet(&mut self, flow: usize) -> Option<Vec<u8>> {
         let f = self.flows.get_mut(flow)?;
-        let (src, dst) = if f.outward { (INSIDE, beyond(f.peer)) } else { (beyond(f.peer), INSIDE) };
+        let (src, dst) =
+            if f.outward { (INSIDE, beyond(f.peer)) } else { (beyond(f.peer), INSIDE) };
         let number = f.next;
         f.next += 1;
         Some(build(src, dst, flow as u64, number))
@@ -63,9 +84,17 @@ impl Traffic {
             bytes.map_or(u64::MAX, u64::from_be_bytes)
         };
         let number = word(16);
-        let flow = self.flows.get_mut(word(8) as usize).ok_or("an inner packet of no flow came out")?;
+        let flow =
+            self.flows.get_mut(word(8) as usize).ok_or("an inner packet of no flow came out")?;
         if flow.outward == at_pair || number >= flow.next {
             return Err(format!("inner packet {number} came out where it does not belong"));
+        }
+        let at = (number / 64) as usize;
+        if flow.seen.len() <= at {
+            flow.seen.resize(at + 1, 0);
+        }
+        if let Some(word) = flow.seen.get_mut(at) {
+            *word |= 1 << (number % 64);
         }
         flow.arrived += 1;
         flow.last = now;
@@ -81,7 +110,13 @@ fn build(src: Ipv4Addr, dst: Ipv4Addr, flow: u64, number: u64) -> Vec<u8> {
     }
     p.extend(src.octets());
     p.extend(dst.octets());
-    let mut sum: u32 = p.chunks(2).map(|w| u32::from(w.first().copied().unwrap_or(0)) << 8 | u32::from(w.get(1).copied().unwrap_or(0))).sum();
+    let mut sum: u32 = p
+        .chunks(2)
+        .map(|w| {
+            u32::from(w.first().copied().unwrap_or(0)) << 8
+                | u32::from(w.get(1).copied().unwrap_or(0))
+        })
+        .sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -114,6 +149,8 @@ mod tests {
         assert!(in_clear(&packet));
         traffic.arrive(5, false, &packet).unwrap();
         assert_eq!((traffic.flows[0].arrived, traffic.flows[0].last), (1, 5));
+        traffic.packet(0);
+        assert_eq!(traffic.flows[0].missing(0, 2), [1]);
         assert!(traffic.arrive(5, true, &packet).is_err(), "it came back to where it began");
         let back = traffic.packet(1).unwrap();
         traffic.arrive(6, true, &back).unwrap();

@@ -55,14 +55,25 @@ impl World {
             if host < 2 {
                 let role = self.pair_status(host).map(|status| status.role);
                 if let Some(p) = &mut self.hosts[host].process {
-                    p.synced = matches!(role, Some(ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering));
+                    p.synced = matches!(
+                        role,
+                        Some(ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering)
+                    );
                 }
                 self.compare_logs();
             }
         } else {
             self.gone(host, &p, false);
             let down = self.director.downtime();
-            self.at(now + down, Event::End(crate::faults::Fault::Crash { host, down, outputs: None, lost_file: false }));
+            self.at(
+                now + down,
+                Event::End(crate::faults::Fault::Crash {
+                    host,
+                    down,
+                    outputs: None,
+                    lost_file: false,
+                }),
+            );
         }
     }
 
@@ -72,7 +83,9 @@ impl World {
         while let Some(input) = p.inbox.pop_front() {
             let g = &mut p.gateway;
             match input {
-                Input::Ike { from, to, bytes, steered } => g.handle_ike(now, MAIN, from, to, &bytes, steered),
+                Input::Ike { from, to, bytes, steered } => {
+                    g.handle_ike(now, MAIN, from, to, &bytes, steered)
+                }
                 Input::Heartbeat(link, bytes) => g.handle_heartbeat(now, link, &bytes),
                 Input::Frame(bytes) => g.handle_frame(now, &bytes),
                 Input::StreamUp(link) => g.handle_stream_up(now, link),
@@ -125,7 +138,9 @@ impl World {
                 Output::Pair(transmit) => self.pair_transmit(host, p, transmit),
                 Output::Shard(command) => self.command(host, p, command),
                 Output::Fence { endpoint: _, valid_until } => p.fence = valid_until,
-                Output::Addresses { endpoint: _, present } => self.address_task(host, p, Some(present)),
+                Output::Addresses { endpoint: _, present } => {
+                    self.address_task(host, p, Some(present))
+                }
                 Output::Announce { endpoint: _ } => self.address_task(host, p, None),
                 Output::Reserve { endpoint: _, up_to } => {
                     let delay = self.dice.us(100, 20_000);
@@ -143,7 +158,8 @@ impl World {
     }
 
     fn outside_fence(&self, host: usize, p: &Process) -> bool {
-        self.hosts[host].local(self.now) >= p.fence && self.bug != Some(Bug::Runtime(Runtime::IgnoreFence))
+        self.hosts[host].local(self.now) >= p.fence
+            && self.bug != Some(Bug::Runtime(Runtime::IgnoreFence))
     }
 
     fn address_task(&mut self, host: usize, p: &mut Process, present: Option<bool>) {
@@ -155,7 +171,9 @@ impl World {
         if host >= 2 {
             return;
         }
-        let link = (0..self.scene.links).find(|link| self.net.links[*link].iter().all(|up| *up)).unwrap_or(0);
+        let link = (0..self.scene.links)
+            .find(|link| self.net.links[*link].iter().all(|up| *up))
+            .unwrap_or(0);
         self.send_link(host, link, || Event::Steered { to: 1 - host, keys, what: what.clone() });
     }
 
@@ -164,7 +182,12 @@ impl World {
         match transmit {
             ha::Transmit::Heartbeat { link, bytes } => {
                 let link = usize::from(link.0);
-                self.send_link(host, link, || Event::Heartbeat { to: 1 - host, link, keys, bytes: bytes.clone() });
+                self.send_link(host, link, || Event::Heartbeat {
+                    to: 1 - host,
+                    link,
+                    keys,
+                    bytes: bytes.clone(),
+                });
             }
             ha::Transmit::Frame(bytes) => {
                 self.check_ack(host, p, &bytes);
@@ -190,7 +213,8 @@ impl World {
             let status = p.gateway.pair().status(self.hosts[host].local(self.now));
             let owned = status.endpoints.first().filter(|s| matches!(s.role, ha::Role::Owner(_)));
             if owned.is_some_and(|owned| owned.term.0 != term) {
-                self.checks.violate(4, format!("an owner acknowledged a record of the old term {term}"));
+                self.checks
+                    .violate(4, format!("an owner acknowledged a record of the old term {term}"));
             }
         }
     }
@@ -210,9 +234,9 @@ impl World {
                 if host < 2 {
                     self.checks.ceiling(host, sa.spi_in, sa.ceiling);
                 }
-                // As if a burst had used up most of the first lease: so that leases matter at this rate of packets.
+                // As if a burst had used up most of the first lease.
                 let few = out.key % if out.key.is_multiple_of(2) { 8 } else { 200 };
-                if sa.next_seq == 1 && !out.key.is_multiple_of(5) {
+                if self.scene.tight_leases && sa.next_seq == 1 && !out.key.is_multiple_of(5) {
                     sa.next_seq = esp::INITIAL_CEILING - 2 - few;
                 }
             }
@@ -223,10 +247,17 @@ impl World {
                 }
                 self.checks.doubt = true;
             }
-            Command::Lease { spi_in, ceiling } if host < 2 => self.checks.ceiling(host, *spi_in, *ceiling),
+            Command::Lease { spi_in, ceiling } if host < 2 => {
+                self.checks.ceiling(host, *spi_in, *ceiling)
+            }
             _ => {}
         }
-        if log::verbose() && !matches!(command, Command::Query { .. } | Command::Window { .. } | Command::Policies(_)) {
+        if log::verbose()
+            && !matches!(
+                command,
+                Command::Query { .. } | Command::Window { .. } | Command::Policies(_)
+            )
+        {
             log::say(&format!("  shard ← {}", brief(&command)));
         }
         p.commands.push_back(command);
@@ -249,12 +280,14 @@ impl World {
         log::set_turn(now, host);
         self.work(host, &mut p);
         let report = !p.inbox.is_empty();
-        let wakeup = p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(now + 20 * US));
+        let wakeup =
+            p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(now + 20 * US));
         let more = !p.plain.is_empty() || !p.sealed.is_empty();
         if !p.leaving.is_empty() {
             p.in_gap = true;
             // Between the decision and the system call: usually microseconds, sometimes another thread's turn.
-            let gap = if self.hosts[host].slow { self.dice.us(5, 10_000) } else { self.dice.us(1, 40) };
+            let gap =
+                if self.hosts[host].slow { self.dice.us(5, 10_000) } else { self.dice.us(1, 40) };
             self.at(now + gap, Event::Leave { host, life });
         }
         self.hosts[host].process = Some(p);
@@ -279,7 +312,9 @@ impl World {
                 match error {
                     // A removal overtook a lease or a window: ordinary.
                     esp::CommandError::UnknownSa(_) => {}
-                    error => self.checks.violate(0, format!("the shard refused a command: {error}")),
+                    error => {
+                        self.checks.violate(0, format!("the shard refused a command: {error}"))
+                    }
                 }
             }
         }
@@ -316,7 +351,10 @@ impl World {
                         && let Some(head) = wire::esp::Header::parse(&bytes)
                         && let Some(out) = p.outbound.get(&head.spi.0)
                     {
-                        let seq = bytes.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes);
+                        let seq = bytes
+                            .get(4..8)
+                            .and_then(|b| b.try_into().ok())
+                            .map_or(0, u32::from_be_bytes);
                         self.checks.sealed(host, out.spi_in, out.key, seq);
                     }
                     p.leaving.push(Leaving::Wan(Datagram { from, to, bytes }));
@@ -327,9 +365,12 @@ impl World {
                     p.leaving.push(Leaving::Steer { plain, bytes: slot.packet().to_vec() });
                     p.inbox.push_back(Input::Steered);
                 }
-                Verdict::Drop(Reason::NoSa) if self.bug == Some(Bug::Runtime(Runtime::SendInClear)) => {
+                Verdict::Drop(Reason::NoSa)
+                    if self.bug == Some(Bug::Runtime(Runtime::SendInClear)) =>
+                {
                     let at = |port| std::net::SocketAddr::from((VIRTUAL, port));
-                    let datagram = Datagram { from: at(4500), to: at(4500), bytes: slot.packet().to_vec() };
+                    let datagram =
+                        Datagram { from: at(4500), to: at(4500), bytes: slot.packet().to_vec() };
                     p.leaving.push(Leaving::Wan(datagram));
                 }
                 Verdict::Drop(Reason::Unjudged) | Verdict::Pending => {
@@ -369,7 +410,8 @@ impl World {
             }
         }
         let pending = !p.plain.is_empty() || !p.sealed.is_empty() || !p.commands.is_empty();
-        let wakeup = p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(self.now + 20 * US));
+        let wakeup =
+            p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(self.now + 20 * US));
         self.hosts[host].process = Some(p);
         if pending {
             self.wake_worker(host, self.now + 2 * US);
@@ -394,9 +436,14 @@ fn fill(batch: &mut esp::Batch, packets: &mut std::collections::VecDeque<Packet>
 /// A command without its keys and selectors.
 fn brief(command: &Command) -> String {
     match command {
-        Command::Install(sa) => format!("Install {} out {} ceiling {}", sa.spi_in, sa.spi_out, sa.ceiling),
+        Command::Install(sa) => {
+            format!("Install {} out {} ceiling {}", sa.spi_in, sa.spi_out, sa.ceiling)
+        }
         Command::Resume { term, counters } => {
-            format!("Resume {} term {} next {} ceiling {}", counters.spi_in, term.0, counters.next_seq, counters.ceiling)
+            format!(
+                "Resume {} term {} next {} ceiling {}",
+                counters.spi_in, term.0, counters.next_seq, counters.ceiling
+            )
         }
         other => format!("{other:?}"),
     }

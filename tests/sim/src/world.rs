@@ -161,7 +161,13 @@ impl World {
         for host in 0..world.hosts.len() {
             world.start(host)?;
         }
-        for event in [Event::Connect, Event::Ask, Event::Traffic, Event::Rekey { again: true }, Event::Direct] {
+        for event in [
+            Event::Connect,
+            Event::Ask,
+            Event::Traffic,
+            Event::Rekey { again: true },
+            Event::Direct,
+        ] {
             let at = world.dice.us(10, 5_000);
             world.at(at, event);
         }
@@ -181,7 +187,10 @@ impl World {
             self.step(next.event);
             self.check();
             if let Some(violation) = self.checks.violation.take() {
-                return Err((violation.0, format!("at {:.6} s: {}", self.now as f64 / 1e9, violation.1)));
+                return Err((
+                    violation.0,
+                    format!("at {:.6} s: {}", self.now as f64 / 1e9, violation.1),
+                ));
             }
         }
         Ok(())
@@ -192,7 +201,10 @@ impl World {
             self.overlap();
         }
         for error in log::take_errors() {
-            self.checks.violate(if error.contains("digests differ") { 7 } else { 0 }, format!("ERROR in the log: {error}"));
+            self.checks.violate(
+                if error.contains("digests differ") { 7 } else { 0 },
+                format!("ERROR in the log: {error}"),
+            );
         }
     }
 
@@ -329,7 +341,8 @@ impl World {
     /// A datagram leaves a host: everything on the wire passes here.
     pub(crate) fn send_wan(&mut self, host: usize, p: &Process, datagram: Datagram) {
         self.must_pass(host, p);
-        let kind = self.checks.wan(self.now, &datagram, |spi| p.outbound.get(&spi).map(|out| out.key));
+        let kind =
+            self.checks.wan(self.now, &datagram, |spi| p.outbound.get(&spi).map(|out| out.key));
         if let Kind::Ike(exchange, id, response) = kind
             && log::verbose()
         {
@@ -370,7 +383,11 @@ impl World {
                 natt::Datagram::Ike(ike) => ike,
                 natt::Datagram::Esp(_) => {
                     if p.sealed.len() < SOCKET {
-                        let packet = Packet { bytes: datagram.bytes, peer: Some(datagram.from), steered: false };
+                        let packet = Packet {
+                            bytes: datagram.bytes,
+                            peer: Some(datagram.from),
+                            steered: false,
+                        };
                         p.sealed.push_back(packet);
                         self.wake_worker_soon(to);
                     }
@@ -381,7 +398,12 @@ impl World {
         };
         if p.inbox.len() < 4 * SOCKET {
             let bytes = ike.to_vec();
-            p.inbox.push_back(Input::Ike { from: datagram.from, to: datagram.to, bytes, steered: false });
+            p.inbox.push_back(Input::Ike {
+                from: datagram.from,
+                to: datagram.to,
+                bytes,
+                steered: false,
+            });
             self.wake_soon(to);
         }
     }
@@ -395,7 +417,11 @@ impl World {
         match present {
             Some(present) => p.present = present,
             // The fence is compared before ARP leaves, too.
-            None if host < 2 && open && self.hosts[host].wan_up && !self.dice.chance(self.net.deaf) => {
+            None if host < 2
+                && open
+                && self.hosts[host].wan_up
+                && !self.dice.chance(self.net.deaf) =>
+            {
                 self.net.switch = Some(host);
             }
             None => {}
@@ -405,7 +431,10 @@ impl World {
     /// Neighbours whose entry does not answer ask everybody.
     fn ask(&mut self) {
         let answers = |host: &Host| {
-            host.runs() && host.wan_up && host.passes(self.now) && host.process.as_ref().is_some_and(|p| p.present)
+            host.runs()
+                && host.wan_up
+                && host.passes(self.now)
+                && host.process.as_ref().is_some_and(|p| p.present)
         };
         if self.net.switch.is_none_or(|host| !answers(&self.hosts[host])) {
             self.net.switch = (0..2).find(|host| answers(&self.hosts[*host]));
@@ -415,7 +444,8 @@ impl World {
     fn traffic_tick(&mut self) {
         for flow in 0..self.traffic.flows.len() {
             let outward = self.traffic.flows[flow].outward;
-            let to = if outward { self.net.switch } else { Some(2 + self.traffic.flows[flow].peer) };
+            let to =
+                if outward { self.net.switch } else { Some(2 + self.traffic.flows[flow].peer) };
             for _ in 0..self.dice.between(1, 2) {
                 let Some(bytes) = self.traffic.packet(flow) else { continue };
                 let Some(to) = to else { continue };
@@ -431,11 +461,16 @@ impl World {
 
     fn rekey(&mut self, again: bool) {
         let host = self.dice.below(self.hosts.len() as u64) as usize;
-        let peer = if host >= 2 { host - 2 } else { self.dice.below(self.scene.peers as u64) as usize };
+        let peer =
+            if host >= 2 { host - 2 } else { self.dice.below(self.scene.peers as u64) as usize };
         let (ike, children) = (self.dice.chance(400), self.dice.chance(600));
         if let Some(p) = self.reads(host) {
             let connection = crate::scene::connection_name(peer);
-            p.inbox.push_back(Input::Request(gateway::Request::Rekey { connection, ike, children }));
+            p.inbox.push_back(Input::Request(gateway::Request::Rekey {
+                connection,
+                ike,
+                children,
+            }));
             self.wake_soon(host);
         }
         if again {
@@ -489,7 +524,8 @@ impl World {
             return self.at(self.now + 100 * MS, Event::Stream { to, id, sent, item });
         }
         let newest = self.net.stream.as_ref().filter(|stream| stream.id == id);
-        let lost = newest.is_some_and(|stream| sent > stream.lost_after[from]) && matches!(item, Item::Frame(_));
+        let lost = newest.is_some_and(|stream| sent > stream.lost_after[from])
+            && matches!(item, Item::Frame(_));
         let up = self.hosts[to].up;
         match self.reads(to) {
             Some(p) if p.stream == Some(id) => {
@@ -544,14 +580,19 @@ impl World {
             (true, false) => ha::Probe::Refused,
         };
         let delay = if there { self.net.pair.delay(&mut self.dice) } else { 100 * MS };
-        self.at(self.now + delay, Event::Tell { host: from, life, input: Input::Probe(link as u8, result) });
+        self.at(
+            self.now + delay,
+            Event::Tell { host: from, life, input: Input::Probe(link as u8, result) },
+        );
     }
 
     fn connect(&mut self) {
         if !self.hosts[0].runs() || !self.hosts[1].runs() {
             return;
         }
-        let (Some(left), Some(right)) = (&self.hosts[0].process, &self.hosts[1].process) else { return };
+        let (Some(left), Some(right)) = (&self.hosts[0].process, &self.hosts[1].process) else {
+            return;
+        };
         if left.stream.is_some() || left.stopping || right.stopping {
             return;
         }
@@ -631,7 +672,10 @@ impl World {
             && let Some(p) = self.hosts[host].process.take()
         {
             self.gone(host, &p, true);
-            self.at(self.now + down, Event::End(Fault::Crash { host, down, outputs: None, lost_file: false }));
+            self.at(
+                self.now + down,
+                Event::End(Fault::Crash { host, down, outputs: None, lost_file: false }),
+            );
         }
     }
 
@@ -654,14 +698,18 @@ impl World {
     /// One line about both instances.
     pub(crate) fn describe(&self) -> String {
         let of = |host: usize| match self.pair_status(host) {
-            Some(s) => format!("{} {:?} term {} pos {}", name_of(host), s.role, s.term.0, s.position.0),
+            Some(s) => {
+                format!("{} {:?} term {} pos {}", name_of(host), s.role, s.term.0, s.position.0)
+            }
             None => format!("{} dead", name_of(host)),
         };
         let flows: Vec<String> = self
             .traffic
             .flows
             .iter()
-            .map(|f| format!("{}/{} ({} ms)", f.arrived, f.next, self.now.saturating_sub(f.last) / MS))
+            .map(|f| {
+                format!("{}/{} ({} ms)", f.arrived, f.next, self.now.saturating_sub(f.last) / MS)
+            })
             .collect();
         format!("{}; {}; switch {:?}; flows {}", of(0), of(1), self.net.switch, flows.join(" "))
     }

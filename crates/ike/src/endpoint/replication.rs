@@ -68,7 +68,8 @@ impl Endpoint {
         self.table.esp_spis()
     }
 
-    /// Makes the shadow the owner in a new term: repeats outstanding requests
+    /// Makes the shadow the owner in a new term (or the owner, in a further one):
+    /// repeats outstanding requests
     /// byte for byte, arms timers, starts what is to be up.
     ///
     /// # Errors
@@ -85,13 +86,16 @@ impl Endpoint {
         // A new term is a new IV space for every key (ha.md).
         self.ivs.clear();
         self.term = Some(term);
+        if !self.active {
+            // What an earlier ownership left unpolled was never committed.
+            self.transitions.clear();
+        }
         self.active = true;
         self.due.clear();
         self.doubted.clear();
         self.doubtful.clear();
         self.used.clear();
         self.snoozed.clear();
-        self.transitions.clear();
         let now = cx.now;
         let spis: Vec<IkeSpi> = self.table.iter().map(|sa| sa.spi).collect();
         for spi in spis {

@@ -127,6 +127,23 @@ fn one_rekeys_a_child_that_the_other_deletes() {
 }
 
 // A                                     B
+// REKEY_SA(old) ──►
+//                        (lost) × ◄── SA, Nr: B has the new one, A does not
+//   B wants to rekey as well: not the new one, which A would not know
+#[test]
+fn an_unconfirmed_child_is_not_rekeyed() {
+    let mut w = World::established();
+    w.rekey(A, Target::Child(w.child(A)));
+    w.pass(B);
+    w.lose();
+    let sent = w.sent.len();
+    w.with_side(B, |ike, cx| ike.rekey(cx, Target::Children(ConnectionId(0))));
+    assert_eq!(w.sent.len(), sent);
+    w.run(Duration::from_secs(60));
+    w.assert_tidy();
+}
+
+// A                                     B
 // D(old) ──►                      ◄── D(old)
 //   each answers without a Delete payload (§1.4.1)
 #[test]
@@ -136,7 +153,9 @@ fn both_delete_a_child() {
     w.terminate(B, Target::Child(w.child(B)));
     let before = w.sent.len();
     w.settle();
-    assert_eq!(w.sent.len() - before, 2, "each answers once");
+    let answers: Vec<usize> = w.sent[before..].iter().map(|(_, t)| t.bytes.len()).collect();
+    // Header, SK header, IV, pad length, ICV: nothing inside.
+    assert_eq!(answers, [28 + 4 + 8 + 1 + 16; 2], "each answers once, without a Delete");
     for n in [A, B] {
         assert!(w.sides[n].plane.sas.is_empty());
         assert_eq!(w.sides[n].ike.status(w.now).ike_sas.len(), 1);

@@ -377,3 +377,24 @@ fn rekeying_keeps_the_prf() {
     w.run(Duration::from_secs(40));
     w.assert_tidy();
 }
+
+// security.md 16: nothing that prints shows a key.
+#[test]
+fn debug_output_shows_no_keys() {
+    let mut w = World::new();
+    let now = w.now;
+    let side = &mut w.sides[A];
+    let mut cx = Context { now, rng: &mut side.rng, spis: &mut side.spis };
+    side.ike.initiate(&mut cx, ConnectionId(0));
+    let mut transition = side.ike.poll_transition().unwrap();
+    transition.transmits.clear();
+    let record = &transition.puts[0].1;
+    let part = format!("{:?}", &record[record.len() - 40..record.len() - 30]);
+    assert!(!format!("{transition:?}").contains(part.trim_matches(['[', ']'])));
+    let w = World::established();
+    let sa = w.sides[A].plane.sender("net").unwrap();
+    let text = format!("{sa:?} {:?} {:?}", w.sides[A].ike, w.sides[A].ike.config());
+    let key = format!("{:?}", &sa.keymat_in.expose()[..6]);
+    assert!(!text.contains(key.trim_matches(['[', ']'])));
+    assert!(text.contains('…') && !text.contains("the secret of both"));
+}

@@ -386,7 +386,33 @@ fn limits_of_half_open_sas() {
     // security.md: cookies from 3 per source.
     assert!(is_cookie(&flood(&mut w, "192.0.2.1", 3)));
     assert_eq!(w.sides[B].ike.status(w.now).half_open, 3);
+    // With their cookies two more get in, which makes five; no more of that source.
+    for n in 3..8 {
+        let cookie = flood(&mut w, "192.0.2.1", n).unwrap();
+        let cookie = cookie[28 + 8..].to_vec();
+        let mut bytes = request.bytes[..28].to_vec();
+        bytes[..8].copy_from_slice(&(n + 1).to_be_bytes());
+        let notify_len = 8 + cookie.len();
+        // Notify: next payload SA, no protocol, no SPI, COOKIE.
+        bytes.extend([33, 0, 0, notify_len as u8, 0, 0, 0x40, 0x06]);
+        bytes.extend(&cookie);
+        bytes.extend(&request.bytes[28..]);
+        bytes[16] = 41;
+        let len = bytes.len() as u32;
+        bytes[24..28].copy_from_slice(&len.to_be_bytes());
+        let (from, to) = (request.from, request.to);
+        w.with_side(B, |ike, cx| ike.handle_datagram(cx, from, to, &bytes));
+        assert_eq!(w.sides[B].ike.status(w.now).half_open, 5.min(n as usize + 1), "{n}");
+    }
+    assert_eq!(w.sides[B].ike.counters().over_limit, 3);
+    w.wire.clear();
+    w.run(Duration::from_secs(31));
+    w.wire.clear();
     // Established tunnels and honest clients get through: A returns its cookie.
+    for n in 0..3 {
+        flood(&mut w, "192.0.2.1", n);
+    }
+    w.wire.clear();
     w.deliver(Flight { at: w.now, to_side: B, packet: request.clone() });
     w.settle();
     w.assert_tunnel();

@@ -426,7 +426,7 @@ fn damaged_insides() {
         let mut p = Puppet::new(&mut w);
         p.establish(&mut w);
         let mut id = 2;
-        for _ in 0..20 {
+        while id < 22 {
             let mut b =
                 MessageBuilder::clear(&header(p.spi, p.peer, ExchangeType::CREATE_CHILD_SA, id));
             let esp = proposal::parse_esp(&["aes256gcm16-x25519"]).unwrap();
@@ -459,4 +459,178 @@ fn damaged_insides() {
         assert!(w.sides[B].spis.taken.is_empty());
     }
     assert!(closed > 50, "{closed}");
+}
+
+// security.md, "Under attack": before the cookie no reply is longer than its
+// request, so the very shortest requests get none.
+#[test]
+fn a_tiny_first_message_is_not_amplified() {
+    let mut w = World::tuned(|_, c| c.limits.cookie_total = 0);
+    for nonce in [16, 64] {
+        let mut b =
+            MessageBuilder::clear(&header(IkeSpi(5), IkeSpi(0), ExchangeType::IKE_SA_INIT, 0));
+        let empty = Proposal {
+            number: 1,
+            protocol: wire::ike::ProtocolId::IKE,
+            spi: Spi::None,
+            transforms: Vec::new(),
+        };
+        b.push(&Payload::Sa(vec![empty]))
+            .push(&Payload::Ke(KeyExchange { group: GroupId::X25519, data: &[] }))
+            .push(&Payload::Nonce(&vec![7; nonce]));
+        let request = b.finish().unwrap();
+        let answer = say(&mut w, &request);
+        assert!(answer.as_ref().is_none_or(|a| a.len() <= request.len()));
+        assert_eq!(answer.is_some(), nonce == 64);
+    }
+}
+
+/// Plays side B by hand towards a real side A that initiates.
+struct Responder {
+    spi: IkeSpi,
+    peer: IkeSpi,
+    keys: IkeKeys,
+    auth: AuthKeys,
+    init: Vec<u8>,
+    ni: Vec<u8>,
+    iv: u64,
+}
+
+impl Responder {
+    /// A has sent IKE_SA_INIT; answers it and gives A's IKE_AUTH back.
+    fn new(w: &mut World) -> Self {
+        let request = w.take(B).packet.bytes;
+        let message = Message::parse(&request).unwrap();
+        let mut r = rng(4712);
+        let eph = Ephemeral::generate(Group::X25519, &mut r);
+        let spi = IkeSpi(0xbbbb);
+        let head = Header { responder_spi: spi, ..message.header.to_response() };
+        let suite = proposal::IkeSuite {
+            aead: AeadAlg::Aes256Gcm16,
+            prf: PrfAlg::HmacSha384,
+            group: Group::X25519,
+        };
+        let public = eph.public();
+        let mut b = MessageBuilder::clear(&head);
+        b.push(&Payload::Sa(proposal::ike_answer(1, suite, Spi::None)))
+            .push(&Payload::Ke(KeyExchange { group: GroupId::X25519, data: &public }))
+            .push(&Payload::Nonce(&[6; 32]));
+        let init = b.finish().unwrap();
+        let ni = message.payloads.nonce().unwrap().to_vec();
+        let peer = message.header.initiator_spi;
+        let shared = eph.agree(message.payloads.ke().unwrap().data).unwrap();
+        let x = Exchange { ni: &ni, nr: &[6; 32], spi_i: peer, spi_r: spi };
+        let (keys, auth) =
+            Skeyseed::initial(suite.prf, &x, &shared).expand(suite.prf, suite.aead, &x).unwrap();
+        let this = Self { spi, peer, keys, auth, init, ni, iv: 0 };
+        this.say(w, &this.init);
+        w.take(B);
+        this
+    }
+
+    fn say(&self, w: &mut World, bytes: &[u8]) {
+        let at = |n: usize| SocketAddr::new(ip(n), 500);
+        w.with_side(A, |ike, cx| ike.handle_datagram(cx, at(B), at(A), bytes));
+    }
+
+    /// Answers IKE_AUTH with these payloads after IDr and a correct AUTH.
+    fn finish(&mut self, w: &mut World, more: &[Payload<'_>]) {
+        let id: Identity = "gw1.example".parse().unwrap();
+        let body = id.payload().body();
+        let signed = Signed { message: &self.init, nonce: &self.ni, id_body: &body };
+        let psk = Secret::from_slice(b"the secret of both");
+        let mac = self.auth.psk_auth(&psk, false, &signed);
+        let head = Header {
+            initiator_spi: self.peer,
+            responder_spi: self.spi,
+            exchange: ExchangeType::IKE_AUTH,
+            from_initiator: false,
+            response: true,
+            message_id: MessageId(1),
+        };
+        let mut b = MessageBuilder::sealed(&head);
+        b.push(&Payload::IdR(id.payload()))
+            .push(&Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: mac.expose() }));
+        for p in more {
+            b.push(p);
+        }
+        self.iv += 1;
+        let key = AeadKey::new(self.keys.aead, self.keys.sk_er.expose()).unwrap();
+        let seal = |iv, aad: &[u8], text: &mut [u8]| key.seal_in_place(iv, aad, text);
+        let bytes = b.finish().unwrap().seal(self.iv.to_be_bytes(), seal).unwrap();
+        self.say(w, &bytes);
+    }
+}
+
+// RFC 7296 §2.9, §2.7: an answer that is no subset of the offer makes no Child
+// SA; the IKE SA stays, and the peer is told to delete its half.
+#[test]
+fn answers_that_were_not_offered() {
+    let answer = |text: &str| {
+        let suite = text.parse::<proposal::EspProposal>().unwrap();
+        let suite =
+            proposal::EspSuite { aead: suite.aeads[0], group: suite.groups.first().copied() };
+        Payload::Sa(proposal::esp_answer(1, suite, EspSpi(0x7777)))
+    };
+    let (i, r) = (|t: &str| Payload::TsI(ts(t)), |t: &str| Payload::TsR(ts(t)));
+    let good = answer("aes256gcm16");
+    for (case, payloads, fits) in [
+        ("all right", vec![good.clone(), i("10.1.0.0/24"), r("10.2.0.0/24")], true),
+        ("narrower", vec![good.clone(), i("10.1.0.9/32"), r("10.2.0.0/25")], true),
+        ("wider here", vec![good.clone(), i("10.0.0.0/8"), r("10.2.0.0/24")], false),
+        ("wider there", vec![good.clone(), i("10.1.0.0/24"), r("0.0.0.0/0")], false),
+        ("elsewhere", vec![good.clone(), i("10.1.0.0/24"), r("10.9.0.0/24")], false),
+        ("no selectors", vec![good.clone(), i("10.1.0.0/24")], false),
+        (
+            "other cipher",
+            vec![answer("chacha20poly1305"), i("10.1.0.0/24"), r("10.2.0.0/24")],
+            false,
+        ),
+        ("a group", vec![answer("aes256gcm16-ecp256"), i("10.1.0.0/24"), r("10.2.0.0/24")], true),
+    ] {
+        let mut w = World::new();
+        w.initiate(A);
+        let mut p = Responder::new(&mut w);
+        p.finish(&mut w, &payloads);
+        let status = w.sides[A].ike.status(w.now);
+        assert_eq!(status.ike_sas[0].state, "established", "{case}");
+        assert_eq!(w.sides[A].plane.sas.len(), usize::from(fits), "{case}");
+        // The Delete for the half that the peer holds.
+        assert_eq!(w.wire.len(), usize::from(!fits), "{case}");
+    }
+}
+
+// RFC 6311 §5.1: a synchronisation whose M1 is not above the last one's does
+// nothing, even if it is another message.
+#[test]
+fn a_second_sync_with_the_same_ids_is_dropped() {
+    let mut w = World::new();
+    let mut p = Puppet::new(&mut w);
+    let mac = p.mac();
+    let id: Identity = "gw0.example".parse().unwrap();
+    let supported = Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED, &[]);
+    let bytes = p.seal(
+        ExchangeType::IKE_AUTH,
+        1,
+        &[
+            Payload::IdI(id.payload()),
+            Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: &mac }),
+            Payload::Notify(supported),
+        ],
+    );
+    say(&mut w, &bytes).unwrap();
+    let sync = |p: &mut Puppet, nonce: u8, m1: u8| {
+        let data = [[nonce; 4], [0, 0, 1, m1], [0; 4]].concat();
+        let notify = Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &data);
+        p.seal(ExchangeType::INFORMATIONAL, 0, &[Payload::Notify(notify)])
+    };
+    let first = sync(&mut p, 1, 2);
+    let answer = say(&mut w, &first).expect("agreed");
+    let before = w.snapshot(B);
+    let second = sync(&mut p, 2, 2);
+    assert!(say(&mut w, &second).is_none());
+    let lower = sync(&mut p, 3, 1);
+    assert!(say(&mut w, &lower).is_none());
+    assert_eq!(say(&mut w, &first), Some(answer), "a repetition gets the same bytes");
+    assert_eq!(w.snapshot(B), before);
 }

@@ -258,6 +258,22 @@ fn in_doubt_with_a_rekeying_under_way() {
     }
 }
 
+// RFC 6311 §5.1: an answer with another nonce is dropped: played by answering the
+// second sync with the answer to the first.
+#[test]
+fn an_answer_to_another_sync_is_dropped() {
+    let mut w = World::established();
+    w.take_over(A, Doubt::InDoubt);
+    w.pass(B);
+    let answer = w.lose();
+    w.take_over(A, Doubt::InDoubt);
+    let before = w.snapshot(A);
+    w.deliver(answer);
+    assert_eq!(w.snapshot(A), before);
+    w.settle();
+    w.assert_tidy();
+}
+
 // A sync that is not answered is never sent again by a later owner.
 #[test]
 fn a_later_owner_makes_a_sync_of_its_own() {

@@ -44,9 +44,21 @@ impl Addresses {
     ///
     /// # Errors
     /// An interface is missing; the text names it.
-    pub(super) fn open(endpoint: &Endpoint, local: u8, tun: u32, netlink: Netlink, fences: Fences) -> Result<Self, String> {
+    pub(super) fn open(
+        endpoint: &Endpoint,
+        local: u8,
+        tun: u32,
+        netlink: Netlink,
+        fences: Fences,
+    ) -> Result<Self, String> {
         let here = usize::from(local);
-        let wan = endpoint.wan.interface.get(here).cloned().flatten().map(|name| (name, endpoint.wan.address));
+        let wan = endpoint
+            .wan
+            .interface
+            .get(here)
+            .cloned()
+            .flatten()
+            .map(|name| (name, endpoint.wan.address));
         let lan = endpoint
             .lan
             .as_ref()
@@ -67,7 +79,15 @@ impl Addresses {
         }
         let mut addresses = vec![endpoint.wan.address];
         addresses.extend(endpoint.lan.as_ref().map(|lan| lan.address));
-        Ok(Self { endpoint: endpoint.id, name: endpoint.name.clone(), addresses, tun, netlink, fences, responders })
+        Ok(Self {
+            endpoint: endpoint.id,
+            name: endpoint.name.clone(),
+            addresses,
+            tun,
+            netlink,
+            fences,
+            responders,
+        })
     }
 
     /// Runs until the gateway is gone.
@@ -96,7 +116,9 @@ impl Addresses {
             };
             match outcome {
                 Ok(()) => info!(endpoint = self.name, %address, present, "virtual address"),
-                Err(error) => error!(endpoint = self.name, %address, present, %error, "virtual address could not be changed"),
+                Err(error) => {
+                    error!(endpoint = self.name, %address, present, %error, "virtual address could not be changed")
+                }
             }
         }
     }
@@ -121,7 +143,12 @@ impl Addresses {
         let Some(responder) = self.responders.get_mut(index) else { return };
         match served {
             Ok(Served { conflict: Some(mac), .. }) if ours => {
-                debug!(endpoint = self.name, interface = responder.interface(), ?mac, "somebody else claims the address");
+                debug!(
+                    endpoint = self.name,
+                    interface = responder.interface(),
+                    ?mac,
+                    "somebody else claims the address"
+                );
             }
             Ok(_) => {}
             Err(error) => {
@@ -136,7 +163,11 @@ impl Addresses {
 }
 
 /// The first responder that has served something.
-async fn serve(responders: &mut [Responder], fences: &Fences, endpoint: EndpointId) -> (usize, io::Result<Served>) {
+async fn serve(
+    responders: &mut [Responder],
+    fences: &Fences,
+    endpoint: EndpointId,
+) -> (usize, io::Result<Served>) {
     let may_answer = || fences.is_open(endpoint, boottime());
     match responders {
         [] => pending().await,

@@ -2,7 +2,7 @@
 
 use gateway::{Answer, Refusal};
 
-use crate::control_socket::{Failure, Fault, Move, Request, RekeyWhat, Response, TunnelUp};
+use crate::control_socket::{Failure, Fault, Move, RekeyWhat, Request, Response, TunnelUp};
 
 /// A request for the gateway.
 pub(super) fn request(request: &Request) -> gateway::Request {
@@ -10,7 +10,9 @@ pub(super) fn request(request: &Request) -> gateway::Request {
         Request::Status {} => gateway::Request::Status,
         Request::Failover { endpoint } => gateway::Request::Failover { endpoint: endpoint.clone() },
         Request::Up { connection } => gateway::Request::Up { connection: connection.clone() },
-        Request::Down { connection, .. } => gateway::Request::Down { connection: connection.clone() },
+        Request::Down { connection, .. } => {
+            gateway::Request::Down { connection: connection.clone() }
+        }
         Request::Rekey { connection, what } => gateway::Request::Rekey {
             connection: connection.clone(),
             ike: *what != RekeyWhat::Child,
@@ -20,11 +22,17 @@ pub(super) fn request(request: &Request) -> gateway::Request {
 }
 
 /// The response to a request. `purged`: the rules against clear text were removed as well.
-pub(super) fn response(request: &Request, answer: Answer, from: &str, to: &str, purged: bool) -> Response {
+pub(super) fn response(
+    request: &Request,
+    answer: Answer,
+    from: &str,
+    to: &str,
+    purged: bool,
+) -> Response {
     let connection = match request {
-        Request::Up { connection } | Request::Down { connection, .. } | Request::Rekey { connection, .. } => {
-            connection.clone()
-        }
+        Request::Up { connection }
+        | Request::Down { connection, .. }
+        | Request::Rekey { connection, .. } => connection.clone(),
         Request::Status {} | Request::Failover { .. } => String::new(),
     };
     match answer {
@@ -43,7 +51,10 @@ pub(super) fn response(request: &Request, answer: Answer, from: &str, to: &str, 
         },
         Answer::Up(tunnels) => Response::Up {
             connection,
-            tunnels: tunnels.into_iter().map(|(endpoint, state)| TunnelUp { endpoint, state }).collect(),
+            tunnels: tunnels
+                .into_iter()
+                .map(|(endpoint, state)| TunnelUp { endpoint, state })
+                .collect(),
         },
         Answer::Down { closed } => Response::Down { connection, closed, purged },
         Answer::Rekey { ike, children } => Response::Rekey { connection, ike, children },

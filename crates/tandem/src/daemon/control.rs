@@ -18,8 +18,8 @@ use tracing::{debug, error, info, warn};
 use wire::id::{EndpointId, Term};
 
 use super::addresses::Order;
-use super::setup::{Parts, Place};
 use super::answers;
+use super::setup::{Parts, Place};
 use crate::control_socket::{Request, Response};
 use crate::hook::Change;
 use crate::link::{LinkEvent, ProbeResult, SteerHead, SteerKind, StreamEnd};
@@ -211,12 +211,16 @@ impl Control {
     fn steered(&mut self, head: SteerHead, bytes: Vec<u8>) {
         match (head.kind, head.from) {
             (SteerKind::Ike, Some(from)) => {
-                let Some(place) = self.parts.places.get(usize::from(head.endpoint.0)) else { return };
+                let Some(place) = self.parts.places.get(usize::from(head.endpoint.0)) else {
+                    return;
+                };
                 let to = if head.local_port == 500 { place.at_500 } else { place.at_4500 };
                 self.parts.gateway.handle_ike(boottime(), head.endpoint, from, to, &bytes, true);
             }
             (SteerKind::Ike, None) => {}
-            (SteerKind::Plain | SteerKind::Esp, _) => self.command(WorkerCommand::Steered { head, bytes }),
+            (SteerKind::Plain | SteerKind::Esp, _) => {
+                self.command(WorkerCommand::Steered { head, bytes })
+            }
         }
     }
 
@@ -227,7 +231,14 @@ impl Control {
             WorkerEvent::Steered(endpoint) => self.parts.gateway.note_steered(now, endpoint),
             WorkerEvent::Ike { endpoint, from, bytes } => {
                 if let Some(place) = self.parts.places.get(usize::from(endpoint.0)) {
-                    self.parts.gateway.handle_ike(now, endpoint, from, place.at_4500, &bytes, false);
+                    self.parts.gateway.handle_ike(
+                        now,
+                        endpoint,
+                        from,
+                        place.at_4500,
+                        &bytes,
+                        false,
+                    );
                 }
             }
         }
@@ -243,20 +254,35 @@ impl Control {
         while let Some(output) = self.parts.gateway.poll_output() {
             match output {
                 Output::Shard(command) => self.command(WorkerCommand::Shard(command)),
-                Output::Ike { endpoint, from, to, bytes } => self.send_ike(endpoint, from, to, &bytes),
+                Output::Ike { endpoint, from, to, bytes } => {
+                    self.send_ike(endpoint, from, to, &bytes)
+                }
                 Output::Pair(transmit) => self.send_pair(transmit),
-                Output::Fence { endpoint, valid_until } => self.parts.fences.set(endpoint, valid_until),
-                Output::Addresses { endpoint, present } => self.order(endpoint, Order::Present(present)),
+                Output::Fence { endpoint, valid_until } => {
+                    self.parts.fences.set(endpoint, valid_until)
+                }
+                Output::Addresses { endpoint, present } => {
+                    self.order(endpoint, Order::Present(present))
+                }
                 Output::Announce { endpoint } => self.order(endpoint, Order::Announce),
                 Output::Reserve { endpoint, up_to } => self.reserve(endpoint, up_to),
                 Output::Notify { endpoint, state, term } => {
                     if let Some(place) = self.parts.places.get(usize::from(endpoint.0)) {
-                        self.parts.hook.notify(Change { endpoint: place.name.clone(), state, term: term.0 });
+                        self.parts.hook.notify(Change {
+                            endpoint: place.name.clone(),
+                            state,
+                            term: term.0,
+                        });
                     }
                 }
                 Output::SteerIke { endpoint, from, to, bytes } => {
                     if let Some(handle) = &self.parts.link {
-                        let head = SteerHead { kind: SteerKind::Ike, endpoint, from: Some(from), local_port: to.port() };
+                        let head = SteerHead {
+                            kind: SteerKind::Ike,
+                            endpoint,
+                            from: Some(from),
+                            local_port: to.port(),
+                        };
                         handle.send_steer(&head, &bytes);
                     }
                 }
@@ -267,7 +293,13 @@ impl Control {
         self.parts.worker.flush().map_err(|error| error.to_string())
     }
 
-    fn send_ike(&mut self, endpoint: EndpointId, from: std::net::SocketAddr, to: std::net::SocketAddr, bytes: &[u8]) {
+    fn send_ike(
+        &mut self,
+        endpoint: EndpointId,
+        from: std::net::SocketAddr,
+        to: std::net::SocketAddr,
+        bytes: &[u8],
+    ) {
         let Some(place) = self.parts.places.get(usize::from(endpoint.0)) else { return };
         // ha.md, the fence: compared right before the system call.
         if !self.parts.fences.is_open(endpoint, boottime()) {
@@ -328,9 +360,14 @@ impl Control {
 
     fn task_done(&mut self, done: Done) {
         match done {
-            Done::Reserved { endpoint, up_to } => self.parts.gateway.handle_reserved(boottime(), endpoint, up_to),
+            Done::Reserved { endpoint, up_to } => {
+                self.parts.gateway.handle_reserved(boottime(), endpoint, up_to)
+            }
             Done::ReserveFailed(problem) => {
-                error!(problem, "terms cannot be reserved: this instance cannot take endpoints over");
+                error!(
+                    problem,
+                    "terms cannot be reserved: this instance cannot take endpoints over"
+                );
             }
             Done::Purged { ticket, outcome } => {
                 let Some(answer) = self.purging.remove(&ticket) else { return };
@@ -370,9 +407,13 @@ impl Control {
     fn reply(&mut self, ticket: u64, mut answer: Answer, purged: bool) {
         let Some(Waiting { request, reply }) = self.waiting.remove(&ticket) else { return };
         if let (Answer::Status(status), Some(handle)) = (&mut answer, &self.parts.link) {
-            status.counters.pair_drops.extend(handle.counters().drops().map(|(why, n)| (why.to_owned(), n)));
+            status
+                .counters
+                .pair_drops
+                .extend(handle.counters().drops().map(|(why, n)| (why.to_owned(), n)));
         }
-        let response = answers::response(&request, answer, &self.parts.local, &self.parts.peer, purged);
+        let response =
+            answers::response(&request, answer, &self.parts.local, &self.parts.peer, purged);
         // The caller may have left.
         let _ = reply.send(response);
     }
@@ -393,7 +434,10 @@ impl Control {
     /// The uplinks as they are at the start.
     async fn uplinks(&mut self) {
         for index in 0..self.parts.places.len() {
-            let Some(name) = self.parts.places.get(index).and_then(|place| place.wan.clone()) else { continue };
+            let Some(name) = self.parts.places.get(index).and_then(|place| place.wan.clone())
+            else {
+                continue;
+            };
             let up = matches!(self.parts.netlink.link(&name).await, Ok(Some(link)) if link.running);
             self.parts.gateway.handle_uplink(boottime(), EndpointId(index as u8), up);
         }

@@ -19,7 +19,10 @@ impl Fences {
     /// Moves one; an endpoint that does not exist stays closed.
     pub(super) fn set(&self, endpoint: EndpointId, valid_until: Duration) {
         if let Some(word) = self.0.get(usize::from(endpoint.0)) {
-            word.store(u64::try_from(valid_until.as_nanos()).unwrap_or(u64::MAX), Ordering::Release);
+            word.store(
+                u64::try_from(valid_until.as_nanos()).unwrap_or(u64::MAX),
+                Ordering::Release,
+            );
         }
     }
 

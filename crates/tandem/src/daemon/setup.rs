@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 use wire::id::Term;
 
-use super::fences::Fences;
 use super::addresses::{Addresses, Order};
+use super::fences::Fences;
 use crate::config_file::{Loaded, host_needs};
 use crate::control_socket::{Call, Server};
 use crate::hook::Hook;
@@ -74,10 +74,12 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     for row in report.rows() {
         warn!(line = row.line, "configuration: {}", row.message);
     }
-    netio::sched::forbid_core_dumps().map_err(|error| format!("core dumps cannot be switched off: {error}"))?;
+    netio::sched::forbid_core_dumps()
+        .map_err(|error| format!("core dumps cannot be switched off: {error}"))?;
     if let Some(folder) = &keylog {
         warn!(folder = %folder.display(), "KEY LOG IS ON: every key of every tunnel is written to disk in clear");
-        std::fs::create_dir_all(folder).map_err(|error| format!("key log {}: {error}", folder.display()))?;
+        std::fs::create_dir_all(folder)
+            .map_err(|error| format!("key log {}: {error}", folder.display()))?;
     }
     let terms = TermFile::open(&settings.state_dir).map_err(|error| error.to_string())?;
     let tun = Tun::open(&settings.tun).map_err(|error| {
@@ -89,12 +91,14 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         Some(mtu) => u32::from(mtu),
         None => tunnel_mtu(&netlink, &config).await?,
     };
-    tun.configure(mtu, TUN_QUEUE).map_err(|error| format!("the TUN {:?} cannot be configured: {error}", settings.tun))?;
+    tun.configure(mtu, TUN_QUEUE)
+        .map_err(|error| format!("the TUN {:?} cannot be configured: {error}", settings.tun))?;
     let needs = netio::host::Needs { tun: Some(settings.tun.clone()), ..host_needs(&config) };
     for problem in netio::host::prepare(&needs) {
         warn!("host: {problem}");
     }
-    let routes = |error: io::Error| format!("routes: {error}; does this process have CAP_NET_ADMIN?");
+    let routes =
+        |error: io::Error| format!("routes: {error}; does this process have CAP_NET_ADMIN?");
     routing::protect(&netlink, &config).await.map_err(routes)?;
     netlink.anchor(tun.index()).await.map_err(routes)?;
     routing::lead_into_tun(&netlink, &config, tun.index()).await.map_err(routes)?;
@@ -106,7 +110,10 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         let interface = endpoint.wan.interface.get(usize::from(config.local)).cloned().flatten();
         if let Some(name) = &interface {
             let index = netio::route::index_of(name).map_err(|error| {
-                format!("endpoint {}: there is no interface {name:?}: {error} (ip -br link)", endpoint.name)
+                format!(
+                    "endpoint {}: there is no interface {name:?}: {error} (ip -br link)",
+                    endpoint.name
+                )
             })?;
             routing::set_uplink(&netlink, endpoint, index).await.map_err(routes)?;
         }
@@ -114,14 +121,18 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         let at_4500 = SocketAddr::new(endpoint.wan.address, 4500);
         let taken = |at: SocketAddr| {
             move |error: io::Error| {
-                format!("UDP {at} cannot be opened: {error}; another IKE daemon may have the port (ss -lunp)")
+                format!(
+                    "UDP {at} cannot be opened: {error}; another IKE daemon may have the port (ss -lunp)"
+                )
             }
         };
-        let port_500 = netio::udp::control_socket(at_500).and_then(UdpSocket::from_std).map_err(taken(at_500))?;
-        let socket = BatchSocket::bind(at_4500, worker::SOCKET_OPTIONS)
-            .map_err(taken(at_4500))?;
-        let addresses = Addresses::open(endpoint, config.local, tun.index(), netlink.clone(), fences.clone())
-            .map_err(|error| format!("endpoint {}: {error}", endpoint.name))?;
+        let port_500 = netio::udp::control_socket(at_500)
+            .and_then(UdpSocket::from_std)
+            .map_err(taken(at_500))?;
+        let socket = BatchSocket::bind(at_4500, worker::SOCKET_OPTIONS).map_err(taken(at_4500))?;
+        let addresses =
+            Addresses::open(endpoint, config.local, tun.index(), netlink.clone(), fences.clone())
+                .map_err(|error| format!("endpoint {}: {error}", endpoint.name))?;
         let (orders, received) = mpsc::unbounded_channel();
         tokio::spawn(addresses.run(received));
         places.push(Place {
@@ -138,7 +149,11 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
 
     let (link, link_events) = match (&config.pair, pair_secret) {
         (Some(pair), Some(secret)) => {
-            let links = pair.links.iter().map(|link| LinkPath { local: link.local, remote: link.remote }).collect();
+            let links = pair
+                .links
+                .iter()
+                .map(|link| LinkPath { local: link.local, remote: link.remote })
+                .collect();
             let started = Link::start(LinkConfig {
                 index: config.local,
                 secret: zeroize::Zeroizing::new(secret.expose().to_vec()),
@@ -162,14 +177,29 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
 
     // Privileges belong to threads: give them up before the worker starts, so that it starts without them.
     let priority = netio::sched::raise_thread_priority();
-    netio::sched::drop_privileges().map_err(|error| format!("privileges cannot be dropped: {error}"))?;
-    let worker =
-        worker::spawn(worker::Start { tun, sockets, fences: fences.words(), endpoints: config.endpoints.len() })
-            .map_err(|error| format!("the worker cannot be started: {error}"))?;
+    netio::sched::drop_privileges()
+        .map_err(|error| format!("privileges cannot be dropped: {error}"))?;
+    let worker = worker::spawn(worker::Start {
+        tun,
+        sockets,
+        fences: fences.words(),
+        endpoints: config.endpoints.len(),
+    })
+    .map_err(|error| format!("the worker cannot be started: {error}"))?;
 
     let local = config.instance_name(config.local).to_owned();
-    let peer = config.pair.as_ref().map_or_else(String::new, |pair| config.instance_name(pair.peer).to_owned());
-    info!(instance = local, ?priority, mtu, tun = settings.tun, "tandemd {} starts", env!("CARGO_PKG_VERSION"));
+    let peer = config
+        .pair
+        .as_ref()
+        .map_or_else(String::new, |pair| config.instance_name(pair.peer).to_owned());
+    info!(
+        instance = local,
+        ?priority,
+        mtu,
+        tun = settings.tun,
+        "tandemd {} starts",
+        env!("CARGO_PKG_VERSION")
+    );
     let start = Start {
         terms: config.endpoints.iter().map(|e| terms.reserved(&e.name).map(Term)).collect(),
         config,
@@ -200,10 +230,17 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
 async fn tunnel_mtu(netlink: &Netlink, config: &Config) -> Result<u32, String> {
     let mut least = 1500;
     for endpoint in &config.endpoints {
-        let Some(Some(name)) = endpoint.wan.interface.get(usize::from(config.local)) else { continue };
+        let Some(Some(name)) = endpoint.wan.interface.get(usize::from(config.local)) else {
+            continue;
+        };
         match netlink.link(name).await {
             Ok(Some(link)) => least = least.min(link.mtu),
-            Ok(None) => return Err(format!("endpoint {}: there is no interface {name:?} (ip -br link)", endpoint.name)),
+            Ok(None) => {
+                return Err(format!(
+                    "endpoint {}: there is no interface {name:?} (ip -br link)",
+                    endpoint.name
+                ));
+            }
             Err(error) => return Err(format!("interface {name:?}: {error}")),
         }
     }

@@ -309,7 +309,9 @@ impl State {
 
     /// One batch; true when the socket holds more that it has received already.
     fn read_socket(&mut self, at: usize) -> bool {
-        let Some(EndpointSocket { endpoint, socket }) = self.sockets.get_mut(at) else { return false };
+        let Some(EndpointSocket { endpoint, socket }) = self.sockets.get_mut(at) else {
+            return false;
+        };
         let endpoint = *endpoint;
         let errors = socket.receive_errors();
         let slots = self.batch.unused();
