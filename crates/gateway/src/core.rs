@@ -52,6 +52,8 @@ pub struct Gateway {
     spis: SpiPool,
     pub(crate) endpoints: Vec<Endpoint>,
     pub(crate) outputs: VecDeque<Output>,
+    /// When contact was last lost: what was used since then is ours after a split.
+    pub(crate) split_at: Duration,
     /// The link that carries the pair's stream, for status.
     pub(crate) stream_link: Option<u8>,
     pub(crate) release: String,
@@ -105,6 +107,7 @@ impl Gateway {
             rng,
             endpoints,
             outputs: VecDeque::new(),
+            split_at: now,
             stream_link: None,
             release,
             started: now,

@@ -92,7 +92,10 @@ impl Gateway {
                 self.handover(now, endpoint, tail, &counters.0)
             }
             ha::Event::Contact(true) => tracing::info!("in contact with the other instance"),
-            ha::Event::Contact(false) => tracing::warn!("contact with the other instance is lost"),
+            ha::Event::Contact(false) => {
+                self.split_at = now;
+                tracing::warn!("contact with the other instance is lost");
+            }
             ha::Event::Warning(warning @ ha::Warning::DigestMismatch { .. }) => {
                 tracing::error!("{warning}")
             }
@@ -380,6 +383,7 @@ impl Gateway {
         counters: &[u8],
     ) {
         let index = usize::from(endpoint.0);
+        let since = self.split_at;
         let (mut cx, endpoints) = self.context(now);
         let Some(e) = endpoints.get_mut(index) else { return };
         let (mut puts, mut deletes) = (Vec::new(), Vec::new());
@@ -389,7 +393,9 @@ impl Gateway {
                 None => deletes.push(IkeSpi(item.key)),
             }
         }
-        let _ = (&mut cx, puts, deletes); // adopt
+        if let Err(error) = e.ike.adopt(&mut cx, since, &puts, &deletes) {
+            tracing::error!(endpoint = e.name, %error, "the other instance's tail cannot be used");
+        }
         let term = e.term;
         let exact = peer_message::decode::<Counters>(counters).unwrap_or_default();
         for counters in exact.sas.iter().filter_map(ExactSa::counters) {

@@ -29,8 +29,15 @@ pub(crate) const TERM_BLOCK: u64 = 16;
 pub(crate) const TERM_FILE_LOST: u64 = 1024;
 /// Added to every sequence ceiling on a takeover by silence.
 pub const JUMP_SILENCE: u64 = 1 << 24;
-/// Added to every last known ceiling on a takeover by an unsynced shadow.
-pub const JUMP_UNSYNCED: u64 = 1 << 28;
+/// Added to every last known ceiling on an acquisition without exact state, by the acquirer's
+/// index. The two differ because neither need know of the other's: an instance may acquire in
+/// doubt, send and die, and then the other, which saw nothing of that, from the same ceiling. With
+/// one jump for both it would send the very same numbers again.
+pub const JUMP_UNSYNCED: [u64; 2] = [1 << 28, (1 << 28) + (1 << 27)];
+/// How long whoever was away so long that the other may have started anew and acquired meanwhile
+/// (`boot_wait`) listens before it sends: a new process is heard only over a new stream, so this is
+/// the old stream's end (`dead_after`), a reconnect (every 200 ms) and a handshake, with reserve.
+pub const REJOIN: Duration = Duration::from_secs(1);
 /// After a split or what may be one, nobody starts IKE exchanges for this long.
 pub const QUIET: Duration = Duration::from_secs(10);
 /// Acknowledgements may lag this long while contact lasts.

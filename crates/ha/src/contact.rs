@@ -14,7 +14,11 @@
 //! Contact is two-way: every heartbeat echoes the send time of the newest one heard. Death is
 //! judged only in [`Contact::judge`], which runs when all sockets were drained, so that what
 //! waited in a socket's buffer is heard first. A turn that comes late by more than an interval
-//! means that we, not the other, were away: silence is then counted afresh for `dead_after`.
+//! means that we, not the other, were away: silence is then counted afresh for `dead_after`, and
+//! what we missed is not taken for silence: time away is not waited; who did not speak for
+//! `fence_after` may have been judged dead by an owner that went on alone, so the state counts as
+//! exact only when the owner says so to somebody it hears again; and who was away for about
+//! `boot_wait` may meet a new process that owns by now, which takes a reconnect to hear of.
 //!
 //! Heartbeats are numbered. On each link the number must grow (a copy or an old one is dropped);
 //! claims are taken only from the newest over all links, so that a slow link never takes back what
@@ -22,7 +26,7 @@
 //! is dropped.
 
 use crate::codec::{Claim, Heartbeat};
-use crate::config::Config;
+use crate::config::{Config, REJOIN};
 use crate::event::Probe;
 use crate::types::LinkId;
 use core::time::Duration;
@@ -76,6 +80,14 @@ pub(crate) struct Peer {
     gone: bool,
 }
 
+/// We were away for so long that a new process may have acquired meanwhile.
+#[derive(Clone, Copy, Debug)]
+struct Returned {
+    at: Duration,
+    /// The other is known again when it echoes what was sent after this mark.
+    mark: u64,
+}
+
 /// What a heartbeat changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Heard {
@@ -94,6 +106,8 @@ pub(crate) struct Contact {
     pub(crate) peer: Option<Peer>,
     pub(crate) alive: bool,
     pub(crate) death: Option<Death>,
+    /// When the last proof of a death was found.
+    proven_at: Option<Duration>,
     /// A heartbeat of ours was echoed since our start.
     pub(crate) met: bool,
     /// Last thing heard of the other in any way: restarts the boot wait.
@@ -103,6 +117,16 @@ pub(crate) struct Contact {
     pub(crate) rtt: Option<Duration>,
     last_turn: Duration,
     pub(crate) listen_until: Duration,
+    /// Time away, summed until a while on time ends it: since when we are on time.
+    absent: Duration,
+    present_since: Duration,
+    /// A new process would have been heard by then.
+    pub(crate) rejoin_until: Duration,
+    returned: Option<Returned>,
+    /// Send time of our newest heartbeat echoed by whichever process of the other.
+    echo: u64,
+    /// The other's word that our state is exact counts when it echoes what was sent after this.
+    sync_mark: u64,
     /// The first heartbeat of the present contact.
     pub(crate) regained_at: Option<Duration>,
     next_number: u64,
@@ -121,12 +145,19 @@ impl Contact {
             peer: None,
             alive: false,
             death: None,
+            proven_at: None,
             met: false,
             sign_at: now,
             stream_lost: None,
             rtt: None,
             last_turn: now,
             listen_until: now,
+            absent: Duration::ZERO,
+            present_since: now,
+            rejoin_until: now,
+            returned: None,
+            echo: 0,
+            sync_mark: 0,
             regained_at: None,
             next_number: 1,
             last_sent: 0,
@@ -146,6 +177,79 @@ impl Contact {
         self.peer.as_ref()?.heard_at
     }
 
+    /// Send time of our newest heartbeat; `None` if nobody can have heard it: no process was ever
+    /// met, or the one that was heard is proven dead and no other has shown itself.
+    pub(crate) fn spoke_at(&self) -> Option<Duration> {
+        let dead = self.proven_at().is_some() && self.heard_at().is_some();
+        self.peer.as_ref().filter(|_| self.last_sent > 0 && !dead)?;
+        Some(Duration::from_nanos(self.last_sent))
+    }
+
+    /// When the other's death was proven, if it stands proven.
+    pub(crate) fn proven_at(&self) -> Option<Duration> {
+        self.proven_at.filter(|_| self.death == Some(Death::Proven))
+    }
+
+    /// Whether an owner that stopped counting on us would have told us so. Else it may have gone
+    /// on alone while we knew nothing, and its last word that we are in sync is void.
+    pub(crate) fn in_step(&self) -> bool {
+        self.echo > self.sync_mark
+    }
+
+    /// We returned from so long an absence that a new process of the other may own, and nothing
+    /// has shown since that the one we know lives on, or that it died only now.
+    pub(crate) fn stranger(&self) -> bool {
+        self.returned.is_some_and(|back| self.proven_at().is_none_or(|at| at < back.at))
+    }
+
+    /// The other is proven dead. What it said of our state holds if it cannot have judged us dead
+    /// before: the reckoning of the fence's rule 1, from the other's side.
+    fn prove(&mut self, now: Duration, config: &Config) {
+        let late = now >= Duration::from_nanos(self.echo) + config.fence_after;
+        if late && self.death != Some(Death::Proven) {
+            self.sync_mark = self.sync_mark.max(self.last_sent);
+        }
+        self.alive = false;
+        self.death = Some(Death::Proven);
+        self.proven_at = Some(now);
+    }
+
+    /// A turn: notes whether it comes late, and what that makes doubtful.
+    fn note_lateness(&mut self, now: Duration, config: &Config) {
+        let away = now.saturating_sub(self.last_turn);
+        self.last_turn = now;
+        if away <= config.heartbeat * 2 {
+            if now >= self.present_since + REJOIN {
+                self.absent = Duration::ZERO;
+            }
+            return;
+        }
+        self.present_since = now;
+        self.absent += away;
+        self.listen_until = now + config.dead_after;
+        // What was not listened through was not waited.
+        self.sign_at = (self.sign_at + away).min(now);
+        // A refusal from before says nothing about now.
+        for link in &mut self.links {
+            link.asked = Asked::Never;
+        }
+        // What leaves from this turn on is later than this.
+        let mark = self.last_sent.max(nanos(now).saturating_sub(1));
+        // Our last heartbeat left up to an interval before the last turn.
+        if away + config.heartbeat >= config.fence_after {
+            self.sync_mark = mark;
+        }
+        if away >= config.dead_after {
+            self.rejoin_until = now + REJOIN;
+        }
+        // The other's clock may be faster.
+        if self.absent >= config.boot_wait * 4 / 5 {
+            self.rejoin_until = now + REJOIN;
+            self.returned = Some(Returned { at: now, mark });
+            self.sign_at = now;
+        }
+    }
+
     /// A mark between what was sent and what will be: see [`Contact::echoed_since`].
     pub(crate) fn mark(&self) -> u64 {
         self.last_sent
@@ -162,7 +266,13 @@ impl Contact {
     }
 
     /// A hello from a process: true if it is not the one we knew.
-    pub(crate) fn greet(&mut self, now: Duration, boot: u64, claims: Vec<Claim>) -> bool {
+    pub(crate) fn greet(
+        &mut self,
+        now: Duration,
+        boot: u64,
+        claims: Vec<Claim>,
+        config: &Config,
+    ) -> bool {
         self.sign_at = now;
         if let Some(peer) = &mut self.peer
             && peer.boot == boot
@@ -170,11 +280,8 @@ impl Contact {
             return false;
         }
         let known = self.peer.is_some();
-        if self.alive {
-            self.alive = false;
-            self.death = Some(Death::Proven);
-        } else if known {
-            self.death = Some(Death::Proven);
+        if known {
+            self.prove(now, config);
         }
         for link in &mut self.links {
             *link = Link { accepted: link.accepted, replayed: link.replayed, ..Link::default() };
@@ -215,7 +322,9 @@ impl Contact {
         // Only what we really sent can be echoed.
         if heartbeat.echo > peer.echoed && heartbeat.echo <= self.last_sent {
             peer.echoed = heartbeat.echo;
+            self.echo = self.echo.max(heartbeat.echo);
             self.met = true;
+            self.returned = self.returned.filter(|back| heartbeat.echo <= back.mark);
             let sample = now
                 .saturating_sub(Duration::from_nanos(heartbeat.echo))
                 .saturating_sub(Duration::from_nanos(heartbeat.held));
@@ -237,11 +346,10 @@ impl Contact {
     }
 
     /// The other said goodbye: it owns nothing any more, and what it sent earlier is void.
-    pub(crate) fn goodbye(&mut self) {
+    pub(crate) fn goodbye(&mut self, now: Duration, config: &Config) {
         if let Some(peer) = &mut self.peer {
             peer.gone = true;
-            self.alive = false;
-            self.death = Some(Death::Proven);
+            self.prove(now, config);
         }
     }
 
@@ -300,10 +408,7 @@ impl Contact {
 
     /// A turn whose sockets were drained: is the other dead? Returns a new judgement, if any.
     pub(crate) fn judge(&mut self, now: Duration, config: &Config) -> Option<Death> {
-        if now > self.last_turn + config.heartbeat * 2 {
-            self.listen_until = now + config.dead_after;
-        }
-        self.last_turn = now;
+        self.note_lateness(now, config);
         let peer = self.peer.as_mut().filter(|_| self.alive)?;
         let heard_at = peer.heard_at?;
         let mut refused = 0;
@@ -317,18 +422,17 @@ impl Contact {
                     matches!(link.asked, Asked::Refused(asked) if asked >= heard_at)
                 })
             && refused > 0;
-        let death = if proven {
+        if proven {
             let since = nanos(now.saturating_sub(peer.newest_at));
             peer.leftovers = peer.newest_sent.saturating_add(since);
-            Death::Proven
+            self.prove(now, config);
         } else if now >= heard_at + config.dead_after && now >= self.listen_until {
-            Death::Silence
+            self.alive = false;
+            self.death = Some(Death::Silence);
         } else {
             return None;
-        };
-        self.alive = false;
-        self.death = Some(death);
-        Some(death)
+        }
+        self.death
     }
 
     /// When [`Contact::judge`] or [`Contact::probes`] may next have something to say.
@@ -374,7 +478,7 @@ mod tests {
 
     fn contact() -> Contact {
         let mut contact = Contact::new(7, 2, ms(1000));
-        assert!(!contact.greet(ms(1000), 9, Vec::new()));
+        assert!(!contact.greet(ms(1000), 9, Vec::new(), &config()));
         contact
     }
 
@@ -488,7 +592,7 @@ mod tests {
     fn a_new_process_proves_the_death_of_the_old_one() {
         let mut c = contact();
         c.hear(ms(1001), LinkId(0), heartbeat(50, 0));
-        assert!(c.greet(ms(1002), 10, Vec::new()));
+        assert!(c.greet(ms(1002), 10, Vec::new(), &config()));
         assert_eq!((c.alive, c.death), (false, Some(Death::Proven)));
         // Its numbers start afresh; the old process's heartbeats are dropped.
         assert_eq!(c.hear(ms(1003), LinkId(0), heartbeat(51, 0)), Heard::Nothing);

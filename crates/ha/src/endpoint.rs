@@ -15,7 +15,7 @@
 use crate::bug::Bug;
 use crate::codec::{self, Claim, ClaimRole, Frame};
 use crate::config::{ANNOUNCE_MS, Config};
-use crate::contact::{Contact, Death};
+use crate::contact::Contact;
 use crate::event::{Event, HookState, Transmit, Warning};
 use crate::fence::{Fence, Times, View};
 use crate::follower::Follower;
@@ -199,6 +199,7 @@ impl Endpoint {
             self.terms.settle();
         }
         self.reserve(cx);
+        self.refresh_synced(cx);
         self.switchover_turn(cx);
         self.ownership_turn(cx);
         self.owner_turn(cx);
@@ -229,7 +230,9 @@ impl Endpoint {
             echoed_at: contact.echoed_at(),
             regained_at: contact.regained_at,
             dead: !contact.alive,
-            proven: contact.death == Some(Death::Proven),
+            proven_at: contact.proven_at(),
+            spoke_at: contact.spoke_at(),
+            rejoin_until: if contact.stranger() { contact.rejoin_until } else { Duration::ZERO },
             other_cannot_take: contact
                 .claim(self.hash)
                 .is_some_and(|claim| !claim.uplink && claim.role != ClaimRole::Owner),

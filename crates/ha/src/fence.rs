@@ -2,16 +2,19 @@
 //!
 //! ```text
 //!                     echo fresh ──────────────► rule 1: newest echoed send time + fence_after
-//!   owner, each turn  echo ageing, nothing heard ► rule 2: this turn + fence_after
+//!   owner, each turn  echo ageing, nothing heard ► rule 2: own last heartbeat + fence_after
 //!                     echo ageing, still heard ──► rule 1 goes on, and the fence closes …
 //!                                                 … unless the other's uplink is dead (rule 4): as 2
 //!   a turn that comes after valid_until ─────────► rule 3: rule 2 extends nothing until dead_after
-//!                                                  was listened through
+//!                                                  was listened through (REJOIN, if we were away
+//!                                                  for so long that a new process may own)
 //! ```
 //! Rule 1 is safe because the other judges us by the receipt of that same heartbeat, which came no
 //! earlier than its sending, and waits `dead_after`, which exceeds `fence_after` by an interval: so
 //! much that clocks may differ by 10 % each. Rule 2 keeps a lone survivor alive and is where,
-//! without a witness, a full partition may have two senders. The value is computed afresh each
+//! without a witness, a full partition may have two senders. It counts from the send time of the
+//! newest own heartbeat, not from the turn: for in a one-way cut the other may still hear us, and
+//! judges us by that. The value is computed afresh each
 //! turn and may go down: whoever hears the other again without being echoed falls back to rule 1,
 //! though only after as long as a first echo may take, so that a return closes nothing.
 //! Rule 5 (a higher term ends ownership) is in `ownership`.
@@ -33,8 +36,12 @@ pub(crate) struct View {
     pub(crate) regained_at: Option<Duration>,
     /// The other was judged dead and was not heard since.
     pub(crate) dead: bool,
-    /// That judgement rests on proof.
-    pub(crate) proven: bool,
+    /// That judgement rests on proof, found then.
+    pub(crate) proven_at: Option<Duration>,
+    /// Send time of our newest heartbeat, if there is anybody to send it to.
+    pub(crate) spoke_at: Option<Duration>,
+    /// A process of the other that we know nothing of may own, and would be heard by then.
+    pub(crate) rejoin_until: Duration,
     /// The other reports a dead uplink for this endpoint and does not own it (as after a full
     /// partition it might), so it will not take over by silence.
     pub(crate) other_cannot_take: bool,
@@ -77,17 +84,21 @@ impl Fence {
         let by_turn_applies = out_of_contact || (hears && echo_ageing && view.other_cannot_take);
         let listened = match self.closed_at {
             None => true,
-            Some(_) if view.lone || view.proven => true,
+            Some(_) if view.lone => true,
+            // A proof from before we were away says nothing about what has started since.
+            Some(closed) if view.proven_at.is_some_and(|at| at >= closed) => true,
             Some(closed) => {
                 let since = match view.heard_at {
                     Some(heard) if !hears => closed.max(heard),
                     _ => closed,
                 };
-                now >= since + times.dead_after
+                now >= (since + times.dead_after).max(view.rejoin_until)
             }
         };
-        let by_turn = if view.lone || (by_turn_applies && listened) {
+        let by_turn = if view.lone {
             now + times.fence_after
+        } else if by_turn_applies && listened {
+            view.spoke_at.map_or(now, |spoke| spoke.min(now)) + times.fence_after
         } else {
             Duration::ZERO
         };
@@ -128,7 +139,9 @@ mod tests {
             echoed_at: Some(ms(echoed)),
             regained_at: None,
             dead: false,
-            proven: false,
+            proven_at: None,
+            spoke_at: Some(ms(now)),
+            rejoin_until: Duration::ZERO,
             other_cannot_take: false,
         }
     }
@@ -192,6 +205,25 @@ mod tests {
     }
 
     #[test]
+    fn rule_3_after_a_long_absence_it_listens_for_a_new_process() {
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        let back = |now| View { dead: true, rejoin_until: ms(21_000), ..view(now, 999, 990) };
+        for now in [20_000, 20_100, 20_999] {
+            assert!(fence.turn(back(now), TIMES) <= ms(now));
+        }
+        assert_eq!(fence.turn(back(21_000), TIMES), ms(21_080));
+    }
+
+    #[test]
+    fn rule_2_counts_from_the_last_heartbeat_that_the_other_may_have_heard() {
+        let mut fence = Fence::default();
+        let spoke = |at| View { spoke_at: at, ..view(1100, 1000, 1000) };
+        assert_eq!(fence.turn(spoke(Some(ms(1085))), TIMES), ms(1165));
+        assert_eq!(fence.turn(spoke(None), TIMES), ms(1180), "nobody to hear us");
+    }
+
+    #[test]
     fn rule_4_not_echoed_but_the_other_reports_a_dead_uplink() {
         let mut fence = Fence::default();
         for now in (1000..1400).step_by(10) {
@@ -227,8 +259,13 @@ mod tests {
     fn proof_opens_at_once_and_a_lone_owner_needs_nobody() {
         let mut fence = Fence::default();
         fence.turn(view(1000, 999, 990), TIMES);
-        let proven = View { dead: true, proven: true, ..view(1200, 1190, 990) };
+        let proven = View { dead: true, proven_at: Some(ms(1200)), ..view(1200, 1190, 990) };
         assert_eq!(fence.turn(proven, TIMES), ms(1280));
+        // One found before a pause proves nothing after it: another process may have started.
+        let later = |now| View { now: ms(now), spoke_at: Some(ms(now)), ..proven };
+        assert!(fence.turn(later(9000), TIMES) <= ms(9000));
+        assert!(fence.turn(later(9099), TIMES) <= ms(9099));
+        assert_eq!(fence.turn(later(9100), TIMES), ms(9180));
         let mut fence = Fence::default();
         let lone = View { lone: true, heard_at: None, echoed_at: None, ..view(5, 5, 5) };
         assert_eq!(fence.turn(lone, TIMES), ms(85));

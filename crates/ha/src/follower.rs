@@ -85,8 +85,9 @@ impl Follower {
 impl Endpoint {
     /// Takes the owner's word for how exact our state is.
     pub(crate) fn refresh_synced(&mut self, cx: &Cx<'_>) {
-        let Some(claim) = cx.contact.claim(self.hash) else { return };
         let Role::Follower(follower) = &mut self.role else { return };
+        follower.synced &= cx.contact.in_step();
+        let Some(claim) = cx.contact.claim(self.hash) else { return };
         if claim.role != ClaimRole::Owner {
             return;
         }
@@ -98,7 +99,7 @@ impl Endpoint {
         if same && damaged && follower.synced {
             tracing::error!(endpoint = self.id.0, "digests differ: our state is not exact");
         }
-        follower.synced = same && claim.synced && !damaged;
+        follower.synced = same && claim.synced && !damaged && cx.contact.in_step();
     }
 
     pub(crate) fn handle_chunk(&mut self, cx: &mut Cx<'_>, chunk: Chunk) {

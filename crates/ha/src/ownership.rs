@@ -172,19 +172,22 @@ impl Endpoint {
             return (won && heard).then_some((How::Free, fresh));
         }
         // A shadow that could not take over at once no longer knows what a solo owner did since.
-        let belief = cx.config.dead_after * 10;
+        // A proven death has been reckoned with when it was found.
+        let belief = cx.config.dead_after * 3;
         let synced = follower.synced
-            && (contact.heard_at().is_none_or(|heard| cx.now < heard + belief)
+            && (contact.proven_at().is_some()
+                || contact.heard_at().is_some_and(|heard| cx.now < heard + belief)
                 || cx.bug == Bug::SoloBeforeEcho);
         let uplink = self.uplink_lately(cx);
+        // The new process behind a hello may own already; and one that we have yet to hear of may,
+        // if we were away for long: then we know no more than one that boots.
+        let known = contact.met && !contact.stranger() && !(contact.heard_at().is_none() && owned);
         match contact.death {
-            // The new process behind a hello may own already.
-            Some(Death::Proven) if contact.heard_at().is_none() && owned => None,
-            Some(Death::Proven) if contact.met => Some((How::ProvenDeath, synced)),
-            Some(Death::Silence) if contact.met => uplink.then_some((How::Silence, synced)),
+            Some(Death::Proven) if known => Some((How::ProvenDeath, synced)),
+            Some(Death::Silence) if known => uplink.then_some((How::Silence, synced)),
             _ => {
                 let waited = cx.now >= contact.sign_at + cx.config.boot_wait
-                    && cx.now >= contact.listen_until;
+                    && cx.now >= contact.listen_until.max(contact.rejoin_until);
                 (waited && uplink).then_some((How::Silence, synced))
             }
         }
@@ -203,8 +206,9 @@ impl Endpoint {
         }
         let granted = matches!(how, How::Grant(_));
         let silence = how == How::Silence;
+        let [first, second] = JUMP_UNSYNCED;
         let seq_jump = match (synced, silence) {
-            (false, _) => JUMP_UNSYNCED,
+            (false, _) => if cx.config.index == 0 { first } else { second },
             (true, true) => JUMP_SILENCE,
             (true, false) => 0,
         };

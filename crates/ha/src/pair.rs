@@ -182,7 +182,7 @@ impl Pair {
             return;
         }
         if goodbye {
-            self.contact.goodbye();
+            self.contact.goodbye(now, &self.config);
             self.out.event(Event::Contact(false));
         } else {
             self.contact.stream_lost = Some(now);
@@ -261,7 +261,7 @@ impl Pair {
             self.out.warnings.push(Warning::WrongDigest { ours, theirs });
         }
         let was_alive = self.contact.alive;
-        let restarted = self.contact.greet(now, hello.boot, hello.claims);
+        let restarted = self.contact.greet(now, hello.boot, hello.claims, &self.config);
         if was_alive && !self.contact.alive {
             self.out.event(Event::Contact(false));
         }

@@ -171,9 +171,7 @@ impl Endpoint {
             Ok(message) => message,
             Err(error) => {
                 self.counters.malformed += 1;
-                if let ParseError::MajorVersion(_) = error {
-                    self.answer_newer_version(datagram, from, to);
-                }
+                self.answer_malformed(datagram, error, from, to);
                 return;
             }
         };
@@ -231,12 +229,26 @@ impl Endpoint {
         result
     }
 
-    /// RFC 7296 §2.5: a request of a newer major version gets
-    /// INVALID_MAJOR_VERSION, never longer than the request.
-    fn answer_newer_version(&mut self, datagram: &[u8], from: SocketAddr, to: SocketAddr) {
+    /// RFC 7296 §2.5: a request of a newer major version, and a first message with
+    /// an unknown critical payload, are told so in clear, never with more bytes
+    /// than they have. Anything else that is malformed gets silence.
+    fn answer_malformed(
+        &mut self,
+        datagram: &[u8],
+        error: ParseError,
+        from: SocketAddr,
+        to: SocketAddr,
+    ) {
         let Some(header) = Header::peek(datagram).filter(|h| !h.response) else { return };
+        let (kind, data) = match error {
+            ParseError::MajorVersion(_) => (NotifyType::INVALID_MAJOR_VERSION, Vec::new()),
+            ParseError::UnsupportedCritical(_) if is_first(&header) => {
+                (NotifyType::UNSUPPORTED_CRITICAL_PAYLOAD, error.notify_data())
+            }
+            _ => return,
+        };
         let mut builder = MessageBuilder::clear(&header.to_response());
-        builder.push(&Payload::Notify(Notify::new(NotifyType::INVALID_MAJOR_VERSION, &[])));
+        builder.push(&Payload::Notify(Notify::new(kind, &data)));
         if let Ok(bytes) = builder.finish()
             && bytes.len() <= datagram.len()
         {

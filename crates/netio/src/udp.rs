@@ -801,6 +801,63 @@ mod tests {
     }
 
     #[test]
+    fn runs_of_equal_datagrams_travel_as_one_and_arrive_one_by_one() {
+        in_new_namespace(|| {
+            ip("link set lo up");
+            let mut near =
+                BatchSocket::bind("127.0.0.1:4500".parse().unwrap(), Options::default()).unwrap();
+            let mut far =
+                BatchSocket::bind("127.0.0.2:4500".parse().unwrap(), Options::default()).unwrap();
+            let to = far.local_addr();
+            // Three runs: 60 of 900 bytes ended by a shorter one, 1 larger, then 40 of 700 in another class.
+            let lengths: Vec<(usize, u8)> = [(900, 0); 60]
+                .into_iter()
+                .chain([(10, 0), (1200, 0)])
+                .chain([(700, 0x28); 40])
+                .collect();
+            let all: Vec<Vec<u8>> =
+                lengths.iter().enumerate().map(|(i, (len, _))| vec![i as u8; *len]).collect();
+            let items =
+                all.iter().zip(&lengths).map(|(bytes, (_, tos))| SendItem { to, bytes, tos: *tos });
+            assert_eq!(near.send(items), all.len());
+            assert!(near.segmenting, "this kernel segments on loopback");
+            let mut got: Vec<Vec<u8>> = Vec::new();
+            let mut calls = 0;
+            while got.len() < all.len() {
+                assert!(far.has_more() || wait_readable(&far, 2000).unwrap());
+                // Few buffers at a time: what does not fit must come with the next call.
+                let mut room = vec![[0_u8; 2048]; 7];
+                let mut metas = [RecvMeta::EMPTY; 7];
+                let count = far.recv(room.iter_mut().map(|b| &mut b[..]), &mut metas);
+                got.extend(
+                    room.iter().zip(&metas).take(count).map(|(b, meta)| b[..meta.len].to_vec()),
+                );
+                calls += 1;
+            }
+            assert_eq!(got, all);
+            assert!(calls >= all.len() / 7);
+            assert!(!far.has_more());
+        });
+    }
+
+    #[test]
+    fn a_datagram_that_does_not_fit_is_cut_and_says_so() {
+        in_new_namespace(|| {
+            ip("link set lo up");
+            let mut near =
+                BatchSocket::bind("127.0.0.1:4500".parse().unwrap(), Options::default()).unwrap();
+            let mut far =
+                BatchSocket::bind("127.0.0.2:4500".parse().unwrap(), Options::default()).unwrap();
+            let item = SendItem { to: far.local_addr(), bytes: &[7; 100], tos: 0 };
+            assert_eq!(near.send([item].into_iter()), 1);
+            assert!(wait_readable(&far, 2000).unwrap());
+            let (mut room, mut metas) = ([0_u8; 40], [RecvMeta::EMPTY; 1]);
+            assert_eq!(far.recv([&mut room[..]].into_iter(), &mut metas), 1);
+            assert_eq!((metas[0].len, metas[0].truncated, room), (40, true, [7; 40]));
+        });
+    }
+
+    #[test]
     fn binds_before_the_address_is_there_and_sends_only_after() {
         in_new_namespace(|| {
             ip("link set lo up");
@@ -836,8 +893,10 @@ mod tests {
             let mut socket = BatchSocket::bind("192.0.2.1:4500".parse().unwrap(), options).unwrap();
             let bytes = [0_u8; 1400];
             let to = "192.0.2.2:9".parse().unwrap();
-            // Nobody answers for 192.0.2.2: what waits for its neighbour entry fills the buffer.
-            let sent = socket.send((0..10).map(|_| SendItem { to, bytes: &bytes, tos: 0 })) as u64;
+            // Nobody answers for 192.0.2.2: what waits for its neighbour entry fills the buffer. Each is longer than
+            // the one before, so that none joins a run.
+            let items = (0..10).map(|i| SendItem { to, bytes: &bytes[..1300 + i], tos: 0 });
+            let sent = socket.send(items) as u64;
             let SendCounters { full, .. } = socket.counters();
             assert!(sent < 10 && sent + full == 10, "{:?}", socket.counters());
         });

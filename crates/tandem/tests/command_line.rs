@@ -167,7 +167,7 @@ fn the_configuration_names_the_socket() {
     assert_eq!(nobody.status.code(), Some(1));
     assert!(err(&nobody).contains(&place.path("control.sock")), "{}", err(&nobody));
     assert!(
-        err(&nobody).contains("hint: start it with `systemctl start tandem`"),
+        err(&nobody).contains("hint: start it with `systemctl start tandemd`"),
         "{}",
         err(&nobody)
     );

@@ -242,9 +242,11 @@ impl World {
             if !missing.is_empty() {
                 let way = if flow.outward { "to" } else { "from" };
                 let text = format!(
-                    "{} packets {way} peer {} were lost by {fault:?}",
+                    "{} packets {way} peer {} were lost by {fault:?}, from number {:?} of {}",
                     missing.len(),
-                    flow.peer
+                    flow.peer,
+                    missing.first(),
+                    flow.next
                 );
                 return self.checks.violate(5, text);
             }

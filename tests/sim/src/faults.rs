@@ -4,7 +4,7 @@ use gateway::Request;
 
 use crate::clock::{MS, Nanos, S};
 use crate::dice::Dice;
-use crate::host::Input;
+use crate::host::{Input, Process};
 use crate::log;
 use crate::network::Weather;
 use crate::world::{Event, World};
@@ -430,13 +430,19 @@ impl World {
             // Who was away and hears nothing now cannot know what became of its endpoint.
             self.excuse_partition(Nanos::MAX);
         }
+        let streams: Vec<Option<u64>> =
+            self.hosts.iter().take(2).map(|h| h.process.as_ref().and_then(|p| p.stream)).collect();
         let h = &mut self.hosts[host];
         h.paused = false;
         h.suspended = false;
         if h.stopped_until == Nanos::MAX {
             h.clock.thaw(self.now);
-            // ha.md: until it drains its sockets, at most `fence_after` (on a clock that may be slow).
-            h.stopped_until = self.now + 100 * MS;
+            // ha.md: until it drains its sockets, at most `fence_after` (on a clock that may be slow). A process that
+            // started meanwhile is heard only over a new stream.
+            let met =
+                |p: &Process| streams.iter().all(|other| *other == p.stream && p.stream.is_some());
+            let heard = h.process.as_deref().is_some_and(met);
+            h.stopped_until = self.now + if heard { 100 * MS } else { S };
         }
         let Some(p) = h.process.as_mut() else { return };
         let (life, in_gap) = (p.life, p.in_gap);

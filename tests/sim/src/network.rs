@@ -94,6 +94,8 @@ pub struct Network {
     pub streams: u64,
     /// Which instance gets what is sent to the virtual address.
     pub switch: Option<usize>,
+    /// Questions about the virtual address without an answer, in a row.
+    pub unanswered: u32,
     /// Announcements that the switch misses, in a thousand.
     pub deaf: u64,
 }
@@ -123,6 +125,7 @@ impl Network {
             stream: None,
             streams: 0,
             switch: None,
+            unanswered: 0,
             deaf: if dice.chance(300) { 300 } else { 0 },
         }
     }

@@ -137,7 +137,17 @@ impl World {
                 }
                 Output::Pair(transmit) => self.pair_transmit(host, p, transmit),
                 Output::Shard(command) => self.command(host, p, command),
-                Output::Fence { endpoint: _, valid_until } => p.fence = valid_until,
+                Output::Fence { endpoint: _, valid_until } => {
+                    let local = self.hosts[host].local(self.now);
+                    if log::verbose() && (valid_until > local) != (p.fence > local) {
+                        log::say(if valid_until > local {
+                            "  fence opens"
+                        } else {
+                            "  fence closes"
+                        });
+                    }
+                    p.fence = valid_until;
+                }
                 Output::Addresses { endpoint: _, present } => {
                     self.address_task(host, p, Some(present))
                 }
@@ -375,6 +385,9 @@ impl World {
                 }
                 Verdict::Drop(Reason::Unjudged) | Verdict::Pending => {
                     self.checks.violate(0, "the shard did not decide on a packet".into());
+                }
+                Verdict::Drop(reason) if log::verbose() => {
+                    log::say(&format!("  drops {:?}: {reason:?}", slot.direction()));
                 }
                 Verdict::Drop(_) | Verdict::Held => {}
             }

@@ -436,7 +436,13 @@ impl World {
                 && host.passes(self.now)
                 && host.process.as_ref().is_some_and(|p| p.present)
         };
-        if self.net.switch.is_none_or(|host| !answers(&self.hosts[host])) {
+        if self.net.switch.is_some_and(|host| answers(&self.hosts[host])) {
+            self.net.unanswered = 0;
+            return;
+        }
+        // An entry is given up after several questions without an answer.
+        self.net.unanswered += 1;
+        if self.net.switch.is_none() || self.net.unanswered >= 3 {
             self.net.switch = (0..2).find(|host| answers(&self.hosts[*host]));
         }
     }

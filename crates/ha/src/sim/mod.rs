@@ -4,6 +4,7 @@
 //! `world` is the machinery, `gateway` the modelled gateway with its checks, `drawn` the scenarios
 //! drawn one by one, `random` the seeds and the deliberate bugs that they must catch.
 
+mod absence;
 mod drawn;
 mod gateway;
 mod random;

@@ -155,6 +155,30 @@ fn a_newer_major_version_is_named() {
     assert!(w.snapshot(B).is_empty());
 }
 
+// RFC 7296 §2.5: an unknown critical payload in a first message is named.
+#[test]
+fn a_critical_unknown_payload_in_a_first_message_is_named() {
+    let mut w = World::new();
+    w.initiate(A);
+    let mut t = w.take(B).packet;
+    // In front of the others: critical, four bytes, of type 200.
+    let first = t.bytes[16];
+    t.bytes[16] = 200;
+    t.bytes.splice(28..28, [first, 0x80, 0, 4]);
+    let len = t.bytes.len() as u32;
+    t.bytes[24..28].copy_from_slice(&len.to_be_bytes());
+    w.with_side(B, |ike, cx| ike.handle_datagram(cx, t.from, t.to, &t.bytes));
+    let answer = w.take(A).packet.bytes;
+    let message = wire::ike::Message::parse(&answer).unwrap();
+    let notify = message.payloads.notify(wire::ike::NotifyType::UNSUPPORTED_CRITICAL_PAYLOAD);
+    assert_eq!(notify.unwrap().data, [200]);
+    assert!(w.snapshot(B).is_empty());
+    // Without the critical bit it is passed over.
+    t.bytes[29] = 0;
+    w.with_side(B, |ike, cx| ike.handle_datagram(cx, t.from, t.to, &t.bytes));
+    assert_eq!(w.sides[B].ike.status(w.now).half_open, 1);
+}
+
 // RFC 7296 §2.4, §2.21.4: notifies without protection change nothing.
 #[test]
 fn unprotected_notifies_are_not_believed() {

@@ -1,0 +1,180 @@
+//! Who was stopped for a while does not know what became of the other: scenes that the whole
+//! product's simulation found. Reconnects come at multiples of 200 ms after the world's beginning,
+//! and what is sent to a stopped instance is lost by a cut, as on a suspended machine.
+
+use super::drawn::{last_own, open, owner, pair_in_sync, until};
+use super::world::{Fault, MS, Us, World};
+use crate::*;
+
+const CUT: Fault = Fault::Cut { link: None, towards: None, cut: true };
+const HEAL: Fault = Fault::Cut { link: None, towards: None, cut: false };
+
+/// The machine is suspended: nothing reaches it, and it comes back 10 ms after a reconnect that
+/// it missed.
+fn suspend(world: &mut World, host: usize, us: Us) {
+    let end = world.now + us;
+    let end = end.next_multiple_of(200 * MS) + 10 * MS;
+    world.fault_at(end, HEAL);
+    world.fault(CUT);
+    world.fault(Fault::Pause(host, end - world.now));
+}
+
+#[test]
+fn time_away_is_not_waited() {
+    for start in (0..1000).step_by(100) {
+        let mut world = World::new(11, 1, Bug::None);
+        world.fault(Fault::Start { host: 1, lose_terms: false });
+        world.run_for(start * MS);
+        suspend(&mut world, 1, 3000 * MS);
+        world.fault(Fault::Start { host: 0, lose_terms: false });
+        world.run_for(1500 * MS);
+        assert_eq!(owner(&world), [0], "it has waited");
+        for _ in 0..4000 {
+            world.run_for(MS);
+            assert_eq!(owner(&world), [0], "stopped after {start} ms of waiting");
+        }
+        assert!(world.converged());
+    }
+}
+
+#[test]
+fn a_shadow_that_was_away_for_boot_wait_does_not_overtake_a_new_process() {
+    let mut world = pair_in_sync(Bug::None);
+    suspend(&mut world, 1, 3000 * MS);
+    world.run_for(90 * MS);
+    world.fault(Fault::Kill(0));
+    world.run_for(100 * MS);
+    world.fault(Fault::Start { host: 0, lose_terms: false });
+    world.run_for(1500 * MS);
+    assert_eq!(owner(&world), [0], "it has waited");
+    for _ in 0..4000 {
+        world.run_for(MS);
+        assert_eq!(owner(&world), [0]);
+    }
+    assert!(world.converged());
+}
+
+#[test]
+fn a_shadow_that_was_away_for_boot_wait_owns_when_nobody_else_does() {
+    let mut world = pair_in_sync(Bug::None);
+    suspend(&mut world, 1, 3000 * MS);
+    world.run_for(90 * MS);
+    world.fault(Fault::PowerOff(0));
+    world.run_for(3000 * MS + 100 * MS);
+    let ms = until(&mut world, 2000, |world| owner(world) == [1]);
+    assert!((600..1300).contains(&ms), "a boot wait after its return: {ms} ms");
+    let (_, own) = last_own(&world);
+    assert!(!own.synced, "the other may have gone on alone");
+}
+
+#[test]
+fn a_shadow_stopped_for_less_takes_over_as_soon_as_it_has_listened() {
+    let mut world = pair_in_sync(Bug::None);
+    suspend(&mut world, 1, 300 * MS);
+    world.fault(Fault::PowerOff(0));
+    until(&mut world, 600, |world| !world.hosts[1].paused);
+    let ms = until(&mut world, 300, |world| owner(world) == [1]);
+    assert!((80..=130).contains(&ms), "{ms} ms");
+}
+
+#[test]
+fn an_owner_that_was_away_for_boot_wait_listens_for_a_new_process() {
+    let mut world = pair_in_sync(Bug::None);
+    suspend(&mut world, 0, 4000 * MS);
+    world.run_for(300 * MS);
+    assert_eq!(owner(&world), [0, 1]);
+    world.fault(Fault::Kill(1));
+    world.run_for(200 * MS);
+    world.fault(Fault::Start { host: 1, lose_terms: false });
+    until(&mut world, 1500, |world| open(world, 1));
+    for _ in 0..4500 {
+        world.run_for(MS);
+        assert!(!(open(&world, 0) && open(&world, 1)), "two senders");
+    }
+    assert_eq!(owner(&world).len(), 1);
+}
+
+#[test]
+fn a_proof_from_before_a_pause_opens_no_fence_after_it() {
+    let mut world = pair_in_sync(Bug::None);
+    world.fault(Fault::Kill(0));
+    world.run_for(100 * MS);
+    let (_, own) = last_own(&world);
+    assert_eq!((owner(&world), own.how), (vec![1], How::ProvenDeath));
+    suspend(&mut world, 1, 3000 * MS);
+    world.fault(Fault::Start { host: 0, lose_terms: false });
+    until(&mut world, 1500, |world| open(world, 0));
+    for _ in 0..4500 {
+        world.run_for(MS);
+        assert!(!(open(&world, 0) && open(&world, 1)), "two senders");
+    }
+    assert_eq!(owner(&world).len(), 1);
+}
+
+/// The owner hears nothing but is heard, and stops at any moment between two heartbeats. Its clock
+/// is slow and the other's is fast.
+#[test]
+fn out_of_contact_the_fence_counts_from_what_the_other_may_have_heard() {
+    for moment in 0..40 {
+        let mut world = World::new(12, 1, Bug::None);
+        (world.hosts[0].rate, world.hosts[1].rate) = (900, 1100);
+        for host in 0..2 {
+            world.fault(Fault::Start { host, lose_terms: false });
+        }
+        world.run_for(1500 * MS);
+        world.fault(Fault::Cut { link: None, towards: Some(0), cut: true });
+        world.run_for(500 * MS + moment * MS);
+        assert!(open(&world, 0));
+        world.fault(Fault::Pause(0, 1000 * MS));
+        until(&mut world, 200, |world| owner(world).contains(&1));
+        let pair = world.hosts[0].pair.as_ref().unwrap();
+        assert!(world.local(0) >= pair.fence(EndpointId(0)), "still open, moment {moment}");
+    }
+}
+
+#[test]
+fn a_shadow_that_was_away_does_not_believe_itself_in_sync() {
+    let mut world = pair_in_sync(Bug::None);
+    suspend(&mut world, 1, 500 * MS);
+    world.run_for(300 * MS);
+    assert!(matches!(world.status(0, 0).unwrap().role, Role::Owner(Mode::Solo)));
+    world.fault(Fault::Kill(0));
+    until(&mut world, 500, |world| !world.hosts[1].paused);
+    // The first news is the hello of a new process.
+    world.fault(Fault::Start { host: 0, lose_terms: false });
+    world.fault(Fault::Uplink(1, 0, false));
+    until(&mut world, 600, |world| owner(world) == [1]);
+    let (_, own) = last_own(&world);
+    assert_eq!((own.synced, own.seq_jump), (false, (1 << 28) + (1 << 27)));
+}
+
+/// The same, by a network that was away.
+#[test]
+fn a_hello_does_not_make_an_old_word_true_again() {
+    let mut world = pair_in_sync(Bug::None);
+    world.fault(Fault::Uplink(1, 0, false));
+    world.fault(CUT);
+    world.run_for(600 * MS);
+    assert!(matches!(world.status(0, 0).unwrap().role, Role::Owner(Mode::Solo)));
+    world.fault(Fault::Kill(0));
+    world.fault(Fault::Start { host: 0, lose_terms: false });
+    world.fault(HEAL);
+    until(&mut world, 600, |world| owner(world) == [1]);
+    let (_, own) = last_own(&world);
+    assert!(!own.synced, "{own:?}");
+}
+
+#[test]
+fn two_takeovers_in_doubt_start_at_different_numbers() {
+    let mut world = pair_in_sync(Bug::None);
+    world.fault(Fault::SlowShadow(60_000 * MS));
+    world.run_for(900 * MS);
+    world.fault(Fault::SlowShadow(0));
+    world.fault(Fault::Pause(0, 600 * MS));
+    until(&mut world, 200, |world| owner(world).contains(&1));
+    world.run_for(100 * MS);
+    world.fault(Fault::Kill(1));
+    until(&mut world, 1500, |world| owner(world) == [0] && world.ledger.owns.len() == 3);
+    let jumps: Vec<_> = world.ledger.owns[1..].iter().map(|(h, o)| (*h, o.seq_jump)).collect();
+    assert_eq!(jumps, [(1, config::JUMP_UNSYNCED[1]), (0, config::JUMP_UNSYNCED[0])]);
+}
