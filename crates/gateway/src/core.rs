@@ -405,7 +405,7 @@ impl Gateway {
     }
 
     /// Appends what IKE decided; `false` if there was nothing.
-    fn step_ike(&mut self, now: Duration, index: usize) -> bool {
+    pub(crate) fn step_ike(&mut self, now: Duration, index: usize) -> bool {
         let Some(e) = self.endpoints.get_mut(index) else { return false };
         let mut moved = false;
         while let Some(transition) = e.ike.poll_transition() {

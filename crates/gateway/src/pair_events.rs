@@ -397,6 +397,8 @@ impl Gateway {
             tracing::error!(endpoint = e.name, %error, "the other instance's tail cannot be used");
         }
         let term = e.term;
+        // The SAs just adopted must be in the shards before their counters are.
+        while self.step_ike(now, index) {}
         let exact = peer_message::decode::<Counters>(counters).unwrap_or_default();
         for counters in exact.sas.iter().filter_map(ExactSa::counters) {
             // In the running term this is healing: the shard goes on above both and merges the windows.

@@ -127,10 +127,13 @@ pub(crate) struct Contact {
     echo: u64,
     /// The other's word that our state is exact counts when it echoes what was sent after this.
     sync_mark: u64,
-    /// The first heartbeat of the present contact.
+    /// The first heartbeat of the present contact, or the last after which the other listens
+    /// afresh because it was late.
     pub(crate) regained_at: Option<Duration>,
     next_number: u64,
     last_sent: u64,
+    heartbeat: Duration,
+    dead_after: Duration,
 }
 
 fn nanos(d: Duration) -> u64 {
@@ -138,10 +141,10 @@ fn nanos(d: Duration) -> u64 {
 }
 
 impl Contact {
-    pub(crate) fn new(boot: u64, links: u8, now: Duration) -> Contact {
+    pub(crate) fn new(boot: u64, now: Duration, config: &Config) -> Contact {
         Contact {
             boot,
-            links: vec![Link::default(); usize::from(links)],
+            links: vec![Link::default(); usize::from(config.links)],
             peer: None,
             alive: false,
             death: None,
@@ -161,6 +164,8 @@ impl Contact {
             regained_at: None,
             next_number: 1,
             last_sent: 0,
+            heartbeat: config.heartbeat,
+            dead_after: config.dead_after,
         }
     }
 
@@ -338,6 +343,11 @@ impl Contact {
         if heartbeat.number <= peer.number {
             return Heard::Life;
         }
+        // None was lost in between, so it was away, and listens as `stamp` does here.
+        let late = Duration::from_nanos(heartbeat.sent_at.saturating_sub(peer.newest_sent));
+        if heartbeat.number == peer.number + 1 && peer.number > 0 && late > self.heartbeat * 2 {
+            self.regained_at = Some(now);
+        }
         peer.number = heartbeat.number;
         peer.newest_sent = peer.newest_sent.max(heartbeat.sent_at);
         peer.newest_at = now;
@@ -452,6 +462,10 @@ impl Contact {
     /// Numbers a heartbeat and fills in what contact needs. The same number goes out on all links.
     pub(crate) fn stamp(&mut self, now: Duration, heartbeat: &mut Heartbeat) -> bool {
         let Some(peer) = &self.peer else { return false };
+        // Who hears this heartbeat sees that we were late, and relies on our listening afresh.
+        if self.last_sent > 0 && now > Duration::from_nanos(self.last_sent) + self.heartbeat * 2 {
+            self.listen_until = self.listen_until.max(now + self.dead_after);
+        }
         self.last_sent = nanos(now).max(self.last_sent.saturating_add(1));
         heartbeat.boot = self.boot;
         heartbeat.to = peer.boot;
@@ -477,7 +491,7 @@ mod tests {
     }
 
     fn contact() -> Contact {
-        let mut contact = Contact::new(7, 2, ms(1000));
+        let mut contact = Contact::new(7, ms(1000), &config());
         assert!(!contact.greet(ms(1000), 9, Vec::new(), &config()));
         contact
     }
@@ -586,6 +600,24 @@ mod tests {
         assert_eq!(c.probes(ms(1002), &config()), vec![LinkId(0)]);
         c.probe_result(ms(1003), LinkId(0), Probe::Unknown, ms(20));
         assert_eq!(run(&mut c, 1005, 1200), Some((1105, Death::Silence)));
+    }
+
+    #[test]
+    fn the_other_was_late_if_no_heartbeat_is_missing_and_listens_afresh_as_we_would() {
+        let mut c = contact();
+        let at =
+            |number, sent: u64| Heartbeat { sent_at: sent * 1_000_000, ..heartbeat(number, 0) };
+        c.hear(ms(1001), LinkId(0), at(1, 500));
+        c.hear(ms(1041), LinkId(0), at(2, 540));
+        assert_eq!(c.regained_at, Some(ms(1001)), "late by no more than an interval");
+        c.hear(ms(1101), LinkId(0), at(4, 600));
+        assert_eq!(c.regained_at, Some(ms(1001)), "one was lost: it may have heard nothing either");
+        c.hear(ms(1151), LinkId(0), at(5, 641));
+        assert_eq!(c.regained_at, Some(ms(1151)));
+        for (now, listens) in [(1160, 1000), (1200, 1000), (1241, 1341)] {
+            assert!(c.stamp(ms(now), &mut Heartbeat::default()));
+            assert_eq!(c.listen_until, ms(listens), "sent at {now}");
+        }
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub struct Own {
     pub how: How,
     /// Whether our state is exact. If not: IKE is in doubt and Child SAs are rekeyed first.
     pub synced: bool,
-    /// Add this to every sequence ceiling (0, [`crate::config::JUMP_SILENCE`] or
+    /// Add this to every sequence ceiling (0, [`crate::config::JUMP_SILENCE`] or one of
     /// [`crate::config::JUMP_UNSYNCED`]; where that would wrap, the SA is not used).
     pub seq_jump: u64,
     /// Whether the workers obey leases from the start (a switchover: the other holds our

@@ -16,7 +16,8 @@
 //! newest own heartbeat, not from the turn: for in a one-way cut the other may still hear us, and
 //! judges us by that. The value is computed afresh each
 //! turn and may go down: whoever hears the other again without being echoed falls back to rule 1,
-//! though only after as long as a first echo may take, so that a return closes nothing.
+//! though only after as long as a first echo may take, so that a return closes nothing: neither
+//! that of a new contact nor that of an instance that was late and therefore listens afresh.
 //! Rule 5 (a higher term ends ownership) is in `ownership`.
 
 use core::time::Duration;
@@ -32,7 +33,8 @@ pub(crate) struct View {
     pub(crate) heard_at: Option<Duration>,
     /// Send time of our newest heartbeat that the other has echoed.
     pub(crate) echoed_at: Option<Duration>,
-    /// When the present contact began: its first heartbeat.
+    /// When the present contact began (its first heartbeat), or when the other, having been late,
+    /// began to listen afresh.
     pub(crate) regained_at: Option<Duration>,
     /// The other was judged dead and was not heard since.
     pub(crate) dead: bool,

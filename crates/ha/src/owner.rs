@@ -277,7 +277,9 @@ impl Endpoint {
         // A better claim than ours is about to be made good.
         let outranked =
             claim.lineage != self.store.lineage && class(claim) > class(&self.claim(false));
-        follows && !outranked && cx.contact.echoed_lately(cx.now, cx.config.dead_after)
+        // A term above its own comes first.
+        let above = claim.term <= self.store.term || cx.bug == Bug::HealInOldTerm;
+        follows && above && !outranked && cx.contact.echoed_lately(cx.now, cx.config.dead_after)
     }
 
     /// What the log does in a turn.

@@ -208,7 +208,13 @@ impl Endpoint {
         let silence = how == How::Silence;
         let [first, second] = JUMP_UNSYNCED;
         let seq_jump = match (synced, silence) {
-            (false, _) => if cx.config.index == 0 { first } else { second },
+            (false, _) => {
+                if cx.config.index == 0 {
+                    first
+                } else {
+                    second
+                }
+            }
             (true, true) => JUMP_SILENCE,
             (true, false) => 0,
         };
@@ -246,10 +252,14 @@ impl Endpoint {
     fn heal(&mut self, cx: &mut Cx<'_>) {
         let Some(claim) = cx.contact.claim(self.hash) else { return };
         let Some(boot) = cx.contact.peer.as_ref().map(|peer| peer.boot) else { return };
-        let rival = cx.contact.alive
-            && claim.role == ClaimRole::Owner
-            && self.healed != Some((boot, claim.term))
-            && beats(&self.claim(false), claim, self.home);
+        // A rival of another lineage may have heard our claim, and stood down, before we heard it
+        // as an owner: its term shows it.
+        let mine = self.claim(false);
+        let worse = match claim.role {
+            ClaimRole::Owner => beats(&mine, claim, self.home),
+            _ => claim.term > mine.term && class(claim) <= class(&mine),
+        };
+        let rival = cx.contact.alive && worse && self.healed != Some((boot, claim.term));
         // Our offer taken: handled where claims are heard.
         if !rival || matches!(&self.role, Role::Owner(owner) if owner.offer.is_some()) {
             return;

@@ -120,7 +120,7 @@ impl Pair {
     ) -> Result<Pair, ConfigError> {
         config.check()?;
         let mut rng = Seed(seed);
-        let contact = Contact::new(rng.draw(), config.links, now);
+        let contact = Contact::new(rng.draw(), now, &config);
         let endpoints = (0..config.endpoints.len())
             .filter_map(|n| {
                 let id = EndpointId(u8::try_from(n).ok()?);

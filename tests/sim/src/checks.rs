@@ -71,8 +71,8 @@ pub struct Checks {
     /// By instance: the ceilings it knows, by inbound SPI.
     ceilings: [HashMap<u32, u64>; 2],
     compared: (u64, u64),
-    /// The higher term of two that owned at once.
-    rivals: u64,
+    /// By instance: the highest term of a rival that it has heard of as an owner while it owned itself.
+    rivals: [u64; 2],
 }
 
 /// A hash for comparison of datagrams and keys (FNV-1a, then a finisher).
@@ -271,28 +271,29 @@ impl Checks {
 
     /// A process came or went: what it knew of its rival is gone.
     pub fn forget_rivals(&mut self) {
-        self.rivals = 0;
+        self.rivals = [0; 2];
     }
 
-    /// ha.md, "Terms": after a split the winner's term is above both.
+    /// ha.md, "Terms": after a split the winner's term is above both, as soon as it has heard of its rival.
     pub fn healed(&mut self, status: [&ha::EndpointStatus; 2]) {
-        let owners: Vec<u64> = status
-            .iter()
-            .filter(|s| matches!(s.role, ha::Role::Owner(_)))
-            .map(|s| s.term.0)
-            .collect();
-        match owners.as_slice() {
-            [a, b] => self.rivals = self.rivals.max(*a).max(*b),
-            [winner] if status.iter().any(|s| s.role == ha::Role::Shadow { synced: true }) => {
-                if *winner < self.rivals {
+        let owns = |s: &ha::EndpointStatus| matches!(s.role, ha::Role::Owner(_));
+        let synced = status.iter().any(|s| s.role == ha::Role::Shadow { synced: true });
+        let [a, b] = status;
+        for (mine, theirs, at) in [(a, b, 0), (b, a, 1)] {
+            if owns(mine) && owns(theirs) && mine.peer_owns {
+                self.rivals[at] = self.rivals[at].max(theirs.term.0);
+            } else if owns(mine) && synced {
+                if mine.term.0 < self.rivals[at] {
                     self.violate(
                         5,
-                        format!("term {winner} won a split against term {}", self.rivals),
+                        format!(
+                            "term {} won a split against term {}",
+                            mine.term.0, self.rivals[at]
+                        ),
                     );
                 }
-                self.rivals = 0;
+                self.rivals = [0; 2];
             }
-            _ => {}
         }
     }
 
@@ -401,7 +402,7 @@ mod tests {
             keys: 0,
             uplink: true,
             valid_until: std::time::Duration::ZERO,
-            peer_owns: false,
+            peer_owns: true,
             peer_uplink: None,
         };
         let owner = |term| status(ha::Role::Owner(ha::Mode::Synced), term);

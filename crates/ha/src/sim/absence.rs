@@ -178,3 +178,40 @@ fn two_takeovers_in_doubt_start_at_different_numbers() {
     let jumps: Vec<_> = world.ledger.owns[1..].iter().map(|(h, o)| (*h, o.seq_jump)).collect();
     assert_eq!(jumps, [(1, config::JUMP_UNSYNCED[1]), (0, config::JUMP_UNSYNCED[0])]);
 }
+
+/// The standby was away for less than dead_after, and its first heartbeats echo only old ones.
+#[test]
+fn a_standby_that_was_away_for_a_moment_closes_nothing() {
+    for moment in 0..80 {
+        let mut world = pair_in_sync(Bug::None);
+        world.run_for((moment % 8) * 5 * MS);
+        let away = 45 + moment / 2;
+        world.fault(CUT);
+        world.fault(Fault::Pause(1, away * MS));
+        world.fault_at(world.now + away * MS, HEAL);
+        for ms in 0..300 {
+            world.run_for(MS);
+            assert!(open(&world, 0), "closed {ms} ms after the standby stopped for {away} ms");
+        }
+        assert_eq!(owner(&world), [0]);
+    }
+}
+
+/// Right, beyond a cut, owns an empty lineage under a much higher term; then they meet, and it
+/// stands down at the hello, before it has said in any heartbeat that it owns.
+#[test]
+fn the_winner_of_another_lineage_takes_a_term_above_the_losers() {
+    let mut world = pair_in_sync(Bug::None);
+    world.fault(CUT);
+    world.fault(Fault::Kill(1));
+    world.hosts[1].disk[0] = Some(Term(5001));
+    world.fault(Fault::Start { host: 1, lose_terms: false });
+    world.workload = false;
+    world.run_for(2000 * MS);
+    let (host, own) = last_own(&world);
+    assert_eq!((host, own.how, owner(&world)), (1, How::Boot, vec![0, 1]));
+    world.fault(HEAL);
+    until(&mut world, 3000, World::converged);
+    assert_eq!(owner(&world), [0], "an empty one never wins");
+    assert!(world.status(0, 0).unwrap().term > own.term, "it won in its old term");
+}

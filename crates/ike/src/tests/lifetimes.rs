@@ -249,11 +249,15 @@ fn a_peer_behind_a_nat_is_followed() {
     w.run(Duration::from_secs(65));
     assert_eq!(w.sides[A].keepalives.len(), 3, "every 20 s (RFC 3948 §4)");
     assert!(w.sides[B].keepalives.is_empty());
-    // The NAT forgets; the next authentic request comes from elsewhere.
+    // The NAT forgets; the next authentic request comes from elsewhere. The Child
+    // SA stays what it is and moves.
     w.nat_port = Some(30_000);
-    w.rekey(A, Target::Child(w.child(A)));
+    let child = w.child(B);
+    w.now += Duration::from_secs(31);
+    w.with_side(A, |ike, cx| ike.handle_timeout(cx));
     w.settle();
     w.assert_tunnel();
+    assert_eq!(w.child(B), child);
     assert_eq!(w.sides[B].plane.sender("net").unwrap().remote.port(), 30_000);
     assert!(w.sides[B].events.iter().any(|e| matches!(e, Event::Moved { .. })));
 }

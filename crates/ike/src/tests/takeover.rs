@@ -436,6 +436,13 @@ fn the_winner_takes_what_it_has_not_used() {
         plane.sender("net").unwrap().spi_out,
         w.sides[A].plane.sender("net").unwrap().spi_out
     );
-    // And a second time nothing: it has changed since.
+    // What changed here since the split is not taken.
+    let (spi, _) = tail[0];
+    assert!(winner.rekey(&mut cx, Target::Ike(spi)));
+    while winner.poll_transition().is_some() {}
+    let before: Vec<Vec<u8>> = winner.snapshot(cx.now).iter().map(|r| r.1.to_vec()).collect();
+    assert_eq!(winner.adopt(&mut cx, split, &tail[..1], &[spi]).unwrap(), 0);
+    let after: Vec<Vec<u8>> = winner.snapshot(cx.now).iter().map(|r| r.1.to_vec()).collect();
+    assert_eq!(before, after);
     assert_eq!(winner.adopt(&mut cx, split, &old, &[]).unwrap(), 0);
 }
