@@ -13,17 +13,17 @@
 //! `Own` before the fence opens, the fence before the announcement. A shard's commands pass one ordered queue.
 //!
 //! # What never happens here
-//! A datagram that depends on a record leaves before the record is committed ([`held`](crate) keeps it back); a sequence
+//! A datagram that depends on a record leaves before the record is committed (`held` keeps it back); a sequence
 //! number is used that the shadow does not know to avoid (leases); IKE runs outside the fence.
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 mod bug;
 pub mod config;
-mod core;
 mod endpoint;
 mod face;
 mod held;
 mod leases;
+mod machine;
 mod pair_config;
 mod pair_events;
 pub mod peer_message;
@@ -34,5 +34,5 @@ mod view;
 
 #[cfg(feature = "bugs")]
 pub use crate::bug::Bug;
-pub use crate::core::{Gateway, Start, StartError};
 pub use crate::face::{Answer, Moved, Output, Refusal, Request};
+pub use crate::machine::{Gateway, Start, StartError};

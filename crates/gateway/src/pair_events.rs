@@ -9,9 +9,9 @@ use std::time::Duration;
 use wire::id::{EndpointId, EspSpi, IkeSpi, Term};
 
 use crate::bug::Bug;
-use crate::core::Gateway;
 use crate::endpoint::{Part, Sync};
 use crate::face::Output;
+use crate::machine::Gateway;
 use crate::peer_message::{self, Counters, ExactSa, Side};
 
 /// Direct arrivals wait at least this long after a switchover while steered packets pass (ha.md).

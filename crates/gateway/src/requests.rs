@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use wire::id::{ConnectionId, EndpointId, Term};
 
-use crate::core::Gateway;
 use crate::endpoint::{Endpoint, Part};
 use crate::face::{Answer, Moved, Output, Refusal, Request};
+use crate::machine::Gateway;
 use crate::status::TunnelState;
 
 /// `up` is answered at the latest after this long.

@@ -13,6 +13,11 @@ use wire::id::{EspSpi, SpiLayout};
 
 /// Most SAs that this instance may have negotiated at once, per worker (the slot field is 16 bits wide).
 const SLOTS_PER_WORKER: u32 = 1 << 16;
+/// A boot's first slot is one of this many, so that its SAs seldom meet those of the instance's earlier life where the
+/// other instance holds both (after a split). Small, because tables grow up to the highest slot in use.
+const STARTS: u64 = 64;
+/// Slots between two such starts.
+const STRIDE: u64 = 64;
 /// Slots rest this long in the free queue, in allocations, before they are used again while fresh ones remain.
 const REST: usize = 64;
 
@@ -39,7 +44,7 @@ impl SpiPool {
             workers: workers.max(1),
             next_worker: 0,
             first_generation: (seed % u64::from(SpiLayout::MAX_GENERATION)) as u16 + 1,
-            fresh: vec![0; count],
+            fresh: vec![((seed >> 11) % STARTS * STRIDE) as u32; count],
             resting: vec![VecDeque::new(); count],
         }
     }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use wire::id::EspSpi;
 
-use crate::core::Gateway;
 use crate::endpoint::{Endpoint, Part};
+use crate::machine::Gateway;
 use crate::status::{
     ChildState, ChildStatus, Contact, Counters, EndpointStatus, IkeStatus, LastError, LinkStatus,
     Mode, Nat, PairStatus, Role, Status, TunnelState, TunnelStatus,

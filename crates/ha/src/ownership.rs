@@ -5,13 +5,15 @@
 //!   other dead (Proven) ───────────────► own
 //!   other dead (Silence) ── uplink up ──► own, jump 2²⁴, no initiating for 10 s
 //!   other never met ────── boot_wait ───► own (empty: a new lineage)
+//!   stopped for so long that another process may own ── boot_wait again ──► own, in doubt
 //!   other alive, not owning ────────────► the better claim owns, once the other has echoed it
 //!   other alive, owning ────────────────► follow (unless its claim is of a lower class: emptier)
 //!
 //!   an owner that hears
 //!   a higher term of its lineage ───────► stands down at once, owes its tail
 //!   a rival with the better claim ──────► the same
-//!   a rival with the worse claim ───────► takes a term above both, announces again
+//!   a rival with the worse claim, or what
+//!   stood down from a higher term ──────► takes a term above both, announces again
 //! ```
 //! Claims are compared by class (owning or synced 2, unsynced 1, empty 0), then by term; equal
 //! empty ones by home, unless the home's uplink is dead. Both sides compare the same two claims,

@@ -1,7 +1,7 @@
 //! The term file: the highest term of each endpoint that this instance has reserved.
 //!
 //! Terms fence IVs (ha.md), so a term that was ever usable must survive a crash of the host: the file is replaced
-//! atomically and synced, folder included, before [`reserve`] returns, and `ha` asks for blocks ahead of use so that
+//! atomically and synced, folder included, before [`TermFile::reserve`] returns, and `ha` asks for blocks ahead of use so that
 //! no takeover waits for the disk. One line an endpoint: `NAME TERM`. A missing file is legal (the instance then
 //! starts far above everything it hears); a damaged one is refused, because guessing could repeat a term.
 

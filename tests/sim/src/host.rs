@@ -244,7 +244,7 @@ impl Host {
             _ => {}
         }
         let config =
-            esp::Config { max_slots: 4096, queue_len: 64, slot_len: 512, ..esp::Config::default() };
+            esp::Config { max_slots: 8192, queue_len: 64, slot_len: 512, ..esp::Config::default() };
         self.process = Some(Box::new(Process {
             gateway,
             shard: esp::Shard::new(config),

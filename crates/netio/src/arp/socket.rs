@@ -103,7 +103,7 @@ impl Responder {
         Ok(())
     }
 
-    /// Waits for packets, then handles up to [`TURN`] of them: `may_answer` is asked right before
+    /// Waits for packets, then handles up to 64 of them: `may_answer` is asked right before
     /// each answer. Cancel-safe. Errors other than a link that is down (ENETDOWN, passed over)
     /// mean that the socket is of no more use: [`Responder::reopen`].
     pub async fn serve(&mut self, mut may_answer: impl FnMut() -> bool) -> io::Result<Served> {
