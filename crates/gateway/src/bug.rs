@@ -2,6 +2,10 @@
 //! can be switched on. Those of the pair protocol itself are `ha::Bug`.
 
 /// One deliberate mistake.
+#[cfg_attr(
+    not(feature = "bugs"),
+    expect(unreachable_pub, reason = "public with the feature `bugs` alone")
+)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Bug {
     /// Correct behaviour.

@@ -271,12 +271,14 @@ impl Gateway {
         !self.endpoints.iter().any(Endpoint::owns)
     }
 
-    /// A planned stop begins: endpoints go to the other instance; where it cannot take them, peers are told that their
-    /// tunnels end. Then wait for [`Gateway::owns_nothing`], bounded, and call [`Gateway::goodbye`].
+    /// A planned stop: endpoints go to the other instance. Call it at each turn until [`Gateway::owns_nothing`], since
+    /// the other may not be ready at once; then [`Gateway::goodbye`]. Where there is no living other instance, peers are
+    /// told that their tunnels end, so that they can set up new ones with the next life.
     pub fn leave(&mut self, now: Duration) {
+        let alone = !self.pair.status(now).contact;
         for index in 0..self.endpoints.len() {
             let Some(e) = self.endpoints.get_mut(index) else { continue };
-            if !e.serves(now) || self.pair.switchover(now, e.ha_id()).is_ok() {
+            if !e.serves(now) || self.pair.switchover(now, e.ha_id()).is_ok() || !alone {
                 continue;
             }
             for connection in &self.config.connections {
@@ -287,7 +289,7 @@ impl Gateway {
         self.pump(now);
     }
 
-    /// Whether some tunnel of an endpoint that is owned here still stands.
+    /// Whether an endpoint that is owned here still has a tunnel whose peer must be told, or handed over.
     pub fn has_tunnels(&self, now: Duration) -> bool {
         self.endpoints.iter().any(|e| e.owns() && !e.ike.status(now).ike_sas.is_empty())
     }
@@ -557,7 +559,7 @@ fn install(
                 udp_encap: child.udp_encap,
                 next_seq: 1,
                 ceiling,
-                born: e.term,
+                born: child.born,
             };
             outputs.push_back(Output::Shard(esp::Command::Install(Box::new(sa))));
         }

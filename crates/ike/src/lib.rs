@@ -62,7 +62,7 @@ use core::{net::SocketAddr, time::Duration};
 
 use crypto::{Rng, Secret, aead::AeadAlg};
 use wire::{
-    id::{ConnectionId, EspSpi, IkeSpi},
+    id::{ConnectionId, EspSpi, IkeSpi, Term},
     ts::TrafficSelector,
 };
 use zeroize::Zeroizing;
@@ -191,6 +191,8 @@ pub struct ChildSa {
     pub remote: SocketAddr,
     /// ESP in UDP (RFC 3948).
     pub udp_encap: bool,
+    /// The term in which its keys were made: IVs carry terms, so its age in terms is bounded (ha.md).
+    pub born: Term,
 }
 
 /// One IKE datagram, without the non-ESP marker: the caller adds it when

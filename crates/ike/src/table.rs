@@ -7,7 +7,7 @@
 use core::{net::IpAddr, time::Duration};
 use std::collections::{BTreeMap, BTreeSet};
 
-use wire::id::{ConnectionId, EspSpi, IkeSpi};
+use wire::id::{ConnectionId, EspSpi, IkeSpi, Term};
 
 use crate::{
     ChildOp, ChildSa,
@@ -314,5 +314,6 @@ fn child_sa(registry: &Registry, sa: &IkeSa, child: &Child) -> Option<ChildSa> {
         local,
         remote,
         udp_encap,
+        born: Term(child.term),
     })
 }

@@ -29,6 +29,8 @@ use crate::worker::{WorkerCommand, WorkerEvent};
 const HAND_OVER: Duration = Duration::from_millis(1_500);
 /// After the hand-over, stragglers are steered for this long before the process ends.
 const STRAGGLERS: Duration = Duration::from_millis(300);
+/// A term file that could not be written is tried again after this.
+const RESERVE_AGAIN: Duration = Duration::from_secs(1);
 /// Longest IKE datagram.
 const DATAGRAM: usize = 65_535;
 /// Messages taken from one source in a turn, so that none starves the others or the heartbeat.
@@ -37,7 +39,8 @@ const TURN: usize = 256;
 /// What tasks report.
 enum Done {
     Reserved { endpoint: EndpointId, up_to: Term },
-    ReserveFailed(String),
+    ReserveFailed { endpoint: EndpointId, up_to: Term, problem: String },
+    ReserveAgain { endpoint: EndpointId, up_to: Term },
     Purged { ticket: u64, outcome: io::Result<()> },
 }
 
@@ -352,7 +355,7 @@ impl Control {
             let mut terms = terms.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             let report = match terms.reserve(&name, up_to.0) {
                 Ok(()) => Done::Reserved { endpoint, up_to },
-                Err(error) => Done::ReserveFailed(error.to_string()),
+                Err(error) => Done::ReserveFailed { endpoint, up_to, problem: error.to_string() },
             };
             let _ = done.send(report);
         });
@@ -363,12 +366,18 @@ impl Control {
             Done::Reserved { endpoint, up_to } => {
                 self.parts.gateway.handle_reserved(boottime(), endpoint, up_to)
             }
-            Done::ReserveFailed(problem) => {
+            Done::ReserveFailed { endpoint, up_to, problem } => {
                 error!(
                     problem,
-                    "terms cannot be reserved: this instance cannot take endpoints over"
+                    "terms cannot be reserved: until they are, this instance cannot take the endpoint over"
                 );
+                let done = self.done.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(RESERVE_AGAIN).await;
+                    let _ = done.send(Done::ReserveAgain { endpoint, up_to });
+                });
             }
+            Done::ReserveAgain { endpoint, up_to } => self.reserve(endpoint, up_to),
             Done::Purged { ticket, outcome } => {
                 let Some(answer) = self.purging.remove(&ticket) else { return };
                 if let Err(problem) = &outcome {
@@ -472,13 +481,14 @@ impl Control {
             let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
             let now = boottime();
             self.stopping = Some(now + HAND_OVER);
-            self.parts.gateway.leave(now);
         }
     }
 
     /// Whether the time has come to end: all handed over and stragglers steered, or patience is at its end.
     fn stopped(&mut self, now: Duration) -> bool {
         let Some(deadline) = self.stopping else { return false };
+        self.parts.gateway.leave(now);
+        let _ = self.carry_out();
         if self.parts.gateway.owns_nothing() && deadline > now + STRAGGLERS {
             self.stopping = Some(now + STRAGGLERS);
             return false;
