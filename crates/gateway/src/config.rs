@@ -423,8 +423,21 @@ impl Config {
     /// Every pair of networks, ours and theirs, between which nothing may pass in clear: sorted, each once.
     #[must_use]
     pub fn protected_pairs(&self) -> Vec<(Cidr, Cidr)> {
+        Self::pairs_of(&self.connections)
+    }
+
+    /// Those of one connection that no other connection protects as well; none for an unknown name.
+    #[must_use]
+    pub fn own_pairs(&self, connection: &str) -> Vec<(Cidr, Cidr)> {
+        let (own, others): (Vec<_>, Vec<_>) =
+            self.connections.iter().partition(|c| c.ike.name == connection);
+        let others = Self::pairs_of(others);
+        Self::pairs_of(own).into_iter().filter(|pair| !others.contains(pair)).collect()
+    }
+
+    fn pairs_of<'a>(connections: impl IntoIterator<Item = &'a Connection>) -> Vec<(Cidr, Cidr)> {
         let mut pairs = BTreeSet::new();
-        for child in self.connections.iter().flat_map(|c| &c.ike.children) {
+        for child in connections.into_iter().flat_map(|c| &c.ike.children) {
             for local in child.local_ts.iter().flat_map(|ts| ts.addrs().cidrs()) {
                 for remote in child.remote_ts.iter().flat_map(|ts| ts.addrs().cidrs()) {
                     if local.addr().is_ipv4() == remote.addr().is_ipv4() {

@@ -288,7 +288,10 @@ fn protect(config: &Path, instance: Option<String>, remove: bool) -> Result<Answ
         let netlink = netio::route::Netlink::open().map_err(failed)?;
         match loaded {
             Some(loaded) => {
-                crate::routing::protect(&netlink, &loaded.config).await.map_err(failed)?;
+                crate::routing::Protection::of(&loaded.config)
+                    .set(&netlink)
+                    .await
+                    .map_err(failed)?;
                 let pairs = loaded.config.protected_pairs().len();
                 Ok(format!("{pairs} pair(s) of networks are kept from passing in clear"))
             }

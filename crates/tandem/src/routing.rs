@@ -11,12 +11,14 @@
 //! ```
 //!
 //! `tandem protect` sets what outlives the process before the network comes up (deploy/install), the daemon repeats it
-//! at its start, `tandem down --purge` takes all of it away.
+//! at its start. `tandem down CONNECTION --purge` takes away what no other connection needs, `tandem protect --remove`
+//! all of it.
 
 use std::io;
 
 use gateway::config::{Config, Endpoint};
 use netio::route::{Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target};
+use wire::ts::Cidr;
 
 /// Table T: the protected networks.
 pub const TABLE: u32 = 4116;
@@ -31,16 +33,6 @@ const UPLINK: u32 = 110;
 /// Metric of the routes into the TUN.
 const METRIC: u32 = 64;
 
-/// The pairs of networks between which nothing may pass in clear.
-fn pairs(config: &Config) -> Vec<(Prefix, Prefix)> {
-    let prefix = |cidr: &wire::ts::Cidr| Prefix::new(cidr.addr(), cidr.prefix());
-    config
-        .protected_pairs()
-        .iter()
-        .filter_map(|(local, remote)| Some((prefix(local)?, prefix(remote)?)))
-        .collect()
-}
-
 /// WAN interfaces of this instance, each once.
 fn wan_interfaces(config: &Config) -> Vec<String> {
     let mut names: Vec<String> = config
@@ -53,54 +45,109 @@ fn wan_interfaces(config: &Config) -> Vec<String> {
     names
 }
 
-/// Sets the rules and blackholes that keep protected traffic from passing in clear, daemon or no daemon. Idempotent.
-pub async fn protect(netlink: &Netlink, config: &Config) -> io::Result<()> {
-    for (local, remote) in pairs(config) {
-        let blackhole = Route {
-            destination: remote,
+/// The rules and routes of a set of pairs of networks between which nothing may pass in clear.
+#[derive(Debug, Clone)]
+pub struct Protection {
+    rules: Vec<Rule>,
+    remotes: Vec<Prefix>,
+}
+
+impl Protection {
+    /// Of the whole configuration.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Self::of_pairs(config, &config.protected_pairs(), &[])
+    }
+
+    /// What one connection has to itself: taking it away leaves every other connection protected.
+    #[must_use]
+    pub fn of_connection(config: &Config, name: &str) -> Self {
+        let own = config.own_pairs(name);
+        let rest: Vec<(Cidr, Cidr)> =
+            config.protected_pairs().into_iter().filter(|pair| !own.contains(pair)).collect();
+        Self::of_pairs(config, &own, &rest)
+    }
+
+    /// `others`: pairs whose remote networks keep their routes.
+    fn of_pairs(config: &Config, pairs: &[(Cidr, Cidr)], others: &[(Cidr, Cidr)]) -> Self {
+        let prefix = |cidr: &Cidr| Prefix::new(cidr.addr(), cidr.prefix());
+        let wans = wan_interfaces(config);
+        let (mut rules, mut remotes) = (Vec::new(), Vec::new());
+        for (local, remote) in pairs {
+            let (Some(from), Some(to)) = (prefix(local), prefix(remote)) else { continue };
+            rules.push(Rule {
+                priority: PROTECTED,
+                from: Some(from),
+                to: Some(to),
+                input: None,
+                action: Action::Lookup(TABLE),
+            });
+            rules.extend(wans.iter().map(|interface| Rule {
+                priority: FROM_WAN,
+                from: Some(to),
+                to: Some(from),
+                input: Some(interface.clone()),
+                action: Action::Blackhole,
+            }));
+            if !remotes.contains(&to) && !others.iter().any(|(_, other)| other == remote) {
+                remotes.push(to);
+            }
+        }
+        Self { rules, remotes }
+    }
+
+    /// Sets the rules and blackholes that keep protected traffic from passing in clear, daemon or no daemon.
+    /// Idempotent. The blackholes come first: a rule never leads to where nothing stops.
+    pub async fn set(&self, netlink: &Netlink) -> io::Result<()> {
+        for route in self.blackholes() {
+            netlink.set_route(&route).await?;
+        }
+        for rule in &self.rules {
+            netlink.add_rule(rule).await?;
+        }
+        Ok(())
+    }
+
+    /// Leads the networks into the TUN: in table T for forwarding, and in `main` for redistribution.
+    pub async fn lead_into(&self, netlink: &Netlink, tun: u32) -> io::Result<()> {
+        for route in self.leads(tun) {
+            netlink.set_route(&route).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes away what [`Protection::set`] and [`Protection::lead_into`] set.
+    pub async fn remove(&self, netlink: &Netlink, tun: u32) -> io::Result<()> {
+        for rule in &self.rules {
+            netlink.remove_rule(rule).await?;
+        }
+        for route in self.leads(tun).chain(self.blackholes()) {
+            netlink.remove_route(&route).await?;
+        }
+        Ok(())
+    }
+
+    fn blackholes(&self) -> impl Iterator<Item = Route> {
+        self.remotes.iter().map(|remote| Route {
+            destination: *remote,
             table: TABLE,
             target: Target::Blackhole,
             metric: LAST_METRIC,
             source: None,
-        };
-        netlink.set_route(&blackhole).await?;
-        let into_table = Rule {
-            priority: PROTECTED,
-            from: Some(local),
-            to: Some(remote),
-            input: None,
-            action: Action::Lookup(TABLE),
-        };
-        netlink.add_rule(&into_table).await?;
-        for interface in wan_interfaces(config) {
-            let from_wan = Rule {
-                priority: FROM_WAN,
-                from: Some(remote),
-                to: Some(local),
-                input: Some(interface),
-                action: Action::Blackhole,
-            };
-            netlink.add_rule(&from_wan).await?;
-        }
+        })
     }
-    Ok(())
-}
 
-/// Leads the protected networks into the TUN: in table T for forwarding, and in `main` for redistribution.
-pub async fn lead_into_tun(netlink: &Netlink, config: &Config, tun: u32) -> io::Result<()> {
-    for (_, remote) in pairs(config) {
-        for table in [TABLE, MAIN_TABLE] {
-            let route = Route {
-                destination: remote,
+    fn leads(&self, tun: u32) -> impl Iterator<Item = Route> {
+        self.remotes.iter().flat_map(move |remote| {
+            [TABLE, MAIN_TABLE].map(|table| Route {
+                destination: *remote,
                 table,
                 target: Target::Device(tun),
                 metric: METRIC,
                 source: None,
-            };
-            netlink.set_route(&route).await?;
-        }
+            })
+        })
     }
-    Ok(())
 }
 
 /// Makes an endpoint's own packets leave by its own uplink.

@@ -392,6 +392,21 @@ impl Control {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         let request = answers::request(&call.request);
+        if let Request::Up { connection } = &call.request
+            && let Some(protection) = self.parts.protections.get(connection).cloned()
+        {
+            // It may have been purged: the way into the tunnel stands again before the tunnel does.
+            let (netlink, tun) = (self.parts.netlink.clone(), self.parts.tun);
+            tokio::spawn(async move {
+                let set = async {
+                    protection.set(&netlink).await?;
+                    protection.lead_into(&netlink, tun).await
+                };
+                if let Err(problem) = set.await {
+                    error!(%problem, "the rules and routes of a connection could not be set");
+                }
+            });
+        }
         self.waiting.insert(ticket, Waiting { request: call.request, reply: call.reply });
         self.parts.gateway.handle_request(boottime(), ticket, &request);
     }
@@ -406,9 +421,17 @@ impl Control {
             return;
         }
         self.purging.insert(ticket, answer);
-        let (netlink, done) = (self.parts.netlink.clone(), self.done.clone());
+        let connection = match self.waiting.get(&ticket).map(|waiting| &waiting.request) {
+            Some(Request::Down { connection, .. }) => connection.clone(),
+            _ => String::new(),
+        };
+        let protection = self.parts.protections.get(&connection).cloned();
+        let (netlink, done, tun) = (self.parts.netlink.clone(), self.done.clone(), self.parts.tun);
         tokio::spawn(async move {
-            let outcome = netlink.purge().await.map(drop);
+            let outcome = match protection {
+                Some(protection) => protection.remove(&netlink, tun).await,
+                None => Ok(()),
+            };
             let _ = done.send(Done::Purged { ticket, outcome });
         });
     }

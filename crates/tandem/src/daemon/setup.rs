@@ -1,5 +1,6 @@
 //! Opens everything a daemon needs. Every failure is one sentence that names the thing and says what to do.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -23,7 +24,7 @@ use crate::config_file::{Loaded, host_needs};
 use crate::control_socket::{Call, Server};
 use crate::hook::Hook;
 use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath};
-use crate::routing;
+use crate::routing::{self, Protection};
 use crate::terms::TermFile;
 use crate::worker::{self, EndpointSocket, WorkerHandle};
 
@@ -61,6 +62,9 @@ pub(super) struct Parts {
     pub(super) terms: Arc<Mutex<TermFile>>,
     pub(super) hook: Hook,
     pub(super) netlink: Netlink,
+    /// What each connection has to itself, for `down --purge` and the `up` after it.
+    pub(super) protections: BTreeMap<String, Protection>,
+    pub(super) tun: u32,
     pub(super) monitor: LinkMonitor,
     pub(super) keylog: Option<PathBuf>,
 }
@@ -86,6 +90,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         format!("the TUN {:?} cannot be opened: {error}; is another tandemd running, and does this process have /dev/net/tun and CAP_NET_ADMIN?", settings.tun)
     })?;
     let tun = Arc::new(tun);
+    let tun_index = tun.index();
     let netlink = Netlink::open().map_err(|error| format!("netlink: {error}"))?;
     let mtu = match settings.mtu {
         Some(mtu) => u32::from(mtu),
@@ -99,9 +104,13 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     }
     let routes =
         |error: io::Error| format!("routes: {error}; does this process have CAP_NET_ADMIN?");
-    routing::protect(&netlink, &config).await.map_err(routes)?;
+    let protection = Protection::of(&config);
+    protection.set(&netlink).await.map_err(routes)?;
     netlink.anchor(tun.index()).await.map_err(routes)?;
-    routing::lead_into_tun(&netlink, &config, tun.index()).await.map_err(routes)?;
+    protection.lead_into(&netlink, tun.index()).await.map_err(routes)?;
+    let connections = config.connections.iter().map(|connection| connection.ike.name.clone());
+    let protections =
+        connections.map(|name| (name.clone(), Protection::of_connection(&config, &name))).collect();
 
     let fences = Fences::new(config.endpoints.len());
     let mut places = Vec::new();
@@ -221,6 +230,8 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         terms: Arc::new(Mutex::new(terms)),
         hook,
         netlink,
+        protections,
+        tun: tun_index,
         monitor,
         keylog,
     })
