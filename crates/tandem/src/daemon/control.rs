@@ -34,7 +34,7 @@ const RESERVE_AGAIN: Duration = Duration::from_secs(1);
 /// Longest IKE datagram.
 const DATAGRAM: usize = 65_535;
 /// Messages taken from one source in a turn, so that none starves the others or the heartbeat.
-const TURN: usize = 256;
+const TURN: usize = 64;
 
 /// What tasks report.
 enum Done {
@@ -87,6 +87,9 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
     control.uplinks().await;
     sd_notify::notify(false, &[sd_notify::NotifyState::Ready]).map_err(fail("systemd"))?;
     loop {
+        // A flood on port 500 keeps a socket readable for ever, and waiting for that is never charged to the task: give
+        // the link, ARP and the control socket their turn.
+        tokio::task::yield_now().await;
         // Read before the sockets are: the turn vouches that all that came until then was seen.
         let now = boottime();
         control.drain(&mut link_events, &mut results)?;
