@@ -222,6 +222,12 @@ impl Shard {
             Command::Resume { term, counters } => {
                 let spi_in = counters.spi_in;
                 let sa = self.table.get_mut(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
+                let e = self.endpoints.get(usize::from(sa.endpoint.0));
+                if let Some(own) = e.and_then(Endpoint::ownership).filter(|own| own.term == term) {
+                    // Healing in the running term: an SA that was idle since the term began enters it now, so that
+                    // the counters are merged with its own and do not replace them.
+                    sa.enter_term(own);
+                }
                 sa.resume(term, &counters);
                 note(sa, &mut self.noted);
             }

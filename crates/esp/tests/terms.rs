@@ -260,6 +260,23 @@ fn healing_goes_on_above_the_larger_of_the_two() {
     }
 }
 
+// An SA without traffic since the heal keeps its own window and its own counters beside the loser's.
+#[test]
+fn healing_merges_also_where_nothing_moved_in_the_term_yet() {
+    let (sa, _) = sas(AeadAlg::Aes128Gcm16, 0);
+    let mut winner = Shard::new(config());
+    install(&mut winner, &Sa { ceiling: 1000, ..copy(&sa) });
+    winner.apply(Command::Window { spi_in: sa.spi_in, top: 500 }).unwrap();
+    own(&mut winner, 3, 0, false);
+    let mut window = Window::new();
+    window.commit(77);
+    let counters = Box::new(Counters { spi_in: sa.spi_in, next_seq: 50, ceiling: 900, window });
+    winner.apply(Command::Resume { term: Term(3), counters }).unwrap();
+    let esp = [&sa.spi_in.to_bytes()[..], &400u32.to_be_bytes(), &[0; 60]].concat();
+    assert_eq!(open(&mut winner, ms(1), &esp).0, Verdict::Drop(Reason::Replayed));
+    assert_eq!(seq_of(&sealed(&mut winner, ms(1), &numbered(0))), 1000);
+}
+
 // --- the pair, against a model ---
 
 const LEASE: u64 = 40;

@@ -390,7 +390,7 @@ pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<R
     };
     let broken = |error: &io::Error| {
         Failure::new(Fault::Unreachable, format!("tandemd at {} hung up: {error}", path.display()))
-            .hint("journalctl -u tandem -n 50")
+            .hint("journalctl -u tandemd -n 50")
     };
     // A refusing daemon may answer and close before it has read us: its word counts, not our EPIPE.
     let sent = send(stream.get_mut(), request, WRITE).await;
@@ -404,7 +404,7 @@ pub async fn ask(path: &Path, request: &Request, patience: Duration) -> Result<R
         Err(_late) => {
             let text = format!("no answer from tandemd within {} s", patience.as_secs());
             return Err(
-                Failure::new(Fault::Unreachable, text).hint("tandem status; journalctl -u tandem")
+                Failure::new(Fault::Unreachable, text).hint("tandem status; journalctl -u tandemd")
             );
         }
     };

@@ -1,7 +1,8 @@
 //! The notify hook: a program of the operator's, run at every change of an endpoint's state.
 //!
 //! `HOOK INSTANCE endpoint STATE TERM`, keepalived's argument order (`TYPE NAME STATE PRIORITY`), so that its
-//! scripts carry over. Runs one after the other, in the order of the changes, each bounded in time, and never
+//! scripts carry over where they need no privilege: the program runs with what the daemon kept for its children, which is
+//! nothing. Runs one after the other, in the order of the changes, each bounded in time, and never
 //! delays the control loop.
 
 use std::path::PathBuf;
@@ -22,7 +23,7 @@ const WAITING: usize = 64;
 pub struct Change {
     /// Name of the endpoint.
     pub endpoint: String,
-    /// `OWNER`, `SHADOW`, `STEERING` or `NONE`.
+    /// `MASTER`, `BACKUP` or `FAULT`, keepalived's words.
     pub state: &'static str,
     /// The endpoint's term.
     pub term: u64,
@@ -96,9 +97,9 @@ mod tests {
         std::fs::write(&script, format!("#!/bin/sh\necho \"$@\" >> {}\n", log.display())).unwrap();
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
         let hook = Hook::start(Some(script), "left".into());
-        hook.notify(Change { endpoint: "main".into(), state: "OWNER", term: 16 });
-        hook.notify(Change { endpoint: "main".into(), state: "SHADOW", term: 17 });
-        let expected = "left main OWNER 16\nleft main SHADOW 17\n";
+        hook.notify(Change { endpoint: "main".into(), state: "MASTER", term: 16 });
+        hook.notify(Change { endpoint: "main".into(), state: "BACKUP", term: 17 });
+        let expected = "left main MASTER 16\nleft main BACKUP 17\n";
         let found = tokio::time::timeout(Duration::from_secs(10), async {
             loop {
                 let text = std::fs::read_to_string(&log).unwrap_or_default();

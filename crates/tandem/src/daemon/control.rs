@@ -441,6 +441,11 @@ impl Control {
 
     fn reply(&mut self, ticket: u64, mut answer: Answer, purged: bool) {
         let Some(Waiting { request, reply }) = self.waiting.remove(&ticket) else { return };
+        if let Answer::Status(status) = &mut answer {
+            let worker = self.parts.worker.counters();
+            status.counters.steered_in = worker.steered_in;
+            status.counters.drops.extend(worker.drops().map(|(why, n)| (why.to_owned(), n)));
+        }
         if let (Answer::Status(status), Some(handle)) = (&mut answer, &self.parts.link) {
             status
                 .counters

@@ -69,3 +69,23 @@ pub(super) fn add(counter: &AtomicU64, count: u64) {
         counter.store(counter.load(Ordering::Relaxed).wrapping_add(count), Ordering::Relaxed);
     }
 }
+
+impl Snapshot {
+    /// What the worker itself dropped, by reason; reasons that never occurred are left out. The names do not meet the
+    /// shard's.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        [
+            ("fenced_late", self.late),
+            ("socket_refused", self.unsent),
+            ("tun_refused", self.tun_refused),
+            ("truncated", self.truncated),
+            ("too_short", self.short),
+            ("ike_queue_full", self.ike_dropped),
+            ("steer_lost", self.steer_lost),
+            ("receive_errors", self.receive_errors),
+            ("unencapsulated", self.unencapsulated),
+        ]
+        .into_iter()
+        .filter(|(_, n)| *n > 0)
+    }
+}
