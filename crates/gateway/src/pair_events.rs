@@ -292,7 +292,8 @@ impl Gateway {
                 // The shards' queue is ordered, so an `Own` that follows finds these SAs: they count as installed.
                 self.pair.applied(now, endpoint, id);
             }
-            // Unapplied, so unacknowledged: the owner will run solo rather than trust this shadow.
+            // Not acknowledged by itself, but the next good record's acknowledgement covers it: until `ha` can ask for a
+            // resync, the ERROR is all that says this shadow has a hole.
             Err(error) => {
                 tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used")
             }

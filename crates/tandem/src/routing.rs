@@ -7,7 +7,7 @@
 //!  100       from LOCAL to REMOTE lookup T         beyond the process   no protected packet leaves in clear:
 //!              T: REMOTE dev TUN                   with the TUN           while the daemon runs
 //!              T: REMOTE blackhole, last metric    beyond the process     when it does not
-//!  110       from VIP lookup U                     with the daemon      each endpoint leaves by its own uplink
+//!  110       from VIP lookup U                     beyond the process   each endpoint leaves by its own uplink
 //! ```
 //!
 //! `tandem protect` sets what outlives the process before the network comes up (deploy/install), the daemon repeats it
