@@ -27,10 +27,12 @@
 //! | `endpoint` | owner, held, steering, idle |
 //! | `table`, `queue`, `ecn` | SAs by SPI; held packets; RFC 6040 |
 //! | [`reason`] | why packets are dropped, and counters |
+//! | [`coalesce`] | merging TCP segments that came out, before they are written |
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 pub mod batch;
+pub mod coalesce;
 pub mod command;
 mod ecn;
 mod endpoint;

@@ -4,10 +4,16 @@
 //! removes the interface with its addresses and routes (architecture.md, "Addresses live and die
 //! with the process").
 
-use std::io;
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
+use wire::vnet::{SegmentedTcp, VNET_HEADER_LEN};
+
 use crate::sys::{check, set_nonblocking};
+
+/// Most packets that one [`Tun::write_run`] takes.
+pub const RUN: usize = 64;
 
 /// One queue of a TUN interface, non-blocking, one whole packet a call.
 #[derive(Debug)]
@@ -15,6 +21,17 @@ use crate::sys::{check, set_nonblocking};
 pub enum Tun {
     /// The plain backend: no offloads, one queue, one packet a system call (tun-tap).
     Plain(Plain),
+    /// Every packet has a vnet header in front (IFF_VNET_HDR, which tun-tap cannot ask for), so that
+    /// merged TCP segments can be written as one.
+    Vnet(Vnet),
+}
+
+/// The backend with vnet headers.
+#[derive(Debug)]
+pub struct Vnet {
+    file: File,
+    name: String,
+    index: u32,
 }
 
 /// The backend over the crate `tun-tap`.
@@ -25,12 +42,10 @@ pub struct Plain {
 }
 
 impl Tun {
-    /// Creates the interface `name` (at most 15 bytes). Needs CAP_NET_ADMIN and /dev/net/tun.
-    /// Errors: `AlreadyExists`-like EBUSY when another process holds the name.
-    pub fn open(name: &str) -> io::Result<Self> {
-        if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '%', '\0']) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "interface name"));
-        }
+    /// Creates the interface `name` (at most 15 bytes) for whole packets alone. Needs CAP_NET_ADMIN
+    /// and /dev/net/tun. Errors: `AlreadyExists`-like EBUSY when another process holds the name.
+    pub fn open_plain(name: &str) -> io::Result<Self> {
+        check_name(name)?;
         let iface = tun_tap::Iface::without_packet_info(name, tun_tap::Mode::Tun)?;
         // SAFETY: the descriptor is owned by `iface`, which outlives this borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(iface.as_raw_fd()) };
@@ -39,11 +54,32 @@ impl Tun {
         Ok(Self::Plain(Plain { iface, index }))
     }
 
+    /// The same interface, able to take runs by [`Tun::write_run`]. Errors: as before, and EINVAL
+    /// from a kernel that has no vnet headers.
+    pub fn open_vnet(name: &str) -> io::Result<Self> {
+        check_name(name)?;
+        let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+        set_nonblocking(&file)?;
+        let mut request = interface_request(name)?;
+        let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: a filled ifreq that outlives the call; the kernel writes the name into it.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
+        let length = VNET_HEADER_LEN as libc::c_int;
+        // SAFETY: the kernel reads one int, which outlives the call.
+        check(unsafe {
+            libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &raw const length)
+        })?;
+        let index = crate::route::index_of(name)?;
+        Ok(Self::Vnet(Vnet { file, name: name.to_owned(), index }))
+    }
+
     /// The interface's name.
     #[must_use]
     pub fn name(&self) -> &str {
         match self {
             Self::Plain(plain) => plain.iface.name(),
+            Self::Vnet(vnet) => &vnet.name,
         }
     }
 
@@ -52,15 +88,32 @@ impl Tun {
     pub fn index(&self) -> u32 {
         match self {
             Self::Plain(plain) => plain.index,
+            Self::Vnet(vnet) => vnet.index,
         }
+    }
+
+    /// Whether [`Tun::write_run`] works.
+    #[must_use]
+    pub fn takes_runs(&self) -> bool {
+        matches!(self, Self::Vnet(_))
     }
 
     /// Reads one packet into `buffer` and gives its length; `None` when the queue is empty.
     /// A packet longer than `buffer` is cut by the kernel: give at least the MTU.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        let Self::Plain(plain) = self;
         loop {
-            match plain.iface.recv(buffer) {
+            let result = match self {
+                Self::Plain(plain) => plain.iface.recv(buffer),
+                Self::Vnet(vnet) => {
+                    // No offload of reading is switched on, so the header says nothing.
+                    let mut header = [0; VNET_HEADER_LEN];
+                    let parts = &mut [IoSliceMut::new(&mut header), IoSliceMut::new(buffer)];
+                    (&vnet.file)
+                        .read_vectored(parts)
+                        .map(|length| length.saturating_sub(VNET_HEADER_LEN))
+                }
+            };
+            match result {
                 Ok(length) => return Ok(Some(length)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -74,9 +127,45 @@ impl Tun {
     /// Writes one packet. The kernel takes it or drops it, it does not wait.
     /// Errors: EINVAL when the bytes are no IP packet, EIO while the interface is down.
     pub fn write(&self, packet: &[u8]) -> io::Result<()> {
-        let Self::Plain(plain) = self;
         loop {
-            match plain.iface.send(packet) {
+            let result = match self {
+                Self::Plain(plain) => plain.iface.send(packet),
+                Self::Vnet(vnet) => {
+                    let header = [0; VNET_HEADER_LEN];
+                    (&vnet.file).write_vectored(&[IoSlice::new(&header), IoSlice::new(packet)])
+                }
+            };
+            match result {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Writes TCP segments as one packet: `first` with its headers, of the others the payloads, at most
+    /// [`RUN`] in all. The kernel splits it where it leaves the host, if it must.
+    /// Errors: EINVAL when the kernel refuses the shape; EOPNOTSUPP where [`Tun::takes_runs`] says no.
+    pub fn write_run<'a>(
+        &self,
+        form: SegmentedTcp,
+        first: &'a [u8],
+        payloads: impl Iterator<Item = &'a [u8]>,
+    ) -> io::Result<()> {
+        let Self::Vnet(vnet) = self else {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        };
+        let header = form.encode();
+        let mut parts = [IoSlice::new(&[]); RUN + 1];
+        let mut count = 1;
+        let [head, rest @ ..] = &mut parts;
+        *head = IoSlice::new(&header);
+        for (part, bytes) in rest.iter_mut().zip(std::iter::once(first).chain(payloads)) {
+            *part = IoSlice::new(bytes);
+            count += 1;
+        }
+        loop {
+            match (&vnet.file).write_vectored(parts.get(..count).unwrap_or_default()) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -140,6 +229,7 @@ impl AsRawFd for Tun {
     fn as_raw_fd(&self) -> RawFd {
         match self {
             Self::Plain(plain) => plain.iface.as_raw_fd(),
+            Self::Vnet(vnet) => vnet.file.as_raw_fd(),
         }
     }
 }
@@ -149,6 +239,13 @@ impl AsFd for Tun {
         // SAFETY: the descriptor is owned by `self`, which the result borrows.
         unsafe { BorrowedFd::borrow_raw(self.as_raw_fd()) }
     }
+}
+
+fn check_name(name: &str) -> io::Result<()> {
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '%', '\0']) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "interface name"));
+    }
+    Ok(())
 }
 
 /// Any socket will do for interface ioctls.
@@ -178,10 +275,19 @@ mod tests {
 
     #[test]
     fn packets_pass_both_ways_and_the_interface_dies_with_the_descriptor() {
-        in_new_namespace(|| {
-            let tun = Tun::open("tdm0").unwrap();
+        packets_pass(Tun::open_plain);
+    }
+
+    #[test]
+    fn packets_pass_with_vnet_headers_too() {
+        packets_pass(Tun::open_vnet);
+    }
+
+    fn packets_pass(open: fn(&str) -> io::Result<Tun>) {
+        in_new_namespace(move || {
+            let tun = open("tdm0").unwrap();
             assert_eq!(tun.name(), "tdm0");
-            assert!(Tun::open("tdm0").is_err(), "a second holder must be refused");
+            assert!(open("tdm0").is_err(), "a second holder must be refused");
             tun.configure(1380, 2000).unwrap();
             ip("address add 10.9.0.1/32 dev tdm0");
             ip("route add 10.9.1.0/24 dev tdm0");
@@ -226,7 +332,8 @@ mod tests {
     #[test]
     fn bad_names_are_refused() {
         for name in ["", "sixteen-bytes-xx", "a/b", "t%d"] {
-            assert!(Tun::open(name).is_err(), "{name:?}");
+            assert!(Tun::open_plain(name).is_err(), "{name:?}");
+            assert!(Tun::open_vnet(name).is_err(), "{name:?}");
         }
     }
 }

@@ -21,3 +21,4 @@ pub mod ip;
 pub mod natt;
 mod read;
 pub mod ts;
+pub mod vnet;

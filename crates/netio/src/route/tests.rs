@@ -30,7 +30,7 @@ fn prefixes_clear_host_bits_and_bound_lengths() {
 #[test]
 fn addresses_come_quickly_and_go() {
     run(|| async {
-        let tun = Tun::open("tdm0").unwrap();
+        let tun = Tun::open_plain("tdm0").unwrap();
         tun.configure(1400, 500).unwrap();
         let netlink = Netlink::open().unwrap();
         let addresses: [IpAddr; 2] =
@@ -67,7 +67,7 @@ fn blackholes_and_rules_outlive_the_tun_and_purge_removes_them() {
         ip("route add 10.77.0.0/24 via 10.1.0.253");
         let before = (ip("route show table all"), ip("rule show"), ip("-6 rule show"));
         let netlink = Netlink::open().unwrap();
-        let tun = Tun::open("tdm0").unwrap();
+        let tun = Tun::open_plain("tdm0").unwrap();
         tun.configure(1400, 500).unwrap();
         let routes = |target, table, metric| {
             ["10.2.0.0/24", "2001:db8:2::/64"].map(|destination| Route {

@@ -86,7 +86,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
             .map_err(|error| format!("key log {}: {error}", folder.display()))?;
     }
     let terms = TermFile::open(&settings.state_dir).map_err(|error| error.to_string())?;
-    let tun = Tun::open(&settings.tun).map_err(|error| {
+    let tun = Tun::open_vnet(&settings.tun).map_err(|error| {
         format!("the TUN {:?} cannot be opened: {error}; is another tandemd running, and does this process have /dev/net/tun and CAP_NET_ADMIN?", settings.tun)
     })?;
     let tun = Arc::new(tun);

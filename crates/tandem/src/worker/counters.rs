@@ -29,6 +29,8 @@ counters! {
     tun_read,
     /// Packets written to the TUN.
     tun_written,
+    /// Writes to the TUN that carried several of these as one.
+    tun_merged,
     /// Packets that the TUN refused.
     tun_refused,
     /// ESP packets received on port 4500.

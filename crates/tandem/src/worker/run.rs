@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
+use esp::coalesce::Run;
 use esp::{Batch, Direction, Shard, Slot, Verdict};
 use netio::clock::boottime;
 use netio::tun::Tun;
@@ -25,6 +26,9 @@ const FIRST_SOCKET: u64 = 2;
 
 /// Steering frames are sealed in the slot itself.
 const _: () = assert!(STEER_HEADROOM <= esp::HEADROOM && STEER_TAILROOM <= esp::TAILROOM);
+
+/// Bytes of the longest headers in front of a TCP payload: IPv6 without extensions, TCP with all options.
+const MOST_HEADER: usize = 40 + 60;
 
 /// While control does not take reports, the shard is asked again after this.
 const REPORT_PAUSE: Duration = Duration::from_millis(1);
@@ -58,6 +62,8 @@ struct Io {
     steered_told: Vec<Duration>,
     outlet: Outlet,
     counters: Arc<Counters>,
+    /// TCP segments that follow each other are written as one.
+    merging: bool,
 }
 
 /// The queues to control. Sending neither waits nor allocates.
@@ -129,6 +135,7 @@ impl State {
             shard: Shard::new(shard),
             fences: vec![Duration::ZERO; start.fences.len()],
             io: Io {
+                merging: start.tun.takes_runs(),
                 tun: start.tun,
                 words: start.fences,
                 steer: None,
@@ -393,16 +400,24 @@ impl Io {
             sent += socket.send(items) as u64;
         }
         let (mut written, mut refused, mut unencapsulated) = (0, 0, 0);
-        for slot in batch.slots_mut() {
+        let mut rest = batch.slots_mut();
+        while !rest.is_empty() {
+            let run = self.run_at(rest);
+            let count = run.as_ref().map_or(1, Run::count);
+            let (these, others) = rest.split_at_mut(count);
+            rest = others;
+            let Some((slot, more)) = these.split_first_mut() else { break };
             match slot.verdict() {
-                Verdict::Deliver { endpoint } => {
-                    if now >= self.valid_until(endpoint) {
-                        late += 1;
-                    } else if self.tun.write(slot.packet()).is_ok() {
-                        written += 1;
-                    } else {
-                        refused += 1;
-                    }
+                Verdict::Deliver { endpoint } if now >= self.valid_until(endpoint) => {
+                    late += count as u64;
+                }
+                Verdict::Deliver { .. } => {
+                    let taken = match run {
+                        Some(run) => self.deliver_run(&run, slot, more),
+                        None => u64::from(self.tun.write(slot.packet()).is_ok()),
+                    };
+                    written += taken;
+                    refused += count as u64 - taken;
                 }
                 Verdict::Steer { endpoint } => self.hand_over(now, endpoint, slot, sockets),
                 Verdict::Send { udp_encap: false, .. } => unencapsulated += 1,
@@ -416,6 +431,53 @@ impl Io {
         add(&counters.unencapsulated, unencapsulated);
         add(&counters.late, late);
         add(&counters.late_batches, u64::from(late > 0));
+    }
+
+    /// The packets at the front of `slots` that leave for the host as one, if there are several.
+    fn run_at(&self, slots: &[Slot]) -> Option<Run> {
+        let (first, rest) = slots.split_first()?;
+        let to_host = |slot: &Slot| matches!(slot.verdict(), Verdict::Deliver { .. });
+        if !self.merging || !to_host(first) {
+            return None;
+        }
+        let mut run = Run::start(first.packet())?;
+        for slot in rest.iter().take(netio::tun::RUN - 1) {
+            // A fence is one endpoint's: what is written as one must have come through one.
+            if slot.verdict() != first.verdict() || !run.add(first.packet(), slot.packet()) {
+                break;
+            }
+        }
+        (run.count() > 1).then_some(run)
+    }
+
+    /// Writes a run as one packet, or where the kernel refuses that, one by one from then on. Gives how many
+    /// packets the kernel took.
+    fn deliver_run(&mut self, run: &Run, first: &mut Slot, more: &[Slot]) -> u64 {
+        let mut before = [0; MOST_HEADER];
+        let header_len = run.header_len();
+        if let (Some(to), Some(from)) =
+            (before.get_mut(..header_len), first.packet().get(..header_len))
+        {
+            to.copy_from_slice(from);
+        }
+        let Some(form) = run.finish(first.packet_mut()) else { return 0 };
+        let payloads = more.iter().filter_map(|slot| slot.packet().get(header_len..));
+        let Err(error) = self.tun.write_run(form, first.packet(), payloads) else {
+            add(&self.counters.tun_merged, 1);
+            return 1 + more.len() as u64;
+        };
+        if error.kind() != io::ErrorKind::InvalidInput {
+            return 0;
+        }
+        tracing::warn!(%error, ?form, "the kernel refuses merged TCP segments; written one by one from now on");
+        self.merging = false;
+        if let (Some(to), Some(from)) =
+            (first.packet_mut().get_mut(..header_len), before.get(..header_len))
+        {
+            to.copy_from_slice(from);
+        }
+        let all = std::iter::once(&*first).chain(more);
+        all.map(|slot| u64::from(self.tun.write(slot.packet()).is_ok())).sum()
     }
 
     fn hand_over(

@@ -125,7 +125,7 @@ impl Host {
 }
 
 fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
-    let tun = Tun::open(tun).unwrap();
+    let tun = Tun::open_vnet(tun).unwrap();
     tun.configure(1400, 2000).unwrap();
     let socket = BatchSocket::bind(local.parse().unwrap(), SOCKET_OPTIONS).unwrap();
     Start {

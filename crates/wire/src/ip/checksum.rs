@@ -4,18 +4,18 @@ use core::net::IpAddr;
 
 use super::protocol;
 
-/// One's-complement sum of big-endian 16-bit words, not yet folded; an odd last byte is padded with zero.
-/// 64 bits hold the sum of any slice that fits in memory.
+/// One's-complement sum of big-endian 16-bit words, folded; an odd last byte is padded with zero.
 fn sum(bytes: &[u8]) -> u64 {
-    // Wider words are summed first: the one's-complement sum does not depend on the word size
-    // (RFC 1071 §2 (B), (C)).
+    // Wider words in the host's own order are summed first: the one's-complement sum depends neither on
+    // the word size nor, but for a swap at the end, on the byte order (RFC 1071 §2 (B), (C)).
+    // 64 bits hold the sum of any slice that fits in memory.
     let (words, rest) = bytes.as_chunks::<4>();
-    let wide: u64 = words.iter().map(|w| u64::from(u32::from_be_bytes(*w))).sum();
+    let wide: u64 = words.iter().map(|w| u64::from(u32::from_ne_bytes(*w))).sum();
     let mut last = [0u8; 4];
     for (to, from) in last.iter_mut().zip(rest) {
         *to = *from;
     }
-    wide + u64::from(u32::from_be_bytes(last))
+    u64::from(u16::from_be(fold(wide + u64::from(u32::from_ne_bytes(last)))))
 }
 
 fn fold(mut sum: u64) -> u16 {
@@ -62,6 +62,13 @@ pub fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, segment: &[u8]
 pub fn transport_checksum_ok(src: IpAddr, dst: IpAddr, protocol: u8, segment: &[u8]) -> bool {
     pseudo_header(src, dst, protocol, segment.len())
         .is_some_and(|pseudo| fold(pseudo + sum(segment)) == 0xffff)
+}
+
+/// What the checksum field of a segment holds while somebody else is to complete it: the sum of the
+/// pseudo-header, not complemented, for a segment of `len` bytes. `None` as for [`transport_checksum`].
+#[must_use]
+pub fn partial_checksum(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Option<u16> {
+    pseudo_header(src, dst, protocol, len).map(fold)
 }
 
 fn pseudo_header(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Option<u64> {

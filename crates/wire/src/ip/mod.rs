@@ -7,7 +7,9 @@
 mod checksum;
 mod l4;
 
-pub use checksum::{checksum, ipv4_header_checksum, transport_checksum, transport_checksum_ok};
+pub use checksum::{
+    checksum, ipv4_header_checksum, partial_checksum, transport_checksum, transport_checksum_ok,
+};
 pub use l4::{TCP_HEADER_LEN, Tcp, UDP_HEADER_LEN, Udp, udp_packet};
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
