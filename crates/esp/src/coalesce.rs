@@ -78,19 +78,20 @@ impl Segment {
 
 fn addresses(packet: &[u8], ipv6: bool) -> Option<(core::net::IpAddr, core::net::IpAddr)> {
     Some(if ipv6 {
-        let at = |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+        let at =
+            |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
         (at(8)?.into(), at(24)?.into())
     } else {
-        let at = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
+        let at =
+            |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
         (at(12)?.into(), at(16)?.into())
     })
 }
 
 /// Whether two segments of equal form agree in every header byte that a split would copy.
 fn same_headers(a: &[u8], b: &[u8], form: &Segment) -> bool {
-    let same = |from: usize, to: usize| {
-        a.get(from..to).zip(b.get(from..to)).is_some_and(|(a, b)| a == b)
-    };
+    let same =
+        |from: usize, to: usize| a.get(from..to).zip(b.get(from..to)).is_some_and(|(a, b)| a == b);
     let ip = if form.ipv6 {
         // All but the payload length.
         same(0, 4) && same(6, IPV6_HEADER_LEN)
