@@ -43,7 +43,7 @@ pub struct Plain {
 
 impl Tun {
     /// Creates the interface `name` (at most 15 bytes) for whole packets alone. Needs CAP_NET_ADMIN
-    /// and /dev/net/tun. Errors: `AlreadyExists`-like EBUSY when another process holds the name.
+    /// and /dev/net/tun. Errors: EBUSY when an interface of that name is there already.
     pub fn open_plain(name: &str) -> io::Result<Self> {
         check_name(name)?;
         let iface = tun_tap::Iface::without_packet_info(name, tun_tap::Mode::Tun)?;
@@ -241,9 +241,14 @@ impl AsFd for Tun {
     }
 }
 
+/// The name must be fit for an interface, and free: to attach to one that somebody made persistent would let
+/// its addresses and routes outlive this process.
 fn check_name(name: &str) -> io::Result<()> {
     if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains(['/', '%', '\0']) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "interface name"));
+    }
+    if crate::route::index_of(name).is_ok() {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
     Ok(())
 }
@@ -288,6 +293,8 @@ mod tests {
             let tun = open("tdm0").unwrap();
             assert_eq!(tun.name(), "tdm0");
             assert!(open("tdm0").is_err(), "a second holder must be refused");
+            ip("tuntap add dev tdm1 mode tun");
+            assert!(open("tdm1").is_err(), "a persistent one would outlive the process");
             tun.configure(1380, 2000).unwrap();
             ip("address add 10.9.0.1/32 dev tdm0");
             ip("route add 10.9.1.0/24 dev tdm0");

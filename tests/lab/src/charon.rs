@@ -242,6 +242,11 @@ impl Spis {
         Spis(list)
     }
 
+    /// How many SPIs there are.
+    pub fn count(&self) -> u64 {
+        self.0.iter().map(|(_, _, children)| 2 + 2 * children.len() as u64).sum()
+    }
+
     /// How many SPIs of `self` are not in `after` or the other way round.
     pub fn changed(&self, after: &Spis) -> u64 {
         let flat = |spis: &Spis| -> std::collections::BTreeSet<u64> {

@@ -5,7 +5,9 @@ mod bad_input;
 mod basic;
 mod lifecycle;
 mod pair;
+mod protection;
 mod stage;
+mod uplink;
 
 use crate::Result;
 use crate::run::Run;
@@ -41,7 +43,15 @@ impl std::fmt::Debug for Scenario {
 
 /// All, in the order in which a new daemon learns them.
 pub fn all() -> Vec<Scenario> {
-    [basic::SCENARIOS, lifecycle::SCENARIOS, bad_input::SCENARIOS, pair::SCENARIOS].concat()
+    [
+        basic::SCENARIOS,
+        lifecycle::SCENARIOS,
+        bad_input::SCENARIOS,
+        protection::SCENARIOS,
+        pair::SCENARIOS,
+        uplink::SCENARIOS,
+    ]
+    .concat()
 }
 
 /// Runs the scenarios whose name contains one of `names` (or all). Prints a line for each and the totals.
@@ -56,7 +66,7 @@ pub fn run(lab: &Lab<'_>, names: &[String]) -> Option<usize> {
     if chosen.is_empty() {
         return None;
     }
-    let mut failed = 0;
+    let (mut failed, mut retried) = (0, 0);
     for scenario in &chosen {
         // A machine that is shared steals milliseconds at random, and many scenarios count single packets. So a failure is
         // shown with its logs and played once more, and only a second one counts; the bars (`--full`) get no second try.
@@ -78,11 +88,15 @@ pub fn run(lab: &Lab<'_>, names: &[String]) -> Option<usize> {
             }
             // Whatever a scenario left behind must not be there for the next.
             lab.run.clear_namespaces();
+            retried += usize::from(!passed && tries > 0);
             if passed || tries == 0 {
                 failed += usize::from(!passed);
                 break;
             }
         }
+    }
+    if retried > 0 {
+        println!("{retried} of these were played a second time (see AGAIN above)");
     }
     println!("{} passed, {failed} failed", chosen.len() - failed);
     Some(failed)

@@ -163,6 +163,15 @@ impl Net {
              route replace default via 198.51.100.1\n")
     }
 
+    /// Segmented sends are split before they reach the WAN, as a network card would, so that a capture there shows
+    /// every packet. (A virtual Ethernet passes them on whole.)
+    pub fn split_sends(&self) -> Result<()> {
+        for host in [&self.left, &self.right, &self.peer] {
+            host.ip("link set eth0 gso_max_segs 1\n")?;
+        }
+        Ok(())
+    }
+
     /// The host of an instance by its name.
     pub fn host(&self, instance: &str) -> &Ns {
         if instance == "right" { &self.right } else { &self.left }

@@ -145,6 +145,7 @@ impl Scene {
     ) -> Result<Scene> {
         let net = Net::build(run)?;
         say("virtual network: two instance hosts, a LAN, a WAN, a router, a remote gateway");
+        net.split_sends()?;
         let wan = start_wan(run, &net)?;
         let lan_arp = start_lan(run, &net)?;
         let peer_ike = start_peer(run, &net)?;
@@ -236,6 +237,9 @@ impl Scene {
                 format!("{} logged: {}", instance.name, errors.join(" / "))
             })?;
         }
+        ensure(self.ivs.merged_frames == 0, || {
+            format!("{} frames hide packets from the IV check", self.ivs.merged_frames)
+        })?;
         ensure(self.ivs.iv_repeats == 0, || format!("IV repeats: {:?}", self.ivs.examples))?;
         ensure(self.ivs.sequence_repeats == 0, || {
             format!("sequence repeats: {:?}", self.ivs.examples)

@@ -94,8 +94,13 @@ pub struct Outcome {
     pub back: Measure,
     /// SPIs that are not the same at the peer.
     pub spis_changed: u64,
+    /// SPIs there were to compare.
+    pub spis_compared: u64,
     /// IKE exchanges at the peer, 1 s before to 10 s after.
     pub ike_exchanges: u64,
+    /// Marked datagrams that the capture which these are counted in did show; without any, no exchange would have
+    /// been seen either.
+    pub marks_seen: u64,
     /// TCP connections that did not survive.
     pub tcp_broken: u64,
     /// TCP connections there were.
@@ -210,6 +215,7 @@ pub fn hurt(
     scene.udp.wait_flowing(PATIENCE)?;
     let before = scene.remote.spis()?;
     scene.look(run)?.discard();
+    mark(scene)?;
 
     let hurt = match kind {
         Kind::Kill | Kind::Stop | Kind::Switchover => owner,
@@ -270,7 +276,9 @@ pub fn hurt(
         out: scene.udp.measure(Way::Out, event, end),
         back: scene.udp.measure(Way::In, event, end),
         spis_changed: changed(&before, &after),
+        spis_compared: before.count(),
         ike_exchanges: 0,
+        marks_seen: 0,
         tcp_broken,
         tcp_connections: scene.tcp.connections(),
         clear_text: 0,
@@ -285,6 +293,18 @@ pub fn hurt(
 
     Ok(outcome)
 }
+
+/// A datagram of the capture's own kind, from the peer's host: proves that the capture sees what passes.
+fn mark(scene: &Scene) -> Result<()> {
+    let send = format!("printf %s {MARK} > /dev/udp/198.51.100.1/500");
+    scene.net.peer.cmd("bash").args(["-c", &send]).run(PATIENCE).map(drop)
+}
+
+/// Too short for an IKE header, so that it counts as no exchange.
+const MARK: &str = "a-mark-by-the-lab";
+
+/// Ethernet, IPv4 and UDP in front of it.
+const MARK_FRAME: u32 = 14 + 20 + 8 + MARK.len() as u32;
 
 fn changed(before: &Spis, after: &Spis) -> u64 {
     // Nothing established before would make every comparison a success.
@@ -313,6 +333,9 @@ fn look_at_captures(
     let (event, end) = (outcome.event, outcome.end);
     outcome.ike_exchanges =
         check::ike_exchanges(&seen.peer_ike, event.saturating_sub(Duration::from_secs(1)), end);
+    outcome.marks_seen =
+        seen.peer_ike.packets().filter(|packet| packet.full_length == MARK_FRAME).count() as u64;
+    ensure(outcome.marks_seen > 0, || "the capture at the peer showed nothing".into())?;
     outcome.clear_text = seen.clear_text();
     outcome.frames = (seen.wan.packets().count() + seen.lan.packets().count()) as u64;
     let host = &scene.instances[hurt].ns;

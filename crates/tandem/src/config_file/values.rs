@@ -53,7 +53,12 @@ pub(super) fn identity(text: &str) -> Result<Identity, String> {
     if text.len() > 1024 {
         return Err("it has more than 1024 bytes".to_owned());
     }
-    let forced = [("@#", "keyid:0x"), ("@@", "email:"), ("asn1dn:#", "asn1dn:0x")];
+    let forced = [
+        ("@#", "keyid:0x"),
+        ("@@", "email:"),
+        ("asn1dn:#", "asn1dn:0x"),
+        ("asn1gn:#", "asn1gn:0x"),
+    ];
     let forced = forced
         .iter()
         .find_map(|(ours, theirs)| text.strip_prefix(ours).map(|rest| format!("{theirs}{rest}")));

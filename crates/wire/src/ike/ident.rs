@@ -82,7 +82,8 @@ impl FromStr for Identity {
 
     /// swanctl's rules, as far as they need no ASN.1: an address is ID_IPV4_ADDR or ID_IPV6_ADDR, text
     /// with an `@` inside ID_RFC822_ADDR, other text ID_FQDN; a leading `@` forces FQDN. Prefixes force
-    /// a type: `ipv4:`, `ipv6:`, `fqdn:` (also `dns:`), `email:` (also `rfc822:`), `keyid:`, `asn1dn:0x…`.
+    /// a type: `ipv4:`, `ipv6:`, `fqdn:` (also `dns:`), `email:` (also `rfc822:`), `keyid:`, `asn1dn:0x…`,
+    /// `asn1gn:0x…` (both in DER).
     /// After `keyid:`, `0x…` is hexadecimal and anything else text.
     fn from_str(text: &str) -> Result<Identity, IdentityError> {
         let made = |kind, data: &[u8]| {
@@ -111,6 +112,11 @@ impl FromStr for Identity {
                 "asn1dn" => {
                     let hex = value.strip_prefix("0x").ok_or(IdentityError::DnText)?;
                     return made(IdType::DER_ASN1_DN, &from_hex(hex)?);
+                }
+                // RFC 7296 §3.5: a GeneralName (RFC 5280). It compares as bytes, like every other kind.
+                "asn1gn" => {
+                    let hex = value.strip_prefix("0x").ok_or(IdentityError::DnText)?;
+                    return made(IdType::DER_ASN1_GN, &from_hex(hex)?);
                 }
                 _ => {}
             }
@@ -141,7 +147,7 @@ fn from_hex(hex: &str) -> Result<Vec<u8>, IdentityError> {
 
 impl fmt::Display for Identity {
     /// Readable and safe to log: what a peer chose is escaped. Parses back to the same identity for
-    /// all kinds but ID_DER_ASN1_GN and unknown ones, as long as names are printable ASCII without `\`,
+    /// all kinds but unknown ones, as long as names are printable ASCII without `\`,
     /// `'` and `"`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
@@ -265,6 +271,7 @@ mod tests {
             ("keyid:office", IdType::KEY_ID, b"office"),
             ("keyid:0x00FF", IdType::KEY_ID, &[0, 255]),
             ("asn1dn:0x3000", IdType::DER_ASN1_DN, &[0x30, 0]),
+            ("asn1gn:0x82026777", IdType::DER_ASN1_GN, &[0x82, 2, b'g', b'w']),
         ];
         for (text, kind, data) in cases {
             let id = id(text);

@@ -196,6 +196,7 @@ fn play(args: &Args, run: &Run, bins: &Bins) -> lab::Result<bool> {
     scene.check_clean()?;
     let clean = outcomes.iter().all(|outcome| {
         outcome.spis_changed == 0
+            && outcome.ike_exchanges == 0
             && outcome.tcp_broken == 0
             && outcome.clear_text == 0
             && outcome.arp_claims == 0
@@ -349,8 +350,12 @@ fn keep(stage: &mut Stage, scene: &mut Scene) -> lab::Result<()> {
     stage.say("\nEverything keeps running. In another terminal, as root:");
     for instance in &mut scene.instances {
         stage.say(&format!("  {}", instance.tandem_line("status")));
-        let pid = instance.proc()?.pid();
-        stage.say(&format!("  kill -9 {pid}     # {}", instance.name));
+        // By name and namespace: the number changes with every restart.
+        stage.say(&format!(
+            "  kill -9 $(for p in $(ip netns pids {}); do grep -qx tandemd /proc/$p/comm && echo $p; done)     # {}",
+            instance.ns.name(),
+            instance.name
+        ));
     }
     stage.say(&format!("  {}", scene.instances[0].tandem_line("failover")));
     if let Remote::Strongswan(charon) = &scene.remote {

@@ -7,10 +7,13 @@
 //! {"kill":{"trials":50,"gap_p50_ms":9.1,"gap_p99_ms":40.2,"gap_max_ms":40.2,"lost_max":41,"sent":1000000,
 //!          "spis_changed":0,"tcp_broken":0,"packets_checked":2300000,"iv_repeats":0,
 //!          "reordered_max":0,"ike_exchanges":0,"tcp_connections":100,"clear_text":0,"arp_claims":0,
-//!          "sent_after_thaw":0,"frames_checked":4600000}}
+//!          "sent_after_thaw":0,"frames_checked":4600000,
+//!          "failed":0,"spis_compared":200,"marks_seen":50}}
 //! ```
 //! Numbers ending in `_ms` are milliseconds, percentiles are nearest-rank, everything else counts over all
-//! trials of the kind (`…_max`: the worst trial). Exit code 0: every trial recovered and nothing was seen that
+//! trials of the kind (`…_max`: the worst trial). `trials` counts the measured ones and `failed` those that did not recover within
+//! 10 s, after which the network is built anew. `marks_seen` proves the capture that `ike_exchanges` is counted in.
+//! Exit code 0: every trial recovered and nothing was seen that
 //! must never be (IV repeats, clear text, ARP claims of a dead host, changed SPIs, broken connections).
 
 use clap::Parser;
@@ -101,10 +104,13 @@ struct Summary {
     arp_claims: u64,
     sent_after_thaw: u64,
     frames_checked: u64,
+    failed: u64,
+    spis_compared: u64,
+    marks_seen: u64,
 }
 
 impl Summary {
-    fn of(outcomes: &[Outcome], packets_checked: u64, iv_repeats: u64) -> Summary {
+    fn of(outcomes: &[Outcome], failed: u64, (packets_checked, iv_repeats): (u64, u64)) -> Summary {
         let gaps: Vec<f64> = outcomes.iter().map(|outcome| clock::millis(outcome.gap())).collect();
         let sum =
             |value: fn(&Outcome) -> u64| outcomes.iter().map(value).fold(0, u64::saturating_add);
@@ -128,12 +134,17 @@ impl Summary {
             arp_claims: sum(|outcome| outcome.arp_claims),
             sent_after_thaw: sum(|outcome| outcome.sent_after_thaw),
             frames_checked: sum(|outcome| outcome.frames),
+            failed,
+            spis_compared: sum(|outcome| outcome.spis_compared),
+            marks_seen: sum(|outcome| outcome.marks_seen),
         }
     }
 
     /// What must never be seen, whatever the times.
     fn faults(&self) -> u64 {
         [
+            self.failed,
+            self.ike_exchanges,
             self.spis_changed,
             self.tcp_broken,
             self.iv_repeats,
@@ -187,10 +198,25 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
     let mut scene = Scene::build(run, bins, setup, &mut |line| eprintln!("  {line}"))?;
     let mut summaries = BTreeMap::new();
     for kind in kinds {
-        let (checked, repeats) = (scene.ivs.checked, scene.ivs.iv_repeats);
+        let mut seen = IvCount::of(&scene);
+        let mut counted = (0, 0);
+        let mut failed = 0;
         let mut outcomes: Vec<Outcome> = Vec::new();
         for trial in 1..=args.trials {
-            let outcome = run_trial(run, &mut scene, *kind, random_phase(), &mut |_, _| {})?;
+            let outcome = match run_trial(run, &mut scene, *kind, random_phase(), &mut |_, _| {}) {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    failed += 1;
+                    eprintln!("  {} {trial}/{}: FAILED: {error}", kind.key(), args.trials);
+                    seen.add_to(&scene, &mut counted);
+                    run.keep_files();
+                    drop(scene);
+                    run.clear_namespaces();
+                    scene = Scene::build(run, bins, setup, &mut |_| {})?;
+                    seen = IvCount::of(&scene);
+                    continue;
+                }
+            };
             eprintln!(
                 "  {} {trial}/{}: {} → {}, gap {:.1} ms, lost {} of {}, reordered {}, SPIs changed {}, exchanges {}, \
                  TCP broken {}",
@@ -213,8 +239,8 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
             outcomes.push(outcome);
         }
         scene.look(run)?.discard();
-        let summary =
-            Summary::of(&outcomes, scene.ivs.checked - checked, scene.ivs.iv_repeats - repeats);
+        seen.add_to(&scene, &mut counted);
+        let summary = Summary::of(&outcomes, failed, counted);
         summaries.insert(kind.key(), summary);
     }
     scene.check_clean()?;
@@ -226,6 +252,23 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
         table(kinds, &summaries);
     }
     Ok(summaries.values().map(Summary::faults).fold(0, u64::saturating_add))
+}
+
+/// What a scene's IV checker had counted at one moment.
+struct IvCount {
+    checked: u64,
+    repeats: u64,
+}
+
+impl IvCount {
+    fn of(scene: &Scene) -> IvCount {
+        IvCount { checked: scene.ivs.checked, repeats: scene.ivs.iv_repeats }
+    }
+
+    fn add_to(&self, scene: &Scene, (checked, repeats): &mut (u64, u64)) {
+        *checked += scene.ivs.checked - self.checked;
+        *repeats += scene.ivs.iv_repeats - self.repeats;
+    }
 }
 
 fn table(kinds: &[Kind], summaries: &BTreeMap<&str, Summary>) {

@@ -318,12 +318,25 @@ fn config_errors(lab: &Lab<'_>) -> Result<String> {
 fn port_taken(lab: &Lab<'_>) -> Result<String> {
     let net = crate::net::Net::build(lab.run)?;
     // strongSwan on the same host has 500 and 4500 at every address.
-    let _squatter = crate::charon::Charon::start(lab.run, &net.left)?;
+    let squatter = crate::charon::Charon::start(lab.run, &net.left)?;
     let mut daemon = Daemon::prepare(lab.run, lab.bins, &net.left, "left", &Config::single())?;
     daemon.spawn()?;
     let status = daemon.proc()?.bury(PATIENCE)?;
     let log = daemon.log();
     ensure(!status.success(), || format!("it runs all the same: {log}"))?;
-    ensure(log.contains("500"), || format!("the port is not named: {log}"))?;
-    Ok(crate::proc::last_lines(&log, 2))
+    for words in ["203.0.113.10:500 cannot be opened", "ss -lunp"] {
+        ensure(log.contains(words), || format!("{words:?} is not said: {log}"))?;
+    }
+    let said = crate::proc::last_lines(&log, 1);
+    drop(squatter);
+
+    // The TUN of the configuration belongs to somebody else.
+    net.left.ip("tuntap add dev tandem0 mode tun\n")?;
+    daemon.spawn()?;
+    let status = daemon.proc()?.bury(PATIENCE)?;
+    let log = daemon.log();
+    ensure(!status.success() && log.contains("the TUN \"tandem0\" cannot be opened"), || {
+        format!("it did not stop at the TUN: {log}")
+    })?;
+    Ok(said)
 }
