@@ -46,7 +46,7 @@ const IKE_QUEUE: usize = 512;
 /// Reports that may wait for the control loop; the shard keeps the rest.
 const REPORT_QUEUE: usize = 1024;
 
-/// Commands that wait without the sender keeping any back.
+/// Commands that wait without the sender keeping any back. More steered packets are dropped, never a command.
 const COMMAND_QUEUE: usize = 4096;
 
 /// The port-4500 socket of one endpoint, bound to its WAN address.
@@ -140,8 +140,13 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
 }
 
 impl WorkerHandle {
-    /// Queues a command. Errors: the worker has ended.
+    /// Queues a command. A steered packet is dropped and counted while the queue is full: packets may be lost, memory
+    /// may not grow by them. Errors: the worker has ended.
     pub fn send(&mut self, command: WorkerCommand) -> Result<(), QueueClosed> {
+        if matches!(command, WorkerCommand::Steered { .. }) && self.commands.backlog() > 0 {
+            counters::add(&self.counters.steer_refused, 1);
+            return self.commands.flush();
+        }
         self.commands.send(command)
     }
 

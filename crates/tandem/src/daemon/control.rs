@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
+use gateway::config::Endpoint;
 use gateway::{Answer, Output};
 use netio::clock::{Timer, boottime};
-use netio::route::LinkEvent as InterfaceEvent;
+use netio::route::{LinkEvent as InterfaceEvent, Netlink};
 use netio::wake::AsyncEvent;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -23,6 +24,7 @@ use super::setup::{Parts, Place};
 use crate::control_socket::{Request, Response};
 use crate::hook::Change;
 use crate::link::{LinkEvent, ProbeResult, SteerHead, SteerKind, StreamEnd};
+use crate::routing;
 use crate::worker::{WorkerCommand, WorkerEvent};
 
 /// A planned stop hands the endpoints over first, for at most this long.
@@ -114,7 +116,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
             () = readable(&control.parts.places) => {}
             call = control.parts.calls.recv() => if let Some(call) = call { control.request(call) },
             result = results.recv() => if let Some(result) = result { control.task_done(result) },
-            news = control.parts.monitor.next() => control.interface(news),
+            news = control.parts.monitor.next() => control.interface(news).await,
         }
     }
     info!("tandemd stops");
@@ -483,13 +485,13 @@ impl Control {
         }
     }
 
-    fn interface(&mut self, news: io::Result<InterfaceEvent>) {
+    async fn interface(&mut self, news: io::Result<InterfaceEvent>) {
         let (name, up) = match news {
             Ok(InterfaceEvent::Changed(link)) => (link.name, link.running),
             Ok(InterfaceEvent::Removed { name }) => (name, false),
             Ok(InterfaceEvent::Lost) => {
-                warn!("interface news were lost; uplink states may be old until the next change");
-                return;
+                warn!("interface news were lost: the uplinks are looked at again");
+                return self.uplinks().await;
             }
             Err(problem) => {
                 warn!(%problem, "interface news");
@@ -500,6 +502,13 @@ impl Control {
             let Some(place) = self.parts.places.get(index) else { continue };
             if place.wan.as_deref() == Some(name.as_str()) {
                 info!(endpoint = place.name, interface = name, up, "uplink");
+                if up {
+                    restore_uplink(
+                        self.parts.netlink.clone(),
+                        place.endpoint.clone(),
+                        name.clone(),
+                    );
+                }
                 self.parts.gateway.handle_uplink(boottime(), EndpointId(index as u8), up);
             }
         }
@@ -532,6 +541,20 @@ impl Control {
         let _ = self.carry_out();
         true
     }
+}
+
+/// The kernel takes an interface's routes away when it goes down. Who manages the host brings back its own; those of
+/// the uplink table are ours.
+fn restore_uplink(netlink: Netlink, endpoint: Endpoint, interface: String) {
+    tokio::spawn(async move {
+        let outcome = match netio::route::index_of(&interface) {
+            Ok(index) => routing::set_uplink(&netlink, &endpoint, index).await,
+            Err(problem) => Err(problem),
+        };
+        if let Err(problem) = outcome {
+            warn!(endpoint = endpoint.name, interface, %problem, "the uplink's routes could not be set again");
+        }
+    });
 }
 
 /// systemd's watchdog: a control loop that hangs is restarted.

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use gateway::config::Config;
+use gateway::config::{Config, Endpoint};
 use gateway::{Gateway, Start};
 use netio::clock::boottime;
 use netio::route::{LinkMonitor, Netlink};
@@ -40,6 +40,8 @@ const TUN_QUEUE: u32 = 2000;
 /// One endpoint's sockets and tasks, as the control loop uses them.
 pub(super) struct Place {
     pub(super) name: String,
+    /// As configured: its uplink's routes are set again whenever the interface comes back.
+    pub(super) endpoint: Endpoint,
     pub(super) wan: Option<String>,
     pub(super) port_500: UdpSocket,
     pub(super) port_4500: UdpSender,
@@ -146,6 +148,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         tokio::spawn(addresses.run(received));
         places.push(Place {
             name: endpoint.name.clone(),
+            endpoint: endpoint.clone(),
             wan: interface,
             port_500,
             port_4500: socket.sender(),

@@ -59,6 +59,8 @@ counters! {
     steered,
     /// Packets that should have been, while there was no way to.
     steer_lost,
+    /// Packets that the other instance handed to us and the queue had no room for. The one counter that control writes.
+    steer_refused,
     /// Packets that the other instance handed to us.
     steered_in,
     /// Sealed packets without UDP encapsulation, which no socket can send yet.
@@ -84,6 +86,7 @@ impl Snapshot {
             ("too_short", self.short),
             ("ike_queue_full", self.ike_dropped),
             ("steer_lost", self.steer_lost),
+            ("steer_refused", self.steer_refused),
             ("receive_errors", self.receive_errors),
             ("unencapsulated", self.unencapsulated),
         ]
