@@ -388,7 +388,11 @@ impl Gateway {
         let (mut cx, endpoints) = self.context(now);
         let Some(e) = endpoints.get_mut(index) else { return };
         let (mut puts, mut deletes) = (Vec::new(), Vec::new());
-        for item in tail.into_iter().filter(|item| !item.touched) {
+        // What is in doubt here was touched by that alone, and the loser knows better.
+        let better = |item: &ha::TailItem, ike: &ike::Endpoint| {
+            !item.touched || ike.is_waiting_in_doubt(IkeSpi(item.key))
+        };
+        for item in tail.into_iter().filter(|item| better(item, &e.ike)) {
             match item.value {
                 Some(value) => puts.push((IkeSpi(item.key), value)),
                 None => deletes.push(IkeSpi(item.key)),
