@@ -429,8 +429,9 @@ fn in_doubt_nothing_new_is_said_before_the_quiet_time_is_over() {
         assert!(w.wire.is_empty(), "the response comes too late");
         assert_eq!(w.child(A), child, "ESP goes on");
         w.with_side(B, |ike, cx| ike.handle_timeout(cx));
-        w.rekey(B, Target::Child(w.child(B)));
+        w.rekey(B, Target::Ike(w.ike(B)));
         w.wire.retain(|f| f.to_side == A);
+        assert!(!w.wire.is_empty());
         while let Some(request) = w.wire.pop_front() {
             w.deliver(request);
             assert!(w.wire.iter().all(|f| f.to_side == A), "an answer in doubt");
