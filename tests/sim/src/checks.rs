@@ -7,8 +7,8 @@
 //! | 3 fence | [`Checks::fences`], after every step |
 //! | 4 message ids | [`Checks::wan`] |
 //! | 5 no SA lost | [`Checks::wan`] (a new IKE_SA_INIT), [`Checks::healed`], and the gap in traffic (`director`) |
-//! | 6 pinning | holds trivially: one endpoint |
-//! | 7 digests | [`Checks::logs`], byte by byte; `ha`'s own comparison is an ERROR |
+//! | 6 pinning | a later issue's: see [`crate::bugs::ALL`] |
+//! | 7 digests | [`Checks::logs`], byte by byte, [`Checks::installed`]; `ha`'s own comparison is an ERROR |
 //! | 8 nothing in clear | [`Checks::wan`] |
 
 use std::collections::hash_map::Entry;
@@ -294,6 +294,16 @@ impl Checks {
                 }
                 self.rivals = [0; 2];
             }
+        }
+    }
+
+    /// ha.md: acknowledged means installed. What a synced shadow's IKE holds is what its log says.
+    pub fn installed(&mut self, held: Vec<u64>, log: Vec<u64>) {
+        if held != log {
+            self.violate(
+                7,
+                format!("a synced shadow holds IKE SAs {held:x?}, and its log has {log:x?}"),
+            );
         }
     }
 

@@ -532,9 +532,15 @@ fn what_is_half_open_in_doubt_is_answered_no_more() {
 }
 
 // ha.md, healing: A' took over by silence while A lived on and rekeyed with B.
-// A' has not used the IKE SA, so it takes A's records.
+// A' has not used the IKE SA, so it takes A's records, and with them ends its doubt
+// if it was not synced.
 #[test]
 fn the_winner_takes_what_it_has_not_used() {
+    the_winner_takes(Doubt::None);
+    the_winner_takes(Doubt::InDoubt);
+}
+
+fn the_winner_takes(doubt: Doubt) {
     let mut w = World::established();
     let split = w.now;
     let old = w.sides[A].shadow.snapshot(split);
@@ -546,7 +552,7 @@ fn the_winner_takes_what_it_has_not_used() {
     plane.apply(winner.install_all());
     let mut cx = Context { now: split, rng: &mut r, spis: &mut spis };
     winner.hold_initiations(split + Duration::from_secs(10));
-    winner.activate(&mut cx, Term(2), Doubt::None).unwrap();
+    winner.activate(&mut cx, Term(2), doubt).unwrap();
 
     // The loser goes on: both rekeyings, and the old IKE SA is gone.
     w.rekey(A, Target::Child(w.child(A)));
@@ -567,6 +573,7 @@ fn the_winner_takes_what_it_has_not_used() {
         plane.sender("net").unwrap().spi_out,
         w.sides[A].plane.sender("net").unwrap().spi_out
     );
+    assert!(!tail.iter().any(|(spi, _)| winner.is_waiting_in_doubt(*spi)));
     // What changed here since the split is not taken.
     let (spi, _) = tail[0];
     assert!(winner.rekey(&mut cx, Target::Ike(spi)));
