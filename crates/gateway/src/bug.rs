@@ -45,7 +45,11 @@ impl crate::Gateway {
 
     /// The IKE SAs that are held for an endpoint, by the keys of their records.
     #[must_use]
-    pub fn held_records(&self, now: std::time::Duration, endpoint: wire::id::EndpointId) -> Vec<u64> {
+    pub fn held_records(
+        &self,
+        now: std::time::Duration,
+        endpoint: wire::id::EndpointId,
+    ) -> Vec<u64> {
         let endpoint = self.endpoints.get(usize::from(endpoint.0));
         endpoint.into_iter().flat_map(|e| e.ike.snapshot(now)).map(|(spi, _)| spi.0).collect()
     }

@@ -33,8 +33,9 @@ use crypto::hash::sha256;
 use wire::ike::{ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload, Payloads};
 
 use crate::{
+    child,
     error::Error,
-    child, established, init,
+    established, init,
     record::Bytes,
     state::{Answered, ChildState, Fate, IkeSa, Outstanding, Phase, Request, Task},
     step::{self, Step},

@@ -1,4 +1,19 @@
 //! What goes wrong: every fault, how it begins and how it ends.
+//!
+//! | the issue asks for | here |
+//! | --- | --- |
+//! | crash | [`Fault::Crash`], [`Fault::PowerCut`]; also between any two outputs of a turn |
+//! | restart with empty state | after each of these: a process starts with nothing but its term file |
+//! | with stale state | [`Fault::Suspend`], [`Fault::ClockStop`], [`Fault::Pause`]: state lives in memory alone, so only who was away can come back with old state (a term file goes back no further than a write that was under way) |
+//! | with a lost term file | `lost_file` |
+//! | pause | [`Fault::Pause`] |
+//! | cut, one-way cut | [`Fault::Cut`], [`Fault::CutAll`], with or without `from`; [`Fault::Uplink`] on the WAN |
+//! | loss, duplication, reordering, delay | [`Fault::PairWeather`], [`Fault::WanWeather`] (each copy draws its own delay), and calm weather's share of it |
+//! | clock rates within 10 % | always: `host` draws one at each boot |
+//! | slow shadow | [`Fault::Lag`], [`Fault::Slow`] |
+//! | rekeys by both sides throughout | always: lifetimes of seconds on both sides, `Event::Rekey`, and more at each fault |
+//!
+//! Beyond that: records that cannot be decoded, switchovers, planned stops, peers that restart.
 
 use gateway::Request;
 

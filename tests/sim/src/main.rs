@@ -121,8 +121,10 @@ fn catch_all(first: u64, seeds: u64) -> bool {
             }
             sim::run(seed, None).is_ok().then_some((seed, invariant, why))
         });
-        let others: String =
-            others.iter().map(|(other, times)| format!(" ({times} seeds showed {other})")).collect();
+        let others: String = others
+            .iter()
+            .map(|(other, times)| format!(" ({times} seeds showed {other})"))
+            .collect();
         match found {
             Some((seed, invariant, why)) => {
                 caught += 1;

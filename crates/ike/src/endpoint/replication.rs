@@ -143,9 +143,8 @@ impl Endpoint {
                 // Nobody could speak in it ever again.
                 tracing::warn!(%error, %spi, "a takeover left it in doubt: dropped");
                 if let Some(sa) = self.table.get(spi).cloned() {
-                    let _ = self.step(cx, |step| {
-                        established::drop_sa(step, &sa, DeleteReason::InDoubt)
-                    });
+                    let _ = self
+                        .step(cx, |step| established::drop_sa(step, &sa, DeleteReason::InDoubt));
                 }
             }
         }

@@ -443,7 +443,7 @@ fn in_doubt_nothing_new_is_said_before_the_quiet_time_is_over() {
         }
         assert_eq!(w.sent.iter().filter(|(n, _)| *n == A).count(), sent, "since {now:?}");
         w.run(Duration::from_millis(10));
-        let (_, sync) = w.sent.iter().filter(|(n, _)| *n == A).next_back().unwrap();
+        let (_, sync) = w.sent.iter().rfind(|(n, _)| *n == A).unwrap();
         assert_eq!(wire::ike::Header::parse(&sync.bytes).unwrap().message_id.0, 0);
         w.run(Duration::from_secs(120));
         w.assert_tidy();
