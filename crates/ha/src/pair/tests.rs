@@ -195,6 +195,18 @@ fn what_cannot_be_used_is_never_acknowledged() {
         })
         .collect();
     assert!(matches!(frames.as_slice(), [Frame::Resync { .. }]), "no acknowledgement");
+    // While the owner has not heard of it, its word that the shadow is in sync is void, and further
+    // records change nothing.
+    let request = core::mem::take(&mut wire.sent[1]);
+    wire.now += Duration::from_millis(20);
+    wire.pairs[0].handle_turn(wire.now);
+    wire.put(9, b"later".to_vec()).unwrap();
+    wire.deliver();
+    wire.drain(1);
+    assert_eq!(wire.role(0), Role::Owner(Mode::Synced));
+    assert_eq!(wire.role(1), Role::Shadow { synced: false });
+    assert!(wire.frames(1).is_empty(), "neither acknowledged nor asked for again");
+    wire.sent[1] = request;
     // The owner goes on alone as soon as the shadow knows that it is out of sync, not before.
     let unsynced = |wire: &Wire| wire.role(1) == Role::Shadow { synced: false };
     let mut committed = None;
