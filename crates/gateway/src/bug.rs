@@ -15,6 +15,8 @@ pub enum Bug {
     SendBeforeCommit,
     /// Invariant 4: an owner in doubt goes on as if its state were exact.
     DoubtIgnored,
+    /// Invariants 5 and 7: a shadow acknowledges what it could not decode.
+    BadRecordAcked,
     /// Invariant 2: `synced` is said although the shards do not obey their leases.
     LeasesIgnored,
     /// Invariant 2: a shadow forgets the ceilings that it is told.
@@ -33,6 +35,23 @@ impl crate::Gateway {
     /// The same for the pair protocol.
     pub fn set_pair_bug(&mut self, bug: ha::Bug) {
         self.pair.set_bug(bug);
+    }
+
+    /// The next so many records that come from the other instance arrive damaged: as if its release wrote what this one
+    /// cannot read. A fault of the simulation, not a mistake.
+    pub fn spoil_records(&mut self, number: u32) {
+        self.spoil = number;
+    }
+
+    /// The IKE SAs that are held for an endpoint, by the keys of their records.
+    #[must_use]
+    pub fn held_records(
+        &self,
+        now: std::time::Duration,
+        endpoint: wire::id::EndpointId,
+    ) -> Vec<u64> {
+        let endpoint = self.endpoints.get(usize::from(endpoint.0));
+        endpoint.into_iter().flat_map(|e| e.ike.snapshot(now)).map(|(spi, _)| spi.0).collect()
     }
 
     /// The pair protocol's state, for the simulation's checks.

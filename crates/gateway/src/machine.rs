@@ -65,6 +65,8 @@ pub struct Gateway {
     pub(crate) pending: Vec<Pending>,
     pub(crate) counters: Counts,
     pub(crate) bug: Bug,
+    /// So many records are damaged before they are applied; zero but in the simulation.
+    pub(crate) spoil: u32,
 }
 
 /// Totals for `tandem status`.
@@ -116,6 +118,7 @@ impl Gateway {
             pending: Vec::new(),
             counters: Counts::default(),
             bug: Bug::None,
+            spoil: 0,
         };
         let policies = crate::pair_config::policies(&gateway.config);
         gateway.outputs.push_back(Output::Shard(esp::Command::Policies(policies)));

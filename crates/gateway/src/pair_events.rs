@@ -281,21 +281,30 @@ impl Gateway {
     ) {
         let index = usize::from(endpoint.0);
         let Some(e) = self.endpoints.get_mut(index) else { return };
-        let puts: Vec<_> =
+        let mut puts: Vec<_> =
             batch.puts.into_iter().map(|(key, value)| (IkeSpi(key), value)).collect();
         let deletes: Vec<_> = batch.deletes.into_iter().map(IkeSpi).collect();
-        e.position = position.0;
-        e.committed = position.0;
+        if let Some((_, value)) = puts.first_mut()
+            && let Some(left) = self.spoil.checked_sub(1)
+        {
+            self.spoil = left;
+            let half = value.len() / 2;
+            value.truncate(half);
+        }
         match e.ike.apply(now, &puts, &deletes) {
             Ok(ops) => {
+                e.position = position.0;
+                e.committed = position.0;
                 self.install_shadow(index, ops);
                 // The shards' queue is ordered, so an `Own` that follows finds these SAs: they count as installed.
                 self.pair.applied(now, endpoint, id);
             }
-            // Not acknowledged by itself, but the next good record's acknowledgement covers it: until `ha` can ask for a
-            // resync, the ERROR is all that says this shadow has a hole.
+            Err(_) if self.bug == Bug::BadRecordAcked => self.pair.applied(now, endpoint, id),
+            // Nothing of it was applied. `ha` asks for a snapshot; until one is whole and usable, what was here before is
+            // all that this shadow has.
             Err(error) => {
-                tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used")
+                tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used");
+                self.pair.unusable(now, endpoint, id);
             }
         }
     }
@@ -388,7 +397,11 @@ impl Gateway {
         let (mut cx, endpoints) = self.context(now);
         let Some(e) = endpoints.get_mut(index) else { return };
         let (mut puts, mut deletes) = (Vec::new(), Vec::new());
-        for item in tail.into_iter().filter(|item| !item.touched) {
+        // What is in doubt here was touched by that alone, and the loser knows better.
+        let better = |item: &ha::TailItem, ike: &ike::Endpoint| {
+            !item.touched || ike.is_waiting_in_doubt(IkeSpi(item.key))
+        };
+        for item in tail.into_iter().filter(|item| better(item, &e.ike)) {
             match item.value {
                 Some(value) => puts.push((IkeSpi(item.key), value)),
                 None => deletes.push(IkeSpi(item.key)),

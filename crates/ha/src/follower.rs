@@ -6,7 +6,15 @@
 //!                         └ stream lost, gap: dropped, the old       ▼
 //!                           state stays                       records, each the next position:
 //!                                                             Apply ──► applied() ──► Ack
+//!                                                               └► unusable(): taken back, never
+//!                                                                  acknowledged, and nothing more
+//!                                                                  until a whole snapshot is installed
 //! ```
+//! What the gateway cannot use leaves the state before it, unsynced: good enough to take over in
+//! doubt, as any shadow that fell behind. A snapshot is asked for at most once in
+//! [`UNUSABLE_PAUSE`]; one that is unusable too is not asked for again, so the owner's own pauses
+//! (`owner`: 1 s, doubling up to 30 s) bound how often it tries.
+//!
 //! A snapshot is staged and swapped in whole, so the state is at every moment some legal prefix
 //! of the log, and an owner that dies in mid-snapshot leaves at least the older state. Nothing is
 //! taken from a term other than the one followed, and nothing at all once we own.
@@ -18,6 +26,7 @@ use crate::digest::entry_hash;
 use crate::endpoint::{Cx, Endpoint, Role};
 use crate::event::Event;
 use crate::ownership::class;
+use crate::store::Undo;
 use crate::types::{ApplyId, Batch, Lineage, Opaque, Position, Term, Value};
 use core::time::Duration;
 use std::collections::{BTreeMap, VecDeque};
@@ -26,6 +35,8 @@ use std::sync::Arc;
 /// Most keys, and most bytes of values, of one endpoint's snapshot.
 const KEYS_MAX: usize = 1 << 20;
 const STATE_MAX: usize = 1 << 30;
+/// A snapshot in place of an unusable record is asked for at most once in this long.
+pub(crate) const UNUSABLE_PAUSE: Duration = Duration::from_secs(1);
 
 pub(crate) struct Staging {
     snap: u64,
@@ -49,6 +60,9 @@ struct Installing {
     term: Term,
     position: Position,
     snap: u64,
+    /// It is a whole snapshot.
+    whole: bool,
+    undo: Undo,
 }
 
 #[derive(Default)]
@@ -62,6 +76,10 @@ pub(crate) struct Follower {
     installing: VecDeque<Installing>,
     snap: u64,
     asked: bool,
+    /// A record could not be used: what follows it is worth nothing without a snapshot.
+    hole: bool,
+    /// No snapshot is asked for on account of that before.
+    ask_again: Duration,
 }
 
 impl Follower {
@@ -86,7 +104,7 @@ impl Endpoint {
     /// Takes the owner's word for how exact our state is.
     pub(crate) fn refresh_synced(&mut self, cx: &Cx<'_>) {
         let Role::Follower(follower) = &mut self.role else { return };
-        follower.synced &= cx.contact.in_step();
+        follower.synced &= cx.contact.in_step() && !follower.hole;
         let Some(claim) = cx.contact.claim(self.hash) else { return };
         if claim.role != ClaimRole::Owner {
             return;
@@ -99,7 +117,8 @@ impl Endpoint {
         if same && damaged && follower.synced {
             tracing::error!(endpoint = self.id.0, "digests differ: our state is not exact");
         }
-        follower.synced = same && claim.synced && !damaged && cx.contact.in_step();
+        let exact = !damaged && !follower.hole;
+        follower.synced = same && claim.synced && exact && cx.contact.in_step();
     }
 
     pub(crate) fn handle_chunk(&mut self, cx: &mut Cx<'_>, chunk: Chunk) {
@@ -160,13 +179,13 @@ impl Endpoint {
             return self.ask_resync(cx);
         }
         follower.snap = chunk.snap;
-        let batch = self.store.replace(staging.map);
+        let (batch, undo) = self.store.replace(staging.map);
         self.store.term = chunk.term;
         self.store.lineage = chunk.lineage;
         self.store.position = chunk.position;
         self.terms.heard(chunk.term);
         self.dirty.clear();
-        self.install(cx, batch);
+        self.install(cx, batch, undo, true);
         self.refresh_synced(cx);
         self.notify(crate::event::HookState::Backup, cx.out);
     }
@@ -180,7 +199,7 @@ impl Endpoint {
         if record.term != self.store.term || record.term.index() == cx.config.index {
             return;
         }
-        if record.position <= self.store.position {
+        if record.position <= self.store.position || follower.hole {
             return;
         }
         if follower.staging.is_some() || record.position.0 != self.store.position.0 + 1 {
@@ -193,17 +212,17 @@ impl Endpoint {
         if matches!(cx.bug, Bug::PutLost | Bug::DigestIgnored) && record.position.0 % 7 == 3 {
             batch.puts.pop();
         }
-        self.store.apply(batch.clone());
-        self.install(cx, batch);
+        let undo = self.store.apply(batch.clone());
+        self.install(cx, batch, undo, false);
     }
 
     /// Gives the gateway something to install.
-    fn install(&mut self, cx: &mut Cx<'_>, batch: Batch) {
+    fn install(&mut self, cx: &mut Cx<'_>, batch: Batch, undo: Undo, whole: bool) {
         let id = ApplyId(self.next_serial());
         let (term, position) = (self.store.term, self.store.position);
         let Role::Follower(follower) = &mut self.role else { return };
         let snap = follower.snap;
-        follower.installing.push_back(Installing { id, term, position, snap });
+        follower.installing.push_back(Installing { id, term, position, snap, whole, undo });
         cx.out.event(Event::Apply { endpoint: self.id, id, position, batch });
         if cx.bug == Bug::AckBeforeApply {
             cx.out.frame(&Frame::Ack { id: self.hash, term, position, snap });
@@ -216,12 +235,39 @@ impl Endpoint {
         let mut reached = None;
         while follower.installing.front().is_some_and(|front| front.id <= id) {
             reached = follower.installing.pop_front();
+            follower.hole &= !reached.as_ref().is_some_and(|reached| reached.whole);
         }
         if let Some(Installing { term, position, snap, .. }) = reached
             && term == self.store.term
             && cx.joined.usable().is_some()
         {
             cx.out.frame(&Frame::Ack { id: self.hash, term, position, snap });
+        }
+    }
+
+    /// The gateway cannot use `id`: it and all after it are taken back.
+    pub(crate) fn unusable(&mut self, cx: &mut Cx<'_>, id: ApplyId) {
+        let Role::Follower(follower) = &mut self.role else { return };
+        let mut first = None;
+        while follower.installing.back().is_some_and(|back| back.id >= id)
+            && let Some(Installing { whole, undo, .. }) = follower.installing.pop_back()
+        {
+            self.store.revert(undo);
+            first = Some(whole);
+        }
+        let Some(whole) = first else { return };
+        follower.hole = true;
+        follower.synced = false;
+        follower.grant = None;
+        let term = cx.contact.claim(self.hash).map_or(self.store.term, |claim| claim.term);
+        tracing::error!(
+            endpoint = self.id.0,
+            what = if whole { "snapshot" } else { "record" },
+            "unusable, and not acknowledged: this instance is not in sync"
+        );
+        if !whole && cx.now >= follower.ask_again {
+            follower.ask_again = cx.now + UNUSABLE_PAUSE;
+            cx.out.frame(&Frame::Resync { id: self.hash, term });
         }
     }
 

@@ -473,6 +473,14 @@ impl Pair {
         self.finish(now);
     }
 
+    /// Shadow: this [`Event::Apply`] cannot be used. It and all after it are taken back and never
+    /// acknowledged; the state before it stays, out of sync, until a whole snapshot is installed.
+    /// Call it before anything else is handed in, as [`Pair::applied`] for what can be used.
+    pub fn unusable(&mut self, now: Duration, endpoint: EndpointId, id: ApplyId) {
+        self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.unusable(cx, id));
+        self.finish(now);
+    }
+
     /// Owner: hand the endpoint to the other (the operator's `failover`). [`Event::Hold`] follows.
     ///
     /// # Errors

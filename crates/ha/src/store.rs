@@ -24,7 +24,38 @@ pub(crate) struct Store {
     pub(crate) position: Position,
 }
 
+/// What it takes to go back to an earlier state.
+pub(crate) struct Undo {
+    values: Vec<(u64, Option<Arc<Value>>)>,
+    lineage: Lineage,
+    term: Term,
+    position: Position,
+}
+
 impl Store {
+    /// The present state of these keys.
+    fn undo<'a>(&self, keys: impl Iterator<Item = &'a u64>) -> Undo {
+        Undo {
+            values: keys.map(|key| (*key, self.get(*key).map(Arc::clone))).collect(),
+            lineage: self.lineage,
+            term: self.term,
+            position: self.position,
+        }
+    }
+
+    /// Takes back one [`Store::apply`] or [`Store::replace`]; the newest first.
+    pub(crate) fn revert(&mut self, undo: Undo) {
+        for (key, value) in undo.values {
+            match value {
+                Some(value) => self.put(key, value),
+                None => self.delete(key),
+            }
+        }
+        self.lineage = undo.lineage;
+        self.term = undo.term;
+        self.position = undo.position;
+    }
+
     pub(crate) fn digest(&self) -> u64 {
         self.digest
     }
@@ -42,7 +73,8 @@ impl Store {
     }
 
     /// Applies one record and steps the position.
-    pub(crate) fn apply(&mut self, batch: Batch) {
+    pub(crate) fn apply(&mut self, batch: Batch) -> Undo {
+        let undo = self.undo(batch.puts.iter().map(|(key, _)| key).chain(&batch.deletes));
         for (key, value) in batch.puts {
             self.put(key, Arc::new(value));
         }
@@ -50,6 +82,7 @@ impl Store {
             self.delete(key);
         }
         self.position = Position(self.position.0.saturating_add(1));
+        undo
     }
 
     fn put(&mut self, key: u64, value: Arc<Value>) {
@@ -66,7 +99,7 @@ impl Store {
     }
 
     /// Replaces the whole map and returns the difference as one batch.
-    pub(crate) fn replace(&mut self, new: BTreeMap<u64, Arc<Value>>) -> Batch {
+    pub(crate) fn replace(&mut self, new: BTreeMap<u64, Arc<Value>>) -> (Batch, Undo) {
         let gone = self.map.keys().filter(|key| !new.contains_key(key));
         let mut batch = Batch { puts: Vec::new(), deletes: gone.copied().collect() };
         for (key, value) in &new {
@@ -74,6 +107,7 @@ impl Store {
                 batch.puts.push((*key, Value::clone(value)));
             }
         }
+        let undo = self.undo(batch.puts.iter().map(|(key, _)| key).chain(&batch.deletes));
         for key in &batch.deletes {
             self.delete(*key);
         }
@@ -82,7 +116,7 @@ impl Store {
                 self.put(key, value);
             }
         }
-        batch
+        (batch, undo)
     }
 }
 
@@ -121,10 +155,20 @@ mod tests {
         store.apply(batch(&[(1, b"a"), (2, b"b"), (3, b"c")], &[]));
         let new: BTreeMap<u64, Arc<Value>> =
             [(1, b"a"), (3, b"x"), (4, b"y")].map(|(k, v)| (k, Arc::new(value(v)))).into();
-        let difference = store.replace(new);
+        store.lineage = Lineage(5);
+        let old = store.digest();
+        let (difference, undo) = store.replace(new);
         assert_eq!(difference, batch(&[(3, b"x"), (4, b"y")], &[2]));
         let mut fresh = Store::default();
         fresh.apply(batch(&[(1, b"a"), (3, b"x"), (4, b"y")], &[]));
         assert_eq!(store.digest(), fresh.digest());
+        // And back, through a record.
+        (store.lineage, store.term) = (Lineage(6), Term(7));
+        let newer = store.apply(batch(&[(1, b"z"), (9, b"n")], &[3]));
+        store.revert(newer);
+        assert_eq!((store.digest(), store.position), (fresh.digest(), Position(1)));
+        store.revert(undo);
+        assert_eq!((store.digest(), store.lineage, store.term), (old, Lineage(5), Term(0)));
+        assert!(store.get(2).is_some() && store.get(4).is_none());
     }
 }

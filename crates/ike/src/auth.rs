@@ -358,6 +358,7 @@ pub(crate) fn establish(
         origin: step.now(),
         synced: None,
         synced_m1: 0,
+        doubt: false,
     }
 }
 

@@ -283,7 +283,11 @@ impl Endpoint {
         let overdue =
             sa.outstanding().filter(|out| retransmit::again_at(out, &backoff).is_due(now));
         let result = match overdue {
-            Some(out) if out.sent > retransmit::tries(&sa, &backoff) => {
+            // Giving up a synchronisation begins another exchange: not in the quiet time.
+            Some(out)
+                if out.sent > retransmit::tries(&sa, &backoff)
+                    && !(sa.in_doubt() && now < self.quiet_until) =>
+            {
                 self.step(cx, |step| retransmit::give_up(step, sa))
             }
             Some(_) => {

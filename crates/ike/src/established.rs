@@ -8,6 +8,8 @@
 //!  anything else ──► dropped in silence
 //!            after each: if no request is outstanding, the next task begins
 //! ```
+//! While a takeover leaves the ids in doubt (`sync`), only the second line holds,
+//! and no task begins.
 
 use core::{net::SocketAddr, time::Duration};
 
@@ -77,8 +79,9 @@ pub(crate) fn on_request(
             return sync::answer(step, sa, datagram, message, from, to);
         }
     }
-    // RFC 7296 §2.3: outside the window, in silence.
-    if id != established.recv_next {
+    // RFC 7296 §2.3: outside the window, in silence. In doubt nobody knows where
+    // the window is: the old owner may have given this id another answer.
+    if id != established.recv_next || established.doubt {
         return Err(Error::NotExpected);
     }
     if !matches!(header.exchange, ExchangeType::CREATE_CHILD_SA | ExchangeType::INFORMATIONAL) {
@@ -190,6 +193,10 @@ pub(crate) fn on_response(
     let request = established.request.as_ref().ok_or(Error::NotExpected)?;
     let header = message.header;
     if header.message_id.0 != request.out.id || header.exchange != request.task.exchange() {
+        return Err(Error::NotExpected);
+    }
+    // The old owner may have acted on it, and gone on from there.
+    if established.waits() {
         return Err(Error::NotExpected);
     }
     let opened = step::open(datagram, message, sa.initiator, &established.keys)?;
@@ -309,7 +316,7 @@ pub(crate) fn advance(step: &mut Step<'_, '_>, sa: &mut IkeSa) -> Result<(), Err
     let now = step.cx.now;
     let (term, quiet) = (step.term, step.quiet);
     let Phase::Established(established) = &mut sa.phase else { return Ok(()) };
-    if established.request.is_some() || quiet {
+    if established.request.is_some() || established.doubt || quiet {
         return Ok(());
     }
     match next(established, conn, now, term) {

@@ -263,6 +263,32 @@ via!(
     |raw| if raw.is_empty() { Some(Vec::new()) } else { ts::parse_payload(&raw).ok() }
 );
 
+/// A flag that is written only when it is set, so that records of builds that did
+/// not know it are read, and written again, as they were.
+pub(crate) mod flag {
+    use super::*;
+
+    pub(crate) fn encode<C, W: Write>(
+        value: &bool,
+        e: &mut Encoder<W>,
+        _: &mut C,
+    ) -> Result<(), EncodeError<W::Error>> {
+        e.bool(*value)?.ok()
+    }
+
+    pub(crate) fn decode<C>(d: &mut Decoder<'_>, _: &mut C) -> Result<bool, DecodeError> {
+        d.bool()
+    }
+
+    pub(crate) fn is_nil(value: &bool) -> bool {
+        !value
+    }
+
+    pub(crate) fn nil() -> Option<bool> {
+        Some(false)
+    }
+}
+
 /// Counts what would be written.
 struct Counter(usize);
 

@@ -59,8 +59,8 @@ fn earliest(e: &Established, conn: Option<&ConnectionConfig>, busy: bool) -> Opt
         _ => None,
     });
     let retired = retired.min();
-    if busy {
-        // The next task waits for the response.
+    if busy || e.waits() {
+        // The next task waits for the response, or for the end of a doubt.
         return retired;
     }
     let fate = match e.fate {

@@ -259,6 +259,10 @@ pub(crate) struct Established {
     pub(crate) synced: Option<Answered>,
     #[n(19)]
     pub(crate) synced_m1: u32,
+    /// A takeover left the message ids in doubt (ha.md), and they have not been
+    /// agreed upon since: see `sync` for what may be said meanwhile.
+    #[cbor(n(20), with = "record::flag", has_nil)]
+    pub(crate) doubt: bool,
 }
 
 /// What is to become of an IKE SA.
@@ -493,14 +497,25 @@ impl IkeSa {
         self.established().map_or(&[], |e| &e.children)
     }
 
-    /// The request of ours that waits for its response.
+    /// The request of ours that waits for its response, and may be repeated until
+    /// that comes. One from before a takeover in doubt may not: the old owner may
+    /// have sent others since.
     pub(crate) fn outstanding(&self) -> Option<&Outstanding> {
         match &self.phase {
             Phase::InitSent(s) => Some(&s.request),
             Phase::AuthSent(s) => Some(&s.request),
+            Phase::Established(e) if e.waits() => None,
             Phase::Established(e) => e.request.as_ref().map(|r| &r.out),
             _ => None,
         }
+    }
+
+    /// Its message ids are in doubt. (Builds that did not know the flag wrote the
+    /// ways out alone.)
+    pub(crate) fn in_doubt(&self) -> bool {
+        self.established().is_some_and(|e| {
+            e.doubt || e.fate == Fate::Doubtful || matches!(e.task(), Some(Task::Sync(..)))
+        })
     }
 
     pub(crate) fn outstanding_mut(&mut self) -> Option<&mut Outstanding> {
@@ -555,6 +570,26 @@ impl Established {
 
     pub(crate) fn task(&self) -> Option<&Task> {
         self.request.as_ref().map(|r| &r.task)
+    }
+
+    /// A Child SA of it sends.
+    pub(crate) fn carries(&self) -> bool {
+        self.children.iter().any(|c| c.state == ChildState::Live && c.outbound > 0)
+    }
+
+    /// In doubt, and nothing was begun yet to end that.
+    pub(crate) fn waits(&self) -> bool {
+        self.doubt && self.fate != Fate::Doubtful && !matches!(self.task(), Some(Task::Sync(..)))
+    }
+
+    /// A takeover: nobody knows how far the old owner got. Its synchronisation, if
+    /// it began one, is never sent again, and the next one starts above it.
+    pub(crate) fn set_in_doubt(&mut self) {
+        self.doubt = true;
+        if let Some(Task::Sync(_, m1)) = self.task() {
+            self.send_next = self.send_next.max(*m1);
+            self.request = None;
+        }
     }
 
     /// Forget a wish that came true, or wish for `name` at `at`.

@@ -14,6 +14,18 @@
 //! M1 is the id of our next request: the last one committed plus 256 (ha.md),
 //! so it lies above all that the old owner may have used. The request is
 //! committed before it is sent and never sent again by a later owner.
+//!
+//! The doubt is part of the record, so a later owner inherits it:
+//!
+//! ```text
+//!   takeover in doubt ──► waits ──► quiet time over ──┬─► synchronises ──agreed──► exact
+//!     or of what is in doubt                          │         │ no answer
+//!                                                     └─────────┴──► Doubtful ──► replaced
+//! ```
+//! Until it is exact it repeats committed answers and says nothing else but its
+//! synchronisation (or the answer to the peer's, which agrees just as well):
+//! whatever the old owner said after our last record, no message id gets a second
+//! content. Its Child SAs go on.
 
 use core::net::SocketAddr;
 
@@ -21,10 +33,11 @@ use crypto::hash::sha256;
 use wire::ike::{ExchangeType, Message, MessageBuilder, Notify, NotifyType, Payload, Payloads};
 
 use crate::{
+    child,
     error::Error,
     established, init,
     record::Bytes,
-    state::{Answered, Fate, IkeSa, Outstanding, Phase, Request, Task},
+    state::{Answered, ChildState, Fate, IkeSa, Outstanding, Phase, Request, Task},
     step::{self, Step},
 };
 
@@ -71,16 +84,12 @@ pub(crate) fn request(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
     let Phase::Established(established) = &mut sa.phase else {
         return Err(Error::Internal("sync of no IKE SA"));
     };
-    let last = match established.request.take().map(|r| r.task) {
-        Some(Task::Child(new)) => {
-            established.orphans.push(new.spi_in);
-            established.send_next
-        }
-        // RFC 6311 §5.1: M1 above that of a sync that another owner sent.
-        Some(Task::Sync(_, m1)) => m1.max(established.send_next),
-        _ => established.send_next,
-    };
-    let m1 = last.saturating_add(JUMP);
+    // RFC 6311 §5.1: M1 above that of a sync that another owner sent.
+    established.set_in_doubt();
+    if let Some(Task::Child(new)) = established.request.take().map(|r| r.task) {
+        established.orphans.push(new.spi_in);
+    }
+    let m1 = established.send_next.saturating_add(JUMP);
     let ids = Ids { nonce, send: m1, recv: established.recv_next };
     let keys = established.keys.clone();
     let mut builder = MessageBuilder::sealed(&header);
@@ -97,24 +106,45 @@ pub(crate) fn request(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
 
 /// Whether to agree on message ids rather than to establish a new IKE SA.
 pub(crate) fn is_preferred(sa: &IkeSa) -> bool {
-    sa.established().is_some_and(|e| e.sync) && (sa.initiator || sa.path.nat_there)
+    sa.established().is_some_and(|e| e.sync && e.fate != Fate::Doubtful)
+        && (sa.initiator || sa.path.nat_there)
 }
 
 /// The other way out of doubt: a new IKE SA, without INITIAL_CONTACT, while the
 /// Child SAs of this one go on until that one is up.
 pub(crate) fn reestablish(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Error> {
     let conn = step.connection(&sa)?;
+    // Whether somebody else carries the connection: the peer called meanwhile.
+    let carried = step.of_connection(&conn.name).iter().any(|other| {
+        other.established().is_some_and(|e| !e.doubt && e.fate == Fate::Live && e.carries())
+    });
+    let until = step.now().after(child::LINGER);
     let Phase::Established(established) = &mut sa.phase else {
         return Err(Error::Internal("doubt about no IKE SA"));
     };
-    established.fate = Fate::Doubtful;
+    established.doubt = true;
     established.request = None;
-    let mut names: Vec<String> = established.children.iter().map(|c| c.name.clone()).collect();
+    if let Fate::Deleting(reason) = established.fate {
+        // It was on its way out, and its Delete can no longer be said.
+        return established::drop_sa(step, &sa, reason);
+    }
+    established.fate = Fate::Doubtful;
+    if carried {
+        established.expires_at = established.expires_at.min(until);
+    }
+    let mut names: Vec<String> = established
+        .children
+        .iter()
+        .filter(|c| !c.is_retired())
+        .map(|c| c.name.clone())
+        .chain(established.wanted.iter().map(|w| w.name.clone()))
+        .collect();
+    names.sort();
     names.dedup();
     let remote = sa.path.remote.ip();
     let trying = step.of_connection(&conn.name).iter().any(|other| other.is_initiating());
     step.put(sa);
-    if trying {
+    if trying || carried {
         return Ok(());
     }
     init::start(step, conn, remote, names, false).map(|_| ())
@@ -137,8 +167,13 @@ pub(crate) fn finish(
     established.recv_next = established.recv_next.max(ids.send);
     established.answered = None;
     established.heard = now;
+    established.doubt = false;
     if established.fate == Fate::Doubtful {
         established.fate = Fate::Live;
+    }
+    // ha.md: Child SAs first. Their counters jumped, and their windows may be old.
+    for child in established.children.iter_mut().filter(|c| c.state == ChildState::Live) {
+        child.rekey_at = child.rekey_at.min(now);
     }
     established::advance(step, &mut sa)?;
     step.put(sa);
@@ -174,10 +209,17 @@ pub(crate) fn answer(
     // RFC 6311 §5.1: dropped in silence unless M1 is above all we have seen, so
     // that a replay does nothing.
     let replayed = established.synced.is_some() && ids.send <= established.synced_m1;
-    if ids.send < established.recv_next || replayed {
+    if ids.send < established.recv_next || replayed || established.fate == Fate::Doubtful {
         return Err(Error::NotExpected);
     }
     established.recv_next = ids.send;
+    if core::mem::take(&mut established.doubt) {
+        // Both ends are clusters: P2 is above what our old owner may have used.
+        established.send_next = match established.task() {
+            Some(Task::Sync(_, m1)) => *m1,
+            _ => established.send_next.saturating_add(JUMP),
+        };
+    }
     established.send_next = established.send_next.max(ids.recv);
     established.answered = None;
     established.heard = now;

@@ -26,34 +26,43 @@ pub enum Bug {
     Runtime(Runtime),
 }
 
-/// Every mistake: its name, the invariant it breaks, and what it is.
+/// Every mistake: its name, the invariant that it breaks (with others by which it may show first, and why), and what it
+/// is. It counts as caught only when one of these is what was violated.
 ///
 /// Three of `ha`'s are left to its own simulation, because a whole gateway leaves no way to them: `AckBeforeApply` (the
 /// gateway applies a record before it handles anything else), `OldLogAcked` (a takeover closes the stream, so no
 /// record of the old term arrives) and `HealInOldTerm` (a loser stands down at the hello, before the winner hears its
 /// heartbeats; where both go on from one history, the winner's term is above both anyway).
-pub const ALL: &[(&str, u8, Bug)] = &[
-    ("term-reuse", 1, Bug::Pair(ha::Bug::TermReuse)),
-    ("term-parity", 1, Bug::Pair(ha::Bug::TermParity)),
-    ("term-not-in-iv", 1, Bug::Runtime(Runtime::TermNotInIv)),
-    ("lease-before-ack", 2, Bug::Pair(ha::Bug::LeaseBeforeAck)),
-    ("leases-ignored", 2, Bug::Gateway(gateway::Bug::LeasesIgnored)),
-    ("ceilings-forgotten", 2, Bug::Gateway(gateway::Bug::CeilingsForgotten)),
-    ("ignore-fence", 3, Bug::Runtime(Runtime::IgnoreFence)),
-    ("fence-never-lowered", 3, Bug::Gateway(gateway::Bug::FenceNeverLowered)),
-    ("fence-by-turn-alone", 3, Bug::Pair(ha::Bug::FenceByTurnAlone)),
-    ("fence-without-listening", 3, Bug::Pair(ha::Bug::FenceWithoutListening)),
-    ("fence-open-in-grant", 3, Bug::Pair(ha::Bug::FenceOpenInGrant)),
-    ("grant-after-refusal", 3, Bug::Pair(ha::Bug::GrantAfterRefusal)),
-    ("ignore-higher-term", 3, Bug::Pair(ha::Bug::IgnoreHigherTerm)),
-    ("send-before-commit", 4, Bug::Gateway(gateway::Bug::SendBeforeCommit)),
-    ("commit-before-ack", 4, Bug::Pair(ha::Bug::CommitBeforeAck)),
-    ("doubt-ignored", 4, Bug::Gateway(gateway::Bug::DoubtIgnored)),
-    ("solo-before-echo", 4, Bug::Pair(ha::Bug::SoloBeforeEcho)),
-    ("empty-beats-living", 5, Bug::Pair(ha::Bug::EmptyBeatsLiving)),
-    ("put-lost", 7, Bug::Pair(ha::Bug::PutLost)),
-    ("digest-ignored", 7, Bug::Pair(ha::Bug::DigestIgnored)),
-    ("send-in-clear", 8, Bug::Runtime(Runtime::SendInClear)),
+/// Invariant 6 (a flow keeps its tunnel) has no mistake yet: with one endpoint a connection has one tunnel, so there is
+/// nothing to move a flow to. It comes with active-active, in a later issue, as does its check.
+pub const ALL: &[(&str, &[u8], Bug)] = &[
+    ("term-reuse", &[1], Bug::Pair(ha::Bug::TermReuse)),
+    // 0: a shadow takes nothing of a term of its own parity, so before two instances can ever use one term with the
+    // same keys, the pair is seen never to settle.
+    ("term-parity", &[1, 0], Bug::Pair(ha::Bug::TermParity)),
+    ("term-not-in-iv", &[1], Bug::Runtime(Runtime::TermNotInIv)),
+    ("lease-before-ack", &[2], Bug::Pair(ha::Bug::LeaseBeforeAck)),
+    ("leases-ignored", &[2], Bug::Gateway(gateway::Bug::LeasesIgnored)),
+    ("ceilings-forgotten", &[2], Bug::Gateway(gateway::Bug::CeilingsForgotten)),
+    ("ignore-fence", &[3], Bug::Runtime(Runtime::IgnoreFence)),
+    ("fence-never-lowered", &[3], Bug::Gateway(gateway::Bug::FenceNeverLowered)),
+    ("fence-by-turn-alone", &[3], Bug::Pair(ha::Bug::FenceByTurnAlone)),
+    ("fence-without-listening", &[3], Bug::Pair(ha::Bug::FenceWithoutListening)),
+    ("fence-open-in-grant", &[3], Bug::Pair(ha::Bug::FenceOpenInGrant)),
+    ("grant-after-refusal", &[3], Bug::Pair(ha::Bug::GrantAfterRefusal)),
+    ("ignore-higher-term", &[3], Bug::Pair(ha::Bug::IgnoreHigherTerm)),
+    // 2: the outbound half of a Child SA waits for the same commitment as the datagrams, so its packets overtake the
+    // record, and the lease in it, before a takeover shows the same of a message id. For both of these.
+    ("send-before-commit", &[4, 2], Bug::Gateway(gateway::Bug::SendBeforeCommit)),
+    ("commit-before-ack", &[4, 2], Bug::Pair(ha::Bug::CommitBeforeAck)),
+    ("doubt-ignored", &[4], Bug::Gateway(gateway::Bug::DoubtIgnored)),
+    ("solo-before-echo", &[4], Bug::Pair(ha::Bug::SoloBeforeEcho)),
+    ("empty-beats-living", &[5], Bug::Pair(ha::Bug::EmptyBeatsLiving)),
+    // 5: what is missing is an IKE SA, which a takeover loses, or the record of a state in it.
+    ("bad-record-acked", &[7, 5], Bug::Gateway(gateway::Bug::BadRecordAcked)),
+    ("put-lost", &[7], Bug::Pair(ha::Bug::PutLost)),
+    ("digest-ignored", &[7], Bug::Pair(ha::Bug::DigestIgnored)),
+    ("send-in-clear", &[8], Bug::Runtime(Runtime::SendInClear)),
 ];
 
 /// The mistake of a name.

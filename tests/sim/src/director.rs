@@ -181,6 +181,9 @@ impl World {
                     let exact = calm_weather
                         && !self.scene.tight_leases
                         && !d.split
+                        // A neighbour that was deaf to every announcement so far still sends to the other, which
+                        // steers: that one is no mere standby yet.
+                        && self.net.switch == Some(owner)
                         && fault.costs_nothing(owner);
                     let next = self.traffic.flows.iter().map(|flow| flow.next);
                     d.lossless = if exact { next.collect() } else { Vec::new() };

@@ -1,4 +1,19 @@
 //! What goes wrong: every fault, how it begins and how it ends.
+//!
+//! | the issue asks for | here |
+//! | --- | --- |
+//! | crash | [`Fault::Crash`], [`Fault::PowerCut`]; also between any two outputs of a turn |
+//! | restart with empty state | after each of these: a process starts with nothing but its term file |
+//! | with stale state | [`Fault::Suspend`], [`Fault::ClockStop`], [`Fault::Pause`]: state lives in memory alone, so only who was away can come back with old state (a term file goes back no further than a write that was under way) |
+//! | with a lost term file | `lost_file` |
+//! | pause | [`Fault::Pause`] |
+//! | cut, one-way cut | [`Fault::Cut`], [`Fault::CutAll`], with or without `from`; [`Fault::Uplink`] on the WAN |
+//! | loss, duplication, reordering, delay | [`Fault::PairWeather`], [`Fault::WanWeather`] (each copy draws its own delay), and calm weather's share of it |
+//! | clock rates within 10 % | always: `host` draws one at each boot |
+//! | slow shadow | [`Fault::Lag`], [`Fault::Slow`] |
+//! | rekeys by both sides throughout | always: lifetimes of seconds on both sides, `Event::Rekey`, and more at each fault |
+//!
+//! Beyond that: records that cannot be decoded, switchovers, planned stops, peers that restart.
 
 use gateway::Request;
 
@@ -111,6 +126,15 @@ pub enum Fault {
         /// For how long.
         time: Nanos,
     },
+    /// The next so many records that reach an instance as shadow cannot be decoded there.
+    Spoil {
+        /// Where.
+        host: usize,
+        /// How many; a snapshot counts as one.
+        records: u32,
+        /// For how long at most.
+        time: Nanos,
+    },
     /// Threads wake up late, and batches wait between decision and system call.
     Slow {
         /// Where.
@@ -141,7 +165,7 @@ impl Fault {
         let time = if dice.chance(500) { dice.ms(20, 400) } else { dice.ms(400, 3_000) };
         let down = if dice.chance(300) { dice.ms(20, 200) } else { dice.ms(200, 3_000) };
         let from = dice.chance(600).then_some(dice.below(2) as usize);
-        match dice.below(30) {
+        match dice.below(32) {
             0..=4 => Self::Crash {
                 host,
                 down,
@@ -176,6 +200,10 @@ impl Fault {
                 host: 2 + dice.below(peers as u64) as usize,
                 down: dice.ms(10, 1_000),
             },
+            29 | 30 => {
+                let records = if dice.chance(700) { 1 } else { u32::MAX };
+                Self::Spoil { host, records, time }
+            }
             _ => Self::Crash { host, down, outputs: None, lost_file: false },
         }
     }
@@ -273,6 +301,7 @@ impl Fault {
             | Self::PairWeather { time, .. }
             | Self::WanWeather { time, .. }
             | Self::Lag { time, .. }
+            | Self::Spoil { time, .. }
             | Self::Slow { time, .. } => time,
             Self::Switchover => 100 * MS,
             Self::Stop { .. } => 3 * S,
@@ -333,6 +362,7 @@ impl World {
                 self.net.wan = Weather { loss, duplicate, jitter, ..self.net.wan };
             }
             Fault::Lag { from, by, .. } => self.net.lag[from] = by,
+            Fault::Spoil { host, records, .. } => self.spoil(host, records),
             Fault::Slow { host, .. } => self.hosts[host].slow = true,
             Fault::Switchover => {
                 for host in 0..2 {
@@ -372,8 +402,16 @@ impl World {
             }
             Fault::WanWeather { .. } => self.net.wan = self.director.wan_weather(self.net.wan),
             Fault::Lag { from, .. } => self.net.lag[from] = 0,
+            Fault::Spoil { host, .. } => self.spoil(host, 0),
             Fault::Slow { host, .. } => self.hosts[host].slow = false,
             Fault::Switchover | Fault::Stop { .. } => {}
+        }
+    }
+
+    fn spoil(&mut self, host: usize, records: u32) {
+        self.spoiled |= records > 0;
+        if let Some(p) = self.hosts[host].process.as_mut() {
+            p.gateway.spoil_records(records);
         }
     }
 
@@ -384,6 +422,7 @@ impl World {
                 self.hosts[host].reboot(self.now, &mut self.dice);
             }
             self.hosts[host].slow = false;
+            self.spoil(host, 0);
             self.resume(host);
             self.restart(host);
             if let Some(p) = &mut self.hosts[host].process {

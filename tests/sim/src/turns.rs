@@ -251,15 +251,6 @@ impl World {
                 }
             }
             Command::Own { seq_jump, .. } if host < 2 && *seq_jump >= 1 << 28 => {
-                if self.checks.doubt {
-                    // Nobody may have told the second of two owners in doubt what the first did: as after a split.
-                    self.checks.split_at = Some(self.now);
-                }
-                let other = &self.hosts[1 - host];
-                let proven = other.up && other.process.is_none() && self.net.two_way().is_some();
-                if !proven {
-                    self.checks.doubt_waits_at = Some(self.now);
-                }
                 self.checks.doubt = true;
             }
             Command::Lease { spi_in, ceiling } if host < 2 => {

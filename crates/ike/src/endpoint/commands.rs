@@ -60,7 +60,8 @@ impl Endpoint {
             return true;
         }
         let live = self.table.of_connection(&name).find(|sa| is_live(sa)).cloned();
-        let fresh = !self.doubted.contains(&id);
+        let fresh =
+            !self.doubted.contains(&id) && !self.table.of_connection(&name).any(IkeSa::in_doubt);
         self.due
             .entry(id)
             .and_modify(|due| due.tries = due.tries.saturating_add(1))

@@ -11,7 +11,7 @@ use crate::{
     ActivateError, ChildOp, Context, Doubt, established,
     event::DeleteReason,
     record::{self, RecordError, Stamp},
-    state::{IkeSa, Phase},
+    state::{Established, IkeSa, Phase},
     sync,
 };
 
@@ -106,11 +106,10 @@ impl Endpoint {
                 }
             });
             let Some(sa) = self.table.get(spi).cloned() else { continue };
-            match doubt {
-                Doubt::None => self.repeat(now, &sa, false),
-                Doubt::InDoubt => {
-                    self.doubtful.insert(spi);
-                }
+            if doubt == Doubt::InDoubt || sa.in_doubt() {
+                self.take_over_in_doubt(cx, sa);
+            } else {
+                self.repeat(now, &sa, false);
             }
         }
         self.resolve_doubts(cx);
@@ -130,38 +129,63 @@ impl Endpoint {
             return;
         }
         for spi in core::mem::take(&mut self.doubtful) {
-            if let Some(sa) = self.table.get(spi).cloned() {
-                self.take_over_in_doubt(cx, sa);
+            // What the loser of a split knew exactly is no longer in doubt.
+            let Some(sa) = self.table.get(spi).filter(|sa| sa.in_doubt()).cloned() else {
+                continue;
+            };
+            let result = if sync::is_preferred(&sa) {
+                self.step(cx, |step| sync::request(step, sa))
+            } else {
+                self.doubted.extend(self.registry.of(&sa).map(|c| c.id));
+                self.step(cx, |step| sync::reestablish(step, sa))
+            };
+            if let Err(error) = result {
+                // Nobody could speak in it ever again.
+                tracing::warn!(%error, %spi, "a takeover left it in doubt: dropped");
+                if let Some(sa) = self.table.get(spi).cloned() {
+                    let _ = self
+                        .step(cx, |step| established::drop_sa(step, &sa, DeleteReason::InDoubt));
+                }
             }
         }
     }
 
-    fn take_over_in_doubt(&mut self, cx: &mut Context<'_>, sa: IkeSa) {
-        let id = self.registry.of(&sa).map(|c| c.id);
+    /// Marks what is in doubt; [`Endpoint::resolve_doubts`] ends it.
+    fn take_over_in_doubt(&mut self, cx: &mut Context<'_>, mut sa: IkeSa) {
         let spi = sa.spi;
-        let result = match &sa.phase {
+        // Nothing in either step can fail.
+        let _ = match &mut sa.phase {
+            // It only repeats its last answer.
             Phase::Closed(_) => Ok(()),
             // The other side, or the old owner towards it, may be further on:
             // whoever initiates begins anew.
             Phase::InitSent(_) | Phase::InitAnswered(_) | Phase::AuthSent(_) => {
-                self.doubted.extend(id);
+                self.doubted.extend(self.registry.of(&sa).map(|c| c.id));
                 self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::InDoubt))
             }
-            Phase::Established(_) if sync::is_preferred(&sa) => {
-                self.step(cx, |step| sync::request(step, sa))
-            }
-            Phase::Established(_) => {
-                self.doubted.extend(id);
-                self.step(cx, |step| sync::reestablish(step, sa))
+            Phase::Established(e) => {
+                self.doubtful.insert(spi);
+                e.set_in_doubt();
+                // A later owner is to know of it, also if it takes over in the
+                // quiet time.
+                self.step(cx, |step| {
+                    step.put(sa);
+                    Ok(())
+                })
             }
         };
-        if let Err(error) = result {
-            tracing::warn!(%error, %spi, "takeover in doubt");
-        }
+    }
+
+    /// Whether an IKE SA is in doubt and nothing was said in it since: what another
+    /// instance knows of it is better.
+    #[must_use]
+    pub fn is_waiting_in_doubt(&self, spi: IkeSpi) -> bool {
+        self.table.get(spi).and_then(IkeSa::established).is_some_and(Established::waits)
     }
 
     /// After a split brain healed (ha.md): takes over the loser's records of IKE
-    /// SAs that have not changed here since `since`, the time of the split, so
+    /// SAs that have not changed here since `since`, the time of the split, or that
+    /// wait in doubt here, so
     /// that what happened on the other side is not lost. Yields one transition.
     /// Gives how many records were taken.
     ///
@@ -175,7 +199,9 @@ impl Endpoint {
         deletes: &[IkeSpi],
     ) -> Result<usize, RecordError> {
         let mut taken = self.decode_all(cx.now, puts)?;
-        let untouched = |spi: &IkeSpi| self.used.get(spi).is_none_or(|at| *at <= since);
+        let untouched = |spi: &IkeSpi| {
+            self.used.get(spi).is_none_or(|at| *at <= since) || self.is_waiting_in_doubt(*spi)
+        };
         taken.retain(|spi, _| untouched(spi));
         let gone: Vec<IkeSpi> = deletes
             .iter()
@@ -194,6 +220,16 @@ impl Endpoint {
         });
         if clash || count == 0 {
             return Ok(0);
+        }
+        // What was in doubt there is in doubt here, and waits for the quiet time's
+        // end as all the rest.
+        for (spi, sa) in &mut taken {
+            if let Phase::Established(e) = &mut sa.phase
+                && e.doubt
+            {
+                e.set_in_doubt();
+                self.doubtful.insert(*spi);
+            }
         }
         // Nothing in it can fail.
         let _ = self.step(cx, |step| {

@@ -35,6 +35,7 @@ impl Endpoint {
         let state = match (&sa.phase, e) {
             (_, None) => "connecting",
             (_, Some(e)) => match (e.fate, e.task()) {
+                _ if e.waits() => "in doubt",
                 (Fate::Live, Some(Task::Rekey(_))) => "rekeying",
                 (Fate::Live, Some(Task::Sync(..))) => "synchronising",
                 (Fate::Live, _) => "established",

@@ -152,5 +152,7 @@ fn golden_records_are_read_and_written() {
         ike.apply(now, &[(spi, Zeroizing::new(bytes.clone()))], &[]).unwrap();
         let again = ike.snapshot(now);
         assert_eq!(again[0].1.as_slice(), bytes, "{state}");
+        // Those from before the field was there have it unset.
+        assert_eq!(ike.is_waiting_in_doubt(spi), state == "in-doubt", "{state}");
     }
 }

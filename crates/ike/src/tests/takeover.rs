@@ -174,14 +174,16 @@ fn a_shadow_is_silent() {
 fn in_doubt_message_ids_are_agreed() {
     for side in [A, B] {
         let mut w = World::established();
-        let spi = w.child(side);
+        let (spi, ike) = (w.child(side), w.ike(side));
         w.take_over(side, Doubt::InDoubt);
         let sync = wire::ike::Header::parse(&w.wire[0].packet.bytes).unwrap();
         assert_eq!(sync.message_id.0, 0);
         let copy = w.wire[0].clone();
         w.settle();
+        w.run(Duration::from_secs(6));
         w.assert_tidy();
-        assert_eq!(w.child(side), spi, "nothing was re-established");
+        assert_eq!(w.ike(side), ike, "nothing was re-established");
+        assert_ne!(w.child(side), spi, "Child SAs are rekeyed first");
         // A replay of it does nothing.
         let before = w.snapshot(1 - side);
         w.deliver(copy);
@@ -271,6 +273,7 @@ fn an_answer_to_another_sync_is_dropped() {
     w.deliver(answer);
     assert_eq!(w.snapshot(A), before);
     w.settle();
+    w.run(Duration::from_secs(6));
     w.assert_tidy();
 }
 
@@ -285,6 +288,7 @@ fn a_later_owner_makes_a_sync_of_its_own() {
     w.settle();
     w.deliver(first); // late: dropped, M1 is not above what B has seen
     w.settle();
+    w.run(Duration::from_secs(6));
     w.assert_tidy();
 }
 
@@ -382,28 +386,161 @@ fn bad_records_are_refused_whole() {
     assert_eq!(own.sides[A].ike.apply(zero, &records, &[]).unwrap_err(), crate::RecordError::Owner);
 }
 
-// ha.md, split brain: nobody begins an exchange for ten seconds, doubt or not.
+// ha.md, split brain: nobody begins an exchange for ten seconds. In doubt nobody
+// answers one either, but for committed bytes: the old owner may have used the
+// message id for something else. ESP goes on.
+// A'                                   B
+//                                  ◄── id n (the last one, once more)
+// id n, the committed answer ──►
+//                                  ◄── id n + 1
+// ... 10 s ...
+// id 0, N(IKEV2_MESSAGE_ID_SYNC) ──►
 #[test]
-fn doubts_wait_for_the_quiet_time() {
+fn in_doubt_nothing_new_is_said_before_the_quiet_time_is_over() {
+    for second in [None, Some(Doubt::None), Some(Doubt::InDoubt)] {
+        let mut w = World::established();
+        w.rekey(B, Target::Child(w.child(B)));
+        w.settle();
+        // B's Delete of the old one, and the answer.
+        let newest = |n: usize| w.sent.iter().rfind(|(by, _)| *by == n).unwrap().1.clone();
+        let answer = newest(A);
+        let last = Flight { at: w.now, to_side: A, packet: newest(B) };
+        let child = w.child(A);
+        // A request of A's that the old owner sent, and perhaps others after it.
+        w.rekey(A, Target::Child(child));
+        let asked = w.take(B);
+        w.deliver(asked);
+        let response = w.take(A);
+        w.wire.clear();
+
+        let until = w.now + Duration::from_secs(10);
+        w.sides[A].shadow.hold_initiations(until);
+        w.take_over(A, Doubt::InDoubt);
+        assert!(w.wire.is_empty(), "its request is not repeated");
+        w.run(Duration::from_secs(5));
+        if let Some(doubt) = second {
+            // The doubt came with the records; only the second owner's word does not.
+            w.sides[A].shadow.hold_initiations(until);
+            w.take_over(A, doubt);
+        }
+        w.deliver(last);
+        assert_eq!(w.take(B).packet, answer, "committed bytes");
+        w.deliver(response);
+        assert!(w.wire.is_empty(), "the response comes too late");
+        assert_eq!(w.child(A), child, "ESP goes on");
+        w.with_side(B, |ike, cx| ike.handle_timeout(cx));
+        w.rekey(B, Target::Ike(w.ike(B)));
+        w.wire.retain(|f| f.to_side == A);
+        assert!(!w.wire.is_empty());
+        while let Some(request) = w.wire.pop_front() {
+            w.deliver(request);
+            assert!(w.wire.iter().all(|f| f.to_side == A), "an answer in doubt");
+        }
+        let sent = w.sent.iter().filter(|(n, _)| *n == A).count();
+        let now = w.now;
+        while w.now < until - Duration::from_millis(1) {
+            w.run((until - w.now).min(Duration::from_millis(500)) - Duration::from_millis(1));
+        }
+        assert_eq!(w.sent.iter().filter(|(n, _)| *n == A).count(), sent, "since {now:?}");
+        w.run(Duration::from_millis(10));
+        let (_, sync) = w.sent.iter().rfind(|(n, _)| *n == A).unwrap();
+        assert_eq!(wire::ike::Header::parse(&sync.bytes).unwrap().message_id.0, 0);
+        w.run(Duration::from_secs(120));
+        w.assert_tidy();
+        assert_eq!(unique_ids(&w), Ok(()));
+    }
+}
+
+/// ha.md, invariant 4: no two requests, and no two responses, of one id (but for
+/// synchronisations, which all have 0).
+fn unique_ids(w: &World) -> Result<(), String> {
+    let mut seen = BTreeMap::new();
+    for (n, t) in &w.sent {
+        let h = wire::ike::Header::parse(&t.bytes).unwrap();
+        if h.exchange == wire::ike::ExchangeType::INFORMATIONAL && h.message_id.0 == 0 {
+            continue;
+        }
+        let key = (*n, h.initiator_spi, h.responder_spi, h.response, h.message_id);
+        let first = seen.entry(key).or_insert_with(|| t.bytes.clone());
+        if *first != t.bytes {
+            return Err(format!("{key:?}"));
+        }
+    }
+    Ok(())
+}
+
+// A later owner that is synced inherits the doubt: the first one's synchronisation
+// is not sent again, M1 lies above it, and INITIAL_CONTACT is never sent.
+#[test]
+fn a_doubt_outlives_its_owner() {
     let mut w = World::established();
-    let until = w.now + Duration::from_secs(10);
-    w.sides[A].shadow.hold_initiations(until);
     w.take_over(A, Doubt::InDoubt);
-    assert!(w.wire.is_empty());
-    w.run(Duration::from_millis(9_900));
-    assert!(w.wire.is_empty());
-    // B's requests are answered meanwhile.
-    w.rekey(B, Target::Child(w.child(B)));
+    let first = w.lose();
+    w.take_over(A, Doubt::None);
+    let again = w.take(B);
+    assert_ne!(again.packet.bytes, first.packet.bytes);
+    w.deliver(again);
     w.settle();
-    w.assert_tunnel();
-    w.run(Duration::from_secs(60));
+    w.deliver(first);
+    w.settle();
+    w.run(Duration::from_secs(6));
     w.assert_tidy();
+    w.run(Duration::from_secs(40));
+    let mut ids = w.sent.iter().filter(|(n, _)| *n == A).map(|(_, t)| {
+        let h = wire::ike::Header::parse(&t.bytes).unwrap();
+        (h.response, h.message_id.0)
+    });
+    assert!(ids.any(|(response, id)| !response && id >= 512), "M1 above the first one's");
+    assert_eq!(unique_ids(&w), Ok(()));
+}
+
+// Both ends take over in doubt at once, and each answers the other.
+#[test]
+fn two_clusters_in_doubt_agree() {
+    for first in [A, B] {
+        let mut w = World::established();
+        w.take_over(A, Doubt::InDoubt);
+        w.take_over(B, Doubt::InDoubt);
+        w.pass(first);
+        w.settle();
+        w.run(Duration::from_secs(120));
+        w.assert_tidy();
+        assert_eq!(unique_ids(&w), Ok(()));
+    }
+}
+
+// What is half-open in doubt is dropped at once: the other side begins anew.
+#[test]
+fn what_is_half_open_in_doubt_is_answered_no_more() {
+    for passed in 1..4 {
+        let mut w = World::new();
+        w.initiate(A);
+        for n in 0..passed {
+            w.pass([B, A][n % 2]);
+        }
+        let side = 1 - passed % 2;
+        let next = w.wire.clone();
+        w.wire.clear();
+        let until = w.now + Duration::from_secs(10);
+        w.sides[side].shadow.hold_initiations(until);
+        w.take_over(side, Doubt::InDoubt);
+        for flight in next {
+            w.deliver(flight);
+        }
+        assert!(!w.wire.iter().any(|f| f.to_side != side), "passed {passed}");
+    }
 }
 
 // ha.md, healing: A' took over by silence while A lived on and rekeyed with B.
-// A' has not used the IKE SA, so it takes A's records.
+// A' has not used the IKE SA, so it takes A's records, and with them ends its doubt
+// if it was not synced.
 #[test]
 fn the_winner_takes_what_it_has_not_used() {
+    the_winner_takes(Doubt::None);
+    the_winner_takes(Doubt::InDoubt);
+}
+
+fn the_winner_takes(doubt: Doubt) {
     let mut w = World::established();
     let split = w.now;
     let old = w.sides[A].shadow.snapshot(split);
@@ -415,7 +552,7 @@ fn the_winner_takes_what_it_has_not_used() {
     plane.apply(winner.install_all());
     let mut cx = Context { now: split, rng: &mut r, spis: &mut spis };
     winner.hold_initiations(split + Duration::from_secs(10));
-    winner.activate(&mut cx, Term(2), Doubt::None).unwrap();
+    winner.activate(&mut cx, Term(2), doubt).unwrap();
 
     // The loser goes on: both rekeyings, and the old IKE SA is gone.
     w.rekey(A, Target::Child(w.child(A)));
@@ -436,6 +573,7 @@ fn the_winner_takes_what_it_has_not_used() {
         plane.sender("net").unwrap().spi_out,
         w.sides[A].plane.sender("net").unwrap().spi_out
     );
+    assert!(!tail.iter().any(|(spi, _)| winner.is_waiting_in_doubt(*spi)));
     // What changed here since the split is not taken.
     let (spi, _) = tail[0];
     assert!(winner.rekey(&mut cx, Target::Ike(spi)));
