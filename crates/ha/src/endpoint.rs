@@ -107,6 +107,8 @@ pub(crate) struct Endpoint {
     pub(crate) healed: Option<(u64, Term)>,
     pub(crate) incoming: Option<HandoverIn>,
     pub(crate) uplink_switch_at: Option<Duration>,
+    /// When the other last said, while we owned, that its uplink was dead.
+    pub(crate) other_uplink_down_at: Option<Duration>,
     /// Source of ids for syncs, applies, snapshots and side messages.
     pub(crate) serial: u64,
     /// Heartbeats sent after this mark carry our present claim.
@@ -136,6 +138,7 @@ impl Endpoint {
             healed: None,
             incoming: None,
             uplink_switch_at: None,
+            other_uplink_down_at: None,
             serial: 0,
             claim_mark: 0,
             claimed: Claim::default(),

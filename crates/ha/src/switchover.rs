@@ -216,10 +216,18 @@ impl Endpoint {
         }
     }
 
-    /// Hands over by itself, only to a strictly better uplink, at most once in 10 s.
+    /// Hands over by itself, only to a strictly better uplink, at most once in 10 s: counted here for the one that
+    /// hands over, and for the one that was handed the endpoint by the other's uplink, which has failed too lately.
     fn uplink_turn(&mut self, cx: &mut Cx<'_>) {
-        let better = !self.uplink && cx.contact.claim(self.hash).is_some_and(|claim| claim.uplink);
-        let rested = self.uplink_switch_at.is_none_or(|at| cx.now >= at + UPLINK_HOLDOFF);
+        let Some(other_up) = cx.contact.claim(self.hash).map(|claim| claim.uplink) else { return };
+        if !other_up {
+            self.other_uplink_down_at = Some(cx.now);
+        }
+        let better = !self.uplink && other_up;
+        let rested = [self.uplink_switch_at, self.other_uplink_down_at]
+            .into_iter()
+            .flatten()
+            .all(|at| cx.now >= at + UPLINK_HOLDOFF);
         if better && rested && self.switchover(cx).is_ok() {
             self.uplink_switch_at = Some(cx.now);
         }
