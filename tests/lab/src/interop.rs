@@ -6,6 +6,7 @@ mod basic;
 mod lifecycle;
 mod pair;
 mod stage;
+mod two_hosts;
 
 use crate::Result;
 use crate::run::Run;
@@ -41,7 +42,14 @@ impl std::fmt::Debug for Scenario {
 
 /// All, in the order in which a new daemon learns them.
 pub fn all() -> Vec<Scenario> {
-    [basic::SCENARIOS, lifecycle::SCENARIOS, bad_input::SCENARIOS, pair::SCENARIOS].concat()
+    [
+        basic::SCENARIOS,
+        lifecycle::SCENARIOS,
+        bad_input::SCENARIOS,
+        pair::SCENARIOS,
+        two_hosts::SCENARIOS,
+    ]
+    .concat()
 }
 
 /// Runs the scenarios whose name contains one of `names` (or all). Prints a line for each and the totals.
@@ -102,10 +110,17 @@ fn save_logs(run: &Run, name: &str) {
         (".", "dump-left.txt"),
         (".", "dump-right.txt"),
         ("uml", "charon.log"),
+        ("host-left", "journal.txt"),
+        ("host-right", "journal.txt"),
+        ("host-left", "boot.log"),
+        ("host-right", "boot.log"),
+        ("host-peer", "boot.log"),
+        ("host-peer/lab", "charon.log"),
     ] {
         let source = run.dir().join(dir).join(file);
-        if source.exists() && std::fs::copy(&source, target.join(format!("{dir}-{file}"))).is_ok() {
-            saved.push(format!("{dir}-{file}"));
+        let name = format!("{}-{file}", dir.replace('/', "-"));
+        if source.exists() && std::fs::copy(&source, target.join(&name)).is_ok() {
+            saved.push(name);
         }
     }
     println!("      logs in {}: {}", target.display(), saved.join(", "));
