@@ -7,6 +7,7 @@ mod lifecycle;
 mod pair;
 mod protection;
 mod stage;
+mod two_hosts;
 mod uplink;
 
 use crate::Result;
@@ -50,6 +51,7 @@ pub fn all() -> Vec<Scenario> {
         protection::SCENARIOS,
         pair::SCENARIOS,
         uplink::SCENARIOS,
+        two_hosts::SCENARIOS,
     ]
     .concat()
 }
@@ -116,10 +118,17 @@ fn save_logs(run: &Run, name: &str) {
         (".", "dump-left.txt"),
         (".", "dump-right.txt"),
         ("uml", "charon.log"),
+        ("host-left", "journal.txt"),
+        ("host-right", "journal.txt"),
+        ("host-left", "boot.log"),
+        ("host-right", "boot.log"),
+        ("host-peer", "boot.log"),
+        ("host-peer/lab", "charon.log"),
     ] {
         let source = run.dir().join(dir).join(file);
-        if source.exists() && std::fs::copy(&source, target.join(format!("{dir}-{file}"))).is_ok() {
-            saved.push(format!("{dir}-{file}"));
+        let name = format!("{}-{file}", dir.replace('/', "-"));
+        if source.exists() && std::fs::copy(&source, target.join(&name)).is_ok() {
+            saved.push(name);
         }
     }
     println!("      logs in {}: {}", target.display(), saved.join(", "));

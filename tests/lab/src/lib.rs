@@ -5,6 +5,7 @@
 //! * [`run`]: one run of the lab; its processes and namespaces end with it, however it ends.
 //! * [`ns`], [`proc`]: namespaces, links, addresses; processes inside them.
 //! * [`net`]: the virtual network that every scenario uses.
+//! * [`host`]: a whole host in a namespace, systemd and all; [`guide`]: the README's commands, to be typed there.
 //! * [`charon`], [`uml`]: strongSwan, on its own ESP or on a real kernel's.
 //! * [`tandem`]: instances of the daemon under test.
 //! * [`probe`]: numbered UDP packets, TCP streams; gaps, losses.
@@ -20,6 +21,8 @@ pub mod check;
 pub mod clock;
 pub mod error;
 pub mod faults;
+pub mod guide;
+pub mod host;
 pub mod interop;
 pub mod net;
 pub mod ns;

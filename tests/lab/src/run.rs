@@ -281,5 +281,38 @@ fn delete_namespaces(names: &[String]) {
             }
         }
         let _ = Cmd::new("ip").args(["netns", "del", name]).unregistered().run(brief);
+        // A host with a systemd of its own (see `host`) has a cgroup of the same name.
+        if let Some(root) = cgroup_root() {
+            remove_cgroup(&root.join(name));
+        }
     }
+}
+
+/// Where the machine's unified cgroup hierarchy is mounted.
+pub fn cgroup_root() -> Option<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/mounts").ok()?;
+    mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let (at, kind) = (words.next()?, words.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(at))
+    })
+}
+
+/// Removes a cgroup and those below it. One that a dying process is still in cannot be removed yet.
+fn remove_cgroup(dir: &Path) {
+    let gone = || {
+        let _ = remove_cgroup_once(dir);
+        !dir.exists()
+    };
+    let (within, every) = (Duration::from_secs(3), Duration::from_millis(20));
+    let _ = crate::wait::for_true("a cgroup to go", within, every, gone);
+}
+
+fn remove_cgroup_once(dir: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)?.flatten() {
+        if entry.file_type()?.is_dir() {
+            remove_cgroup_once(&entry.path())?;
+        }
+    }
+    std::fs::remove_dir(dir)
 }
