@@ -59,6 +59,8 @@ struct Control {
     next_ticket: u64,
     buffer: Vec<u8>,
     stopping: Option<Duration>,
+    /// The term file could not be written, which was said.
+    terms_stuck: bool,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -83,6 +85,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
         next_ticket: 0,
         buffer: vec![0; DATAGRAM],
         stopping: None,
+        terms_stuck: false,
     };
     control.uplinks().await;
     sd_notify::notify(false, &[sd_notify::NotifyState::Ready]).map_err(fail("systemd"))?;
@@ -367,13 +370,19 @@ impl Control {
     fn task_done(&mut self, done: Done) {
         match done {
             Done::Reserved { endpoint, up_to } => {
+                if std::mem::take(&mut self.terms_stuck) {
+                    info!("terms can be reserved again");
+                }
                 self.parts.gateway.handle_reserved(boottime(), endpoint, up_to)
             }
             Done::ReserveFailed { endpoint, up_to, problem } => {
-                error!(
-                    problem,
-                    "terms cannot be reserved: until they are, this instance cannot take the endpoint over"
-                );
+                // Once, not every second.
+                if !std::mem::replace(&mut self.terms_stuck, true) {
+                    error!(
+                        problem,
+                        "terms cannot be reserved: until they are, this instance cannot take an endpoint over; tried again every second"
+                    );
+                }
                 let done = self.done.clone();
                 tokio::spawn(async move {
                     tokio::time::sleep(RESERVE_AGAIN).await;
