@@ -78,8 +78,6 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     for row in report.rows() {
         warn!(line = row.line, "configuration: {}", row.message);
     }
-    netio::sched::forbid_core_dumps()
-        .map_err(|error| format!("core dumps cannot be switched off: {error}"))?;
     if let Some(folder) = &keylog {
         warn!(folder = %folder.display(), "KEY LOG IS ON: every key of every tunnel is written to disk in clear");
         std::fs::create_dir_all(folder)
@@ -154,6 +152,17 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
             orders,
         });
         sockets.push(EndpointSocket { endpoint: endpoint.id, socket });
+    }
+
+    // All that is wanted stands by now.
+    match routing::remove_stale(&netlink, &config).await {
+        Ok((0, 0)) => {}
+        Ok((routes, rules)) => {
+            info!(routes, rules, "removed what an earlier configuration left in the routing");
+        }
+        Err(problem) => {
+            warn!(%problem, "rules of an earlier configuration could not be removed (ip rule show: proto 116)")
+        }
     }
 
     let (link, link_events) = match (&config.pair, pair_secret) {
