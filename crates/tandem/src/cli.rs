@@ -357,6 +357,7 @@ fn is_good(response: &Response) -> bool {
         Response::Up { tunnels, .. } => {
             !tunnels.is_empty() && tunnels.iter().all(|t| t.state == TunnelState::Established)
         }
+        Response::Rekey { ike, children, .. } => *ike > 0 || *children > 0,
         _ => true,
     }
 }
@@ -384,6 +385,11 @@ fn sentence(response: &Response) -> String {
         Response::Down { connection, closed, purged } => {
             let rules = if *purged { "; the rules against clear text are removed" } else { "" };
             format!("{connection}: {} closed{rules}", count(*closed, "tunnel"))
+        }
+        Response::Rekey { connection, ike: 0, children: 0 } => {
+            format!(
+                "{connection}: nothing to rekey here; `tandem status` shows which tunnels stand, and where"
+            )
         }
         Response::Rekey { connection, ike, children } => {
             let (ike, children) = (count(*ike, "IKE SA"), count(*children, "Child SA"));
@@ -560,5 +566,8 @@ mod tests {
         assert!(is_good(&up(&[TunnelState::Established])));
         assert!(!is_good(&up(&[TunnelState::Established, TunnelState::Connecting])));
         assert!(!is_good(&up(&[])));
+        let rekey = |ike| Response::Rekey { connection: "b".into(), ike, children: 0 };
+        assert!(is_good(&rekey(1)) && !is_good(&rekey(0)));
+        assert!(sentence(&rekey(0)).contains("nothing to rekey"));
     }
 }

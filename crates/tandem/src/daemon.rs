@@ -102,6 +102,9 @@ pub fn main() -> ExitCode {
         Ok(loaded) => loaded,
         Err(problem) => {
             eprintln!("{problem}");
+            if matches!(problem, config_file::LoadError::Unreadable { .. }) {
+                eprintln!("  hint: --config names another file");
+            }
             return ExitCode::FAILURE;
         }
     };

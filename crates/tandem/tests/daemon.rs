@@ -265,3 +265,42 @@ fn rules_of_an_old_configuration_go_with_it() {
         assert_eq!(way("10.2.0.7 from 10.1.0.2"), "nowhere");
     });
 }
+
+#[test]
+fn a_second_daemon_says_why_not_and_leaves_the_first_alone() {
+    on_a_host("second", |host| {
+        let config = host.configure(r#"["10.1.0.0/24"]"#, r#"["10.2.0.0/24"]"#);
+        let refused = |config: &Path| {
+            let output = Command::new(env!("CARGO_BIN_EXE_tandemd"))
+                .arg("--config")
+                .arg(config)
+                .output()
+                .unwrap();
+            assert!(!output.status.success());
+            let said = output.stdout.iter().chain(&output.stderr).copied().collect();
+            String::from_utf8(said).unwrap()
+        };
+        let variant = |from: &str, to: &str| {
+            let text = std::fs::read_to_string(&config).unwrap();
+            let path = host.folder.join("variant.toml");
+            std::fs::write(&path, text.replace(from, to)).unwrap();
+            path
+        };
+        let said = refused(&variant(r#"tun = "tandem0""#, r#"tun = "eth1""#));
+        assert!(said.contains("an interface of another kind has this name"), "{said}");
+        let daemon = host.start(&config);
+        let routes = || host.ip("route show table 4116") + &host.ip("route show table main");
+        let before = routes();
+        assert!(before.contains("tandem0"), "{before}");
+        let said = refused(&variant("tandem0", "tandem9"));
+        assert!(said.contains("another tandemd serves control socket"), "{said}");
+        let said = refused(&variant("control.sock", "other.sock"));
+        assert!(said.contains("another process has it"), "{said}");
+        assert_eq!(routes(), before);
+        drop(daemon);
+        let port = std::net::UdpSocket::bind("0.0.0.0:500").unwrap();
+        let said = refused(&config);
+        assert!(said.contains("another IKE daemon may have the port"), "{said}");
+        drop(port);
+    });
+}

@@ -20,7 +20,7 @@ use wire::id::{EndpointId, Term};
 use super::addresses::Order;
 use super::answers;
 use super::setup::{Parts, Place};
-use crate::control_socket::{Request, Response};
+use crate::control_socket::{Failure, Fault, Request, Response};
 use crate::hook::Change;
 use crate::link::{LinkEvent, ProbeResult, SteerHead, SteerKind, StreamEnd};
 use crate::worker::{WorkerCommand, WorkerEvent};
@@ -401,6 +401,13 @@ impl Control {
     }
 
     fn request(&mut self, call: crate::control_socket::Call) {
+        if matches!(call.request, Request::Failover { .. }) && self.parts.link.is_none() {
+            let text = "this gateway is on its own: there is no other instance to hand over to";
+            let failure = Failure::new(Fault::NotReady, text)
+                .hint("a [pair] section and a second host make it a pair");
+            let _ = call.reply.send(Response::Error(failure));
+            return;
+        }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         let request = answers::request(&call.request);
