@@ -95,8 +95,8 @@ pub struct WanParts {
 /// LAN side of an endpoint by names.
 #[derive(Clone, Debug)]
 pub struct LanParts {
-    /// The virtual address, next hop of our hosts.
-    pub address: IpAddr,
+    /// The virtual addresses, next hops of our hosts: one of each family at most.
+    pub addresses: Vec<IpAddr>,
     /// The interface on this segment, by instance.
     pub interface: BTreeMap<String, String>,
 }
@@ -220,8 +220,8 @@ pub struct Wan {
 /// LAN side of an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Lan {
-    /// The virtual address.
-    pub address: IpAddr,
+    /// The virtual addresses: one of each family at most.
+    pub addresses: Vec<IpAddr>,
     /// The interface on this segment, by instance index.
     pub interface: [Option<String>; 2],
 }
@@ -313,9 +313,10 @@ impl Config {
         let mut endpoints = Vec::new();
         for (position, part) in parts.endpoints.iter().enumerate() {
             let lan = match &part.lan {
-                Some(lan) => {
-                    Some(Lan { address: lan.address, interface: by_index(&lan.interface)? })
-                }
+                Some(lan) => Some(Lan {
+                    addresses: lan.addresses.clone(),
+                    interface: by_index(&lan.interface)?,
+                }),
                 None => None,
             };
             endpoints.push(Endpoint {

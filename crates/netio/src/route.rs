@@ -12,10 +12,10 @@ use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::route::{
-    RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange};
+use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
 mod link;
@@ -74,6 +74,12 @@ impl Prefix {
         self.length
     }
 
+    /// Every address of `other` is one of this.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        self.length <= other.length && Self::new(other.address, self.length) == Some(*self)
+    }
+
     fn family(&self) -> AddressFamily {
         if self.address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
     }
@@ -123,6 +129,8 @@ pub struct Route {
 pub enum Action {
     /// Look into this table.
     Lookup(u32),
+    /// Look into this table, but pass over its default route: what only that would take goes on to the next rule.
+    LookupNoDefault(u32),
     /// Drop in silence.
     Blackhole,
 }
@@ -137,8 +145,10 @@ pub struct Rule {
     pub from: Option<Prefix>,
     /// Destination prefix.
     pub to: Option<Prefix>,
-    /// Name of the interface packets came in by; need not exist yet.
+    /// Name of the interface packets came in by; need not exist yet. `lo`: what this host itself sends.
     pub input: Option<String>,
+    /// UDP from this port.
+    pub udp_from: Option<u16>,
     /// What to do.
     pub action: Action,
 }
@@ -227,6 +237,9 @@ impl Netlink {
     }
 
     /// Adds a rule; succeeds when it is there already.
+    ///
+    /// The kernel looks for one that is there without comparing a /0 side (fib4_rule_compare): a rule to 0.0.0.0/0
+    /// counts as there when one to any network has the same priority. Give rules with such sides a priority apart.
     pub async fn add_rule(&self, rule: &Rule) -> io::Result<()> {
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRule(rule.message()?));
         request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_EXCL | NLM_F_CREATE;
@@ -249,44 +262,103 @@ impl Netlink {
         accept(self.handle.rule().del(message).execute().await, libc::ENOENT)
     }
 
-    /// Removes every route and rule that carries our number: `tandem down --purge`.
+    /// Removes every route and rule that carries our number: `tandem protect --remove`.
     /// Gives how many of each there were.
     pub async fn purge(&self) -> io::Result<(usize, usize)> {
-        let ours = RouteProtocol::from(PROTOCOL);
-        let (mut routes, mut rules) = (0, 0);
-        for version in [IpVersion::V4, IpVersion::V6] {
-            let mut found = Vec::new();
-            let family = match version {
-                IpVersion::V4 => AddressFamily::Inet,
-                IpVersion::V6 => AddressFamily::Inet6,
-            };
-            let mut query = RouteMessage::default();
-            query.header.address_family = family;
-            let mut all = self.handle.route().get(query).execute().boxed();
-            while let Some(message) = all.next().await {
-                let message = message.map_err(failed)?;
-                if message.header.protocol == ours {
-                    found.push(message);
+        self.remove_where(|_| true, |_| true).await
+    }
+
+    /// Removes the routes and rules that carry our number and are none of these. Those stay throughout: the kernel
+    /// deletes the first rule that fits a request, so a rule whose deletion would hit an earlier one is left alone.
+    /// Gives how many of each are gone.
+    pub async fn remove_all_but(
+        &self,
+        rules: &[Rule],
+        routes: &[Route],
+    ) -> io::Result<(usize, usize)> {
+        let wanted: Vec<Rule> = rules.iter().map(Rule::in_full).collect();
+        let routes: Vec<_> =
+            routes.iter().map(|route| (route.table, route.destination, route.metric)).collect();
+        self.remove_where(
+            // What we cannot read is not ours to judge.
+            |rule| rule.is_some_and(|rule| !wanted.contains(rule)),
+            |key| key.is_some_and(|key| !routes.contains(&key)),
+        )
+        .await
+    }
+
+    async fn remove_where(
+        &self,
+        rule_goes: impl Fn(Option<&Rule>) -> bool,
+        route_goes: impl Fn(Option<(u32, Prefix, u32)>) -> bool,
+    ) -> io::Result<(usize, usize)> {
+        let (mut gone_routes, mut gone_rules) = (0, 0);
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            // Rules first: none may lead into a table that is no longer filled.
+            let mut ours = self.our_rules(family).await?;
+            let mut at = 0;
+            while let Some((message, rule)) = ours.get(at) {
+                let stays = !rule_goes(rule.as_ref());
+                let hits_another = ours.iter().take(at).any(|(_, earlier)| match (rule, earlier) {
+                    (Some(rule), Some(earlier)) => rule.deletes(earlier),
+                    _ => false,
+                });
+                if stays || hits_another {
+                    if !stays {
+                        tracing::warn!(
+                            ?rule,
+                            "a rule of an earlier configuration cannot be told from a needed one and stays"
+                        );
+                    }
+                    at += 1;
+                    continue;
                 }
+                let request = self.handle.rule().del(message.clone());
+                accept(request.execute().await, libc::ENOENT)?;
+                gone_rules += 1;
+                ours.remove(at);
             }
-            routes += found.len();
-            for message in found {
-                accept(self.handle.route().del(message).execute().await, libc::ESRCH)?;
-            }
-            let mut found = Vec::new();
-            let mut all = self.handle.rule().get(version).execute().boxed();
-            while let Some(message) = all.next().await {
-                let message = message.map_err(failed)?;
-                if message.attributes.contains(&RuleAttribute::Protocol(ours)) {
-                    found.push(message);
+            for message in self.our_routes(family).await? {
+                if route_goes(key_of(&message)) {
+                    accept(self.handle.route().del(message).execute().await, libc::ESRCH)?;
+                    gone_routes += 1;
                 }
-            }
-            rules += found.len();
-            for message in found {
-                accept(self.handle.rule().del(message).execute().await, libc::ENOENT)?;
             }
         }
-        Ok((routes, rules))
+        Ok((gone_routes, gone_rules))
+    }
+
+    /// In the kernel's order.
+    async fn our_rules(
+        &self,
+        family: AddressFamily,
+    ) -> io::Result<Vec<(RuleMessage, Option<Rule>)>> {
+        let version = if family == AddressFamily::Inet { IpVersion::V4 } else { IpVersion::V6 };
+        let ours = RuleAttribute::Protocol(RouteProtocol::from(PROTOCOL));
+        let mut found = Vec::new();
+        let mut all = self.handle.rule().get(version).execute().boxed();
+        while let Some(message) = all.next().await {
+            let message = message.map_err(failed)?;
+            if message.attributes.contains(&ours) {
+                let rule = Rule::of(&message);
+                found.push((message, rule));
+            }
+        }
+        Ok(found)
+    }
+
+    async fn our_routes(&self, family: AddressFamily) -> io::Result<Vec<RouteMessage>> {
+        let mut query = RouteMessage::default();
+        query.header.address_family = family;
+        let mut found = Vec::new();
+        let mut all = self.handle.route().get(query).execute().boxed();
+        while let Some(message) = all.next().await {
+            let message = message.map_err(failed)?;
+            if message.header.protocol == RouteProtocol::from(PROTOCOL) {
+                found.push(message);
+            }
+        }
+        Ok(found)
     }
 
     /// The state of one interface, `None` when there is none of that name.
@@ -351,16 +423,124 @@ impl Rule {
         if let Some(input) = &self.input {
             attributes.push(RuleAttribute::Iifname(input.clone()));
         }
+        if let Some(port) = self.udp_from {
+            attributes.push(RuleAttribute::IpProtocol(IpProtocol::Udp));
+            let range = RulePortRange { start: port, end: port };
+            attributes.push(RuleAttribute::SourcePortRange(range));
+        }
         match self.action {
-            Action::Lookup(table) => {
+            Action::Lookup(table) | Action::LookupNoDefault(table) => {
                 message.header.action = RuleAction::ToTable;
                 // The attribute takes every table; the header's byte only those below 256.
                 attributes.push(RuleAttribute::Table(table));
+                if matches!(self.action, Action::LookupNoDefault(_)) {
+                    attributes.push(RuleAttribute::SuppressPrefixLen(0));
+                }
             }
             Action::Blackhole => message.header.action = RuleAction::Blackhole,
         }
         Ok(message)
     }
+}
+
+impl Rule {
+    /// The rule that the kernel describes; `None` when it selects by something that ours never do.
+    fn of(message: &RuleMessage) -> Option<Self> {
+        let any: IpAddr = match message.header.family {
+            AddressFamily::Inet => [0_u8; 4].into(),
+            AddressFamily::Inet6 => [0_u8; 16].into(),
+            _ => return None,
+        };
+        let (mut from, mut to) = (any, any);
+        let (mut priority, mut input, mut udp, mut port) = (0, None, false, None);
+        let (mut table, mut no_default) = (None, false);
+        for attribute in &message.attributes {
+            match attribute {
+                RuleAttribute::Source(address) => from = *address,
+                RuleAttribute::Destination(address) => to = *address,
+                RuleAttribute::Priority(number) => priority = *number,
+                RuleAttribute::Iifname(name) => input = Some(name.clone()),
+                RuleAttribute::Table(number) => table = Some(*number),
+                RuleAttribute::SuppressPrefixLen(0) => no_default = true,
+                RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::Protocol(_) => {}
+                RuleAttribute::IpProtocol(IpProtocol::Udp) => udp = true,
+                RuleAttribute::SourcePortRange(range) if range.start == range.end => {
+                    port = Some(range.start);
+                }
+                // Younger than this release; no selector of ours.
+                RuleAttribute::Other(_) => {}
+                _ => return None,
+            }
+        }
+        let action = match (message.header.action, table) {
+            (RuleAction::ToTable, Some(table)) if no_default => Action::LookupNoDefault(table),
+            (RuleAction::ToTable, Some(table)) => Action::Lookup(table),
+            (RuleAction::Blackhole, _) => Action::Blackhole,
+            _ => return None,
+        };
+        Some(Self {
+            priority,
+            from: Some(Prefix::new(from, message.header.src_len)?),
+            to: Some(Prefix::new(to, message.header.dst_len)?),
+            input,
+            udp_from: if udp { port } else { None },
+            action,
+        })
+    }
+
+    /// Both sides written out, so that "any" has one form.
+    fn in_full(&self) -> Self {
+        let v4 = [self.from, self.to].into_iter().flatten().all(|p| p.address.is_ipv4());
+        let any = if v4 { IpAddr::from([0_u8; 4]) } else { IpAddr::from([0_u8; 16]) };
+        let any = Prefix { address: any, length: 0 };
+        Self { from: self.from.or(Some(any)), to: self.to.or(Some(any)), ..self.clone() }
+    }
+
+    /// Whether the kernel, told to delete this rule, would take `other` for it: what is empty in the request is not
+    /// compared (net/core/fib_rules.c, rule_find), and a /0 counts as empty.
+    fn deletes(&self, other: &Self) -> bool {
+        let (own, other) = (self.in_full(), other.in_full());
+        let side = |own: Option<Prefix>, other: Option<Prefix>| match (own, other) {
+            (Some(own), Some(other)) => {
+                own.family() == other.family() && (own.length == 0 || own == other)
+            }
+            _ => true,
+        };
+        let table = |action: Action| match action {
+            Action::Lookup(table) | Action::LookupNoDefault(table) => Some(table),
+            Action::Blackhole => None,
+        };
+        own.priority == other.priority
+            && table(own.action) == table(other.action)
+            && (own.input.is_none() || own.input == other.input)
+            && (own.udp_from.is_none() || own.udp_from == other.udp_from)
+            && side(own.from, other.from)
+            && side(own.to, other.to)
+    }
+}
+
+/// What makes a route one that can stand beside others: table, destination, metric.
+fn key_of(message: &RouteMessage) -> Option<(u32, Prefix, u32)> {
+    let any: IpAddr = match message.header.address_family {
+        AddressFamily::Inet => [0_u8; 4].into(),
+        AddressFamily::Inet6 => [0_u8; 16].into(),
+        _ => return None,
+    };
+    let (mut table, mut destination, mut metric) = (u32::from(message.header.table), any, 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Priority(number) => metric = *number,
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+                destination = (*address).into();
+            }
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+                destination = (*address).into();
+            }
+            _ => {}
+        }
+    }
+    Some((table, Prefix::new(destination, message.header.destination_prefix_length)?, metric))
 }
 
 /// Takes one errno for success.

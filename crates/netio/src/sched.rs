@@ -87,6 +87,15 @@ const CAP_VERSION_3: u32 = 0x2008_0522;
 /// its bounding and ambient sets, and can gain nothing by exec. The user id stays.
 /// A program run afterwards (the notify hook) has no capability at all.
 pub fn drop_privileges() -> io::Result<()> {
+    keep_of(1 << NET_ADMIN | 1 << NET_RAW)
+}
+
+/// The same, keeping nothing: for threads that only write what they are given.
+pub fn drop_all_privileges() -> io::Result<()> {
+    keep_of(0)
+}
+
+fn keep_of(wanted: u32) -> io::Result<()> {
     // SAFETY: integers only.
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
     // SAFETY: integers only. Kernels before 4.3 have no ambient set: nothing to clear then.
@@ -104,7 +113,7 @@ pub fn drop_privileges() -> io::Result<()> {
     let got = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
     check(got as libc::c_int)?;
     let [low, high] = &mut data;
-    let keep = (1 << NET_ADMIN | 1 << NET_RAW) & low.permitted;
+    let keep = wanted & low.permitted;
     *low = CapData { effective: keep, permitted: keep, inheritable: 0 };
     *high = CapData::default();
     // SAFETY: version 3 reads two data structs; both pointers are valid for that.
@@ -139,6 +148,67 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn nothing_stays_and_threads_started_then_have_nothing() {
+        std::thread::spawn(|| {
+            drop_all_privileges().unwrap();
+            std::thread::spawn(|| {
+                for set in ["CapEff:", "CapPrm:", "CapInh:", "CapBnd:", "CapAmb:"] {
+                    assert_eq!(status_line(set), "0000000000000000", "{set}");
+                }
+                assert_eq!(status_line("NoNewPrivs:"), "1");
+            })
+            .join()
+            .unwrap();
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn a_crash_leaves_no_core() {
+        const CHILD: &str = "TANDEM_TEST_CRASH";
+        if let Some(how) = std::env::var_os(CHILD) {
+            if how == "forbidden" {
+                forbid_core_dumps().unwrap();
+                // SAFETY: integers only.
+                let dumpable = unsafe { libc::prctl(libc::PR_GET_DUMPABLE, 0, 0, 0, 0) };
+                assert_eq!(dumpable, 0);
+                let mut limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
+                // SAFETY: the limit lives through the call.
+                check(unsafe { libc::getrlimit(libc::RLIMIT_CORE, &raw mut limit) }).unwrap();
+                assert_eq!((limit.rlim_cur, limit.rlim_max), (0, 0));
+            }
+            std::process::abort();
+        }
+        use std::os::unix::process::ExitStatusExt;
+        let folder = std::env::temp_dir().join(format!("tandem-core-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let dumped = |how: &str| {
+            // The shell's limit is the child's, whatever this process was given.
+            let script = "ulimit -c unlimited; exec \"$0\" --exact \"$1\" --nocapture";
+            let status = std::process::Command::new("sh")
+                .args(["-c", script])
+                .arg(std::env::current_exe().unwrap())
+                .arg("sched::tests::a_crash_leaves_no_core")
+                .env(CHILD, how)
+                .current_dir(&folder)
+                .stderr(std::process::Stdio::null())
+                .stdout(std::process::Stdio::null())
+                .status()
+                .unwrap();
+            assert_eq!(status.signal(), Some(libc::SIGABRT), "{how}");
+            status.core_dumped()
+        };
+        let (control, forbidden) = (dumped("allowed"), dumped("forbidden"));
+        std::fs::remove_dir_all(&folder).unwrap();
+        // Where the host's core_pattern keeps every core away, this proves only the limit and the flag.
+        if !control {
+            eprintln!("this host writes no core files at all");
+        }
+        assert!(!forbidden);
     }
 
     #[test]

@@ -5,11 +5,12 @@
 //! (EINVAL, newer ones ENETUNREACH): one more fence, counted in [`SendCounters`].
 //!
 //! Datagrams that follow each other with one length, destination and TOS leave as one UDP_SEGMENT send,
-//! which the kernel splits as late as it can: most of what sending costs is then paid once a run. Where
-//! the kernel refuses such a send, that socket sends one by one from then on.
+//! which the kernel splits as late as it can: most of what sending costs is then paid once a run. What the
+//! kernel's refusal of such a send means for the next ones is decided in one place, [`Segmenting`].
 //!
 //! Likewise UDP_GRO: the kernel may hand over a run of datagrams in one buffer of 64 KB, and [`BatchSocket::recv`]
-//! deals them out to the caller's buffers.
+//! deals them out to the caller's buffers. What is longer than such a buffer is cut, or given to the caller whole:
+//! [`BatchSocket::recv_or_give`].
 //!
 //! Outer datagrams leave with DF clear and without path-MTU discovery (IP_PMTUDISC_DONT;
 //! RFC 4301 §8.1 leaves the choice to us): fragmentation is kept rare by the TUN's MTU, a forged
@@ -109,8 +110,7 @@ pub struct BatchSocket {
     recv_tos: bool,
     scratch: Box<Scratch>,
     incoming: Incoming,
-    /// The kernel takes UDP_SEGMENT here.
-    segmenting: bool,
+    segmenting: Segmenting,
     counters: SendCounters,
     /// Receive errors other than "nothing there" (pending ICMP errors, mostly).
     receive_errors: u64,
@@ -198,6 +198,84 @@ impl Incoming {
     }
 }
 
+/// Refusals of one size in a row after which datagrams of that size are no longer joined. More than one, as the
+/// address may have come between a refused run and its datagrams that then went one by one.
+const STRIKES: u8 = 3;
+
+/// Whether runs are sent as one, and up to which size of datagram.
+///
+/// The kernel's words (net/ipv4/udp.c, udp_send_skb): EIO, no checksum offload on the way out, or IPsec of its own
+/// there; EINVAL, later EMSGSIZE, a datagram that would not fit the interface's MTU, which by itself is sent in
+/// fragments. EINVAL also stands for an address that is not on the host. So a refusal counts only when the same
+/// datagram went by itself right after. Every other error (ENOBUFS, EAGAIN, EPERM …) is about the datagrams or the
+/// moment, and says nothing about segmentation.
+#[derive(Debug)]
+struct Segmenting {
+    /// Datagrams shorter than this are joined; 0: none.
+    below: usize,
+    refused_size: usize,
+    strikes: u8,
+}
+
+/// What a refused run may mean.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    /// Segmentation is not supported here.
+    Support,
+    /// Datagrams of this size cannot be segments here.
+    Size,
+}
+
+impl Segmenting {
+    fn new(known: bool) -> Self {
+        Self { below: if known { usize::MAX } else { 0 }, refused_size: 0, strikes: 0 }
+    }
+
+    fn takes(&self, size: usize) -> bool {
+        size < self.below
+    }
+
+    /// What an error of a run makes doubtful; `None` when it says nothing about runs.
+    fn doubt(error: &io::Error) -> Option<Doubt> {
+        match error.raw_os_error() {
+            Some(libc::EIO | libc::EOPNOTSUPP | libc::ENOPROTOOPT) => Some(Doubt::Support),
+            Some(libc::EINVAL | libc::EMSGSIZE) => Some(Doubt::Size),
+            _ => None,
+        }
+    }
+
+    /// A run went.
+    fn went(&mut self, size: usize) {
+        if size >= self.refused_size {
+            self.strikes = 0;
+        }
+    }
+
+    /// A run was refused, and its first datagram, of `size` bytes, went by itself. True when that changes what is
+    /// joined from now on.
+    fn refused(&mut self, doubt: Doubt, size: usize) -> bool {
+        match doubt {
+            Doubt::Support => {
+                self.below = 0;
+                true
+            }
+            Doubt::Size => {
+                if size != self.refused_size {
+                    self.refused_size = size;
+                    self.strikes = 0;
+                }
+                self.strikes += 1;
+                if self.strikes < STRIKES {
+                    return false;
+                }
+                self.strikes = 0;
+                self.below = self.below.min(size);
+                true
+            }
+        }
+    }
+}
+
 /// The headers of a batch. The pointers inside are set and used within one call only.
 struct Scratch {
     names: [libc::sockaddr_storage; BATCH],
@@ -282,6 +360,9 @@ impl BatchSocket {
         let socket = open(local, options)?;
         // Kernels before 5.0 refuse; then every datagram comes by itself.
         let _ = set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 1);
+        // Kernels before 4.18 would send a run as one long datagram: they do not know the option either.
+        let known = set_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0);
+        let segmenting = Segmenting::new(known.is_ok());
         let local = socket.local_addr()?.as_socket().unwrap_or(local);
         Ok(Self {
             socket: Arc::new(socket),
@@ -289,7 +370,7 @@ impl BatchSocket {
             recv_tos: options.recv_tos,
             scratch: Scratch::new(),
             incoming: Incoming::new(),
-            segmenting: true,
+            segmenting,
             counters: SendCounters::default(),
             receive_errors: 0,
         })
@@ -327,12 +408,40 @@ impl BatchSocket {
         buffers: impl Iterator<Item = &'a mut [u8]>,
         metas: &mut [RecvMeta],
     ) -> usize {
+        self.deal(buffers, metas, None)
+    }
+
+    /// Like [`BatchSocket::recv`], but a datagram longer than the buffer that would be its own is not cut: `long` sees
+    /// it whole (in memory of the socket's), and the buffer takes the next. Long IKE messages among ESP packets.
+    pub fn recv_or_give<'a>(
+        &mut self,
+        buffers: impl Iterator<Item = &'a mut [u8]>,
+        metas: &mut [RecvMeta],
+        mut long: impl FnMut(RecvMeta, &[u8]),
+    ) -> usize {
+        self.deal(buffers, metas, Some(&mut long))
+    }
+
+    fn deal<'a>(
+        &mut self,
+        buffers: impl Iterator<Item = &'a mut [u8]>,
+        metas: &mut [RecvMeta],
+        mut long: Option<&mut dyn FnMut(RecvMeta, &[u8])>,
+    ) -> usize {
         if !self.has_more() {
             self.receive();
         }
         let mut dealt = 0;
         for (buffer, meta) in buffers.zip(metas) {
-            let Some((bytes, of)) = self.incoming.next() else { break };
+            let mut next = self.incoming.next();
+            while let (Some((bytes, of)), Some(give)) = (next, &mut long)
+                && bytes.len() > buffer.len()
+                && !of.truncated
+            {
+                give(RecvMeta { len: bytes.len(), ..of }, bytes);
+                next = self.incoming.next();
+            }
+            let Some((bytes, of)) = next else { break };
             let room = buffer.len().min(bytes.len());
             if let (Some(to), Some(from)) = (buffer.get_mut(..room), bytes.get(..room)) {
                 to.copy_from_slice(from);
@@ -419,7 +528,7 @@ impl BatchSocket {
 
     /// Fills headers from the iterator, a run of equal datagrams into each; gives their number (1..=BATCH).
     fn fill<'a>(&mut self, items: &mut Peekable<impl Iterator<Item = SendItem<'a>>>) -> usize {
-        let segmenting = self.segmenting;
+        let segmenting = &self.segmenting;
         let Scratch { names, vectors, controls, messages, runs } = &mut *self.scratch;
         let headers = names.iter_mut().zip(controls).zip(messages.iter_mut()).zip(runs.iter_mut());
         let mut vectors = vectors.iter_mut().enumerate();
@@ -435,7 +544,7 @@ impl BatchSocket {
             let (mut total, mut last) = (size, size);
             // The last segment may be shorter, and then it is the last.
             let fits = |item: &SendItem<'_>, total: usize, last: usize| {
-                segmenting
+                segmenting.takes(size)
                     && last == size
                     && (1..=size).contains(&item.bytes.len())
                     && (item.to, item.tos) == (head.to, head.tos)
@@ -489,8 +598,15 @@ impl BatchSocket {
             };
             let runs = &self.scratch.runs;
             if let Ok(sent @ 1..) = usize::try_from(sent) {
-                let datagrams = runs.iter().skip(next).take(sent).map(|run| run.count as u64);
-                self.counters.sent += datagrams.sum::<u64>();
+                for run in runs.iter().skip(next).take(sent) {
+                    self.counters.sent += run.count as u64;
+                    let head = self.scratch.vectors.get(run.first);
+                    if run.count > 1
+                        && let Some(head) = head
+                    {
+                        self.segmenting.went(head.iov_len);
+                    }
+                }
                 next += sent;
                 retried = false;
                 continue;
@@ -500,19 +616,10 @@ impl BatchSocket {
                 continue;
             }
             let run = runs.get(next).copied().unwrap_or(Run { first: 0, count: 0 });
-            let refused = matches!(
-                error.raw_os_error(),
-                Some(
-                    libc::EINVAL
-                        | libc::EIO
-                        | libc::EMSGSIZE
-                        | libc::EOPNOTSUPP
-                        | libc::ENOPROTOOPT
-                )
-            );
-            if run.count > 1 && refused {
-                // Perhaps it is the segmentation that the kernel does not take: each by itself then.
-                self.send_singly(next, run);
+            if run.count > 1
+                && let Some(doubt) = Segmenting::doubt(&error)
+            {
+                self.send_singly(next, run, doubt, &error);
                 next += 1;
                 continue;
             }
@@ -528,24 +635,37 @@ impl BatchSocket {
         }
     }
 
-    /// Sends the datagrams of one message one by one. If that works, this socket stops segmenting.
-    fn send_singly(&mut self, message: usize, run: Run) {
+    /// Sends the datagrams of a refused run one by one, each in the run's class.
+    fn send_singly(&mut self, message: usize, run: Run, doubt: Doubt, refusal: &io::Error) {
         let Scratch { vectors, messages, .. } = &mut *self.scratch;
         let Some(message) = messages.get_mut(message) else { return };
-        for vector in vectors.iter_mut().skip(run.first).take(run.count) {
-            let header = &mut message.msg_hdr;
+        let header = &mut message.msg_hdr;
+        // UDP_SEGMENT stands last, behind the class where there is one.
+        header.msg_controllen = (header.msg_controllen as usize).saturating_sub(SPACE) as _;
+        if header.msg_controllen == 0 {
+            header.msg_control = std::ptr::null_mut();
+        }
+        for (place, vector) in vectors.iter_mut().skip(run.first).take(run.count).enumerate() {
+            let size = vector.iov_len;
             header.msg_iov = vector;
             header.msg_iovlen = 1;
-            header.msg_control = std::ptr::null_mut();
-            header.msg_controllen = 0;
-            // SAFETY: as in `send_filled`: one header, its name and one vector, all alive and filled.
+            // SAFETY: as in `send_filled`: one header, its name, class and one vector, all alive and filled.
             let sent =
                 unsafe { libc::sendmsg(self.socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
-            if sent >= 0 {
-                self.counters.sent += 1;
-                self.segmenting = false;
-            } else {
+            if sent < 0 {
                 count_error(&mut self.counters, &io::Error::last_os_error(), 1, 1);
+                continue;
+            }
+            self.counters.sent += 1;
+            if place == 0 && self.segmenting.refused(doubt, size) {
+                match doubt {
+                    Doubt::Support => {
+                        tracing::info!(local = %self.local, problem = %refusal, "the host cannot send runs of datagrams at once (UDP_SEGMENT; checksum offload may be off): each is sent by itself from now on, which costs throughput");
+                    }
+                    Doubt::Size => {
+                        tracing::info!(local = %self.local, size, problem = %refusal, "datagrams of this size do not fit the interface whole: they are sent one by one from now on, in fragments, which costs throughput (is the TUN's MTU too large?)");
+                    }
+                }
             }
         }
     }
@@ -820,7 +940,7 @@ mod tests {
             let items =
                 all.iter().zip(&lengths).map(|(bytes, (_, tos))| SendItem { to, bytes, tos: *tos });
             assert_eq!(near.send(items), all.len());
-            assert!(near.segmenting, "this kernel segments on loopback");
+            assert_eq!(near.segmenting.below, usize::MAX, "this kernel segments on loopback");
             let mut got: Vec<Vec<u8>> = Vec::new();
             let mut calls = 0;
             while got.len() < all.len() {
@@ -854,6 +974,179 @@ mod tests {
             let (mut room, mut metas) = ([0_u8; 40], [RecvMeta::EMPTY; 1]);
             assert_eq!(far.recv([&mut room[..]].into_iter(), &mut metas), 1);
             assert_eq!((metas[0].len, metas[0].truncated, room), (40, true, [7; 40]));
+        });
+    }
+
+    /// Two ends of a wire of MTU 1500: a veth pair, one end in this namespace and both with addresses.
+    fn over_a_wire(body: impl FnOnce(BatchSocket, SocketAddr) + Send + 'static) {
+        in_new_namespace(|| {
+            ip("link set lo up");
+            stub("d0");
+            ip("address add 192.0.2.1/24 dev d0");
+            ip("neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev d0");
+            let socket =
+                BatchSocket::bind("192.0.2.1:4500".parse().unwrap(), Options::default()).unwrap();
+            body(socket, "192.0.2.2:4500".parse().unwrap());
+        });
+    }
+
+    /// Fragments made so far in this namespace.
+    fn fragments() -> u64 {
+        let text = std::fs::read_to_string("/proc/thread-self/net/snmp").unwrap();
+        let mut lines = text.lines().filter(|line| line.starts_with("Ip:"));
+        let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+        let at = names.split(' ').position(|name| name == "FragCreates").unwrap();
+        values.split(' ').nth(at).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn a_run_sent_one_by_one_keeps_its_class() {
+        in_new_namespace(|| {
+            ip("link set lo up mtu 1500");
+            let options = Options { recv_tos: true, ..Options::default() };
+            let mut near = BatchSocket::bind("127.0.0.1:4500".parse().unwrap(), options).unwrap();
+            let mut far = BatchSocket::bind("127.0.0.2:4500".parse().unwrap(), options).unwrap();
+            let (to, bytes) = (far.local_addr(), [5_u8; 1600]);
+            for tos in [0x2a, 0] {
+                assert_eq!(near.send((0..3).map(|_| SendItem { to, bytes: &bytes, tos })), 3);
+                for _ in 0..3 {
+                    let (mut room, mut metas) = ([0_u8; 2048], [RecvMeta::EMPTY; 1]);
+                    assert!(far.has_more() || wait_readable(&far, 2000).unwrap());
+                    assert_eq!(far.recv([&mut room[..]].into_iter(), &mut metas), 1);
+                    assert_eq!((metas[0].len, metas[0].tos), (1600, tos));
+                }
+            }
+            assert_eq!(near.segmenting.strikes, 2, "both runs were refused as runs");
+        });
+    }
+
+    #[test]
+    fn datagrams_beyond_the_mtu_go_in_fragments_and_smaller_ones_still_in_runs() {
+        over_a_wire(|mut socket, to| {
+            let (long, short) = (vec![1_u8; 1600], vec![2_u8; 1000]);
+            let run = |bytes| (0..10).map(move |_| SendItem { to, bytes, tos: 0x28 });
+            for _ in 0..5 {
+                assert_eq!(socket.send(run(&long).chain(run(&short))), 20);
+            }
+            assert_eq!(fragments(), 5 * 10 * 2, "each long one in two fragments");
+            assert!(!socket.segmenting.takes(1600), "no longer tried in vain");
+            assert!(
+                socket.segmenting.takes(1000),
+                "a run too long for the wire says nothing of others"
+            );
+            assert_eq!(socket.counters(), SendCounters { sent: 100, ..SendCounters::default() });
+        });
+    }
+
+    #[test]
+    fn a_firewall_and_an_absent_address_do_not_end_segmentation() {
+        over_a_wire(|mut socket, to| {
+            let bytes = [3_u8; 1000];
+            let run = || (0..10).map(|_| SendItem { to, bytes: &bytes, tos: 0 });
+            let nft = |text: &str| {
+                let done =
+                    std::process::Command::new("nft").args(text.split(' ')).status().unwrap();
+                assert!(done.success(), "nft {text}");
+            };
+            nft("add table inet t");
+            nft("add chain inet t o { type filter hook output priority 0 ; policy drop ; }");
+            for _ in 0..2 * STRIKES {
+                assert_eq!(socket.send(run()), 0);
+            }
+            assert_eq!(socket.counters().refused_by_host, 20 * u64::from(STRIKES));
+            nft("delete table inet t");
+            ip("address del 192.0.2.1/24 dev d0");
+            for _ in 0..2 * STRIKES {
+                assert_eq!(socket.send(run()), 0);
+            }
+            ip("address add 192.0.2.1/24 dev d0");
+            ip("neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev d0");
+            assert_eq!(socket.send(run()), 10);
+            assert_eq!(socket.segmenting.below, usize::MAX);
+        });
+    }
+
+    #[test]
+    fn datagrams_too_large_for_udp_do_not_take_the_rest_along() {
+        over_a_wire(|mut socket, to| {
+            let (huge, small) = (vec![1_u8; 70_000], vec![2_u8; 100]);
+            let items =
+                [&huge, &small, &huge, &small, &small].map(|bytes| SendItem { to, bytes, tos: 0 });
+            assert_eq!(socket.send(items.into_iter()), 3);
+            assert_eq!(socket.counters().too_large, 2);
+        });
+    }
+
+    #[test]
+    fn only_what_says_unsupported_ends_segmentation() {
+        let doubt = |code| Segmenting::doubt(&io::Error::from_raw_os_error(code));
+        for code in [libc::EIO, libc::EOPNOTSUPP, libc::ENOPROTOOPT] {
+            assert_eq!(doubt(code), Some(Doubt::Support));
+        }
+        for code in [libc::EINVAL, libc::EMSGSIZE] {
+            assert_eq!(doubt(code), Some(Doubt::Size));
+        }
+        for code in [
+            libc::EAGAIN,
+            libc::ENOBUFS,
+            libc::ENOMEM,
+            libc::ECONNREFUSED,
+            libc::EPERM,
+            libc::EACCES,
+            libc::ENETUNREACH,
+            libc::ENETDOWN,
+        ] {
+            assert_eq!(doubt(code), None, "{}", io::Error::from_raw_os_error(code));
+        }
+        let mut segmenting = Segmenting::new(true);
+        // An address that came late: one refusal, then it works.
+        for _ in 0..10 {
+            assert!(!segmenting.refused(Doubt::Size, 1400));
+            segmenting.went(1400);
+        }
+        assert!(segmenting.takes(1400));
+        // Smaller runs that work meanwhile do not speak for the larger.
+        for last in [false, false, true] {
+            assert_eq!(segmenting.refused(Doubt::Size, 1480), last);
+            segmenting.went(1400);
+        }
+        assert!(segmenting.takes(1479) && !segmenting.takes(1480));
+        assert!(segmenting.refused(Doubt::Support, 100));
+        assert!(!segmenting.takes(1));
+    }
+
+    #[test]
+    fn long_datagrams_are_given_whole_and_leave_the_rest_in_order() {
+        in_new_namespace(|| {
+            ip("link set lo up");
+            let mut near =
+                BatchSocket::bind("127.0.0.1:4500".parse().unwrap(), Options::default()).unwrap();
+            let mut far =
+                BatchSocket::bind("127.0.0.2:4500".parse().unwrap(), Options::default()).unwrap();
+            let to = far.local_addr();
+            let lengths = [100, 65_000, 200, 3_000, 3_000, 300];
+            let all: Vec<Vec<u8>> =
+                lengths.iter().enumerate().map(|(i, len)| vec![i as u8; *len]).collect();
+            assert_eq!(near.send(all.iter().map(|bytes| SendItem { to, bytes, tos: 0 })), 6);
+            let (mut short, mut long) = (Vec::new(), Vec::new());
+            while short.len() + long.len() < all.len() {
+                assert!(far.has_more() || wait_readable(&far, 2000).unwrap());
+                let mut room = vec![[0_u8; 2048]; 2];
+                let mut metas = [RecvMeta::EMPTY; 2];
+                let rooms = room.iter_mut().map(|b| &mut b[..]);
+                let count = far.recv_or_give(rooms, &mut metas, |meta, bytes| {
+                    assert_eq!((meta.from, meta.len), (near.local_addr(), bytes.len()));
+                    assert!(!meta.truncated);
+                    long.push(bytes.to_vec());
+                });
+                for (bytes, meta) in room.iter().zip(&metas).take(count) {
+                    assert!(!meta.truncated);
+                    short.push(bytes[..meta.len].to_vec());
+                }
+            }
+            let pick =
+                |wanted: &[usize]| wanted.iter().map(|i| all[*i].clone()).collect::<Vec<_>>();
+            assert_eq!((short, long), (pick(&[0, 2, 5]), pick(&[1, 3, 4])));
         });
     }
 

@@ -209,6 +209,8 @@ impl Answer {
 #[must_use]
 pub fn main() -> ExitCode {
     let args = Args::parse();
+    // Several commands read keys. Refused only in a sandbox, and no reason not to serve.
+    let _ = netio::sched::forbid_core_dumps();
     let json = args.json;
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let outcome = run(args, colour);
@@ -293,7 +295,19 @@ fn protect(config: &Path, instance: Option<String>, remove: bool) -> Result<Answ
                     .await
                     .map_err(failed)?;
                 let pairs = loaded.config.protected_pairs().len();
-                Ok(format!("{pairs} pair(s) of networks are kept from passing in clear"))
+                let plural = if pairs == 1 { " is" } else { "s are" };
+                let mut text = format!("{pairs} pair{plural} kept from passing in clear");
+                // A running daemon may still serve what an earlier configuration says: that stays protected.
+                if netlink.link(&loaded.daemon.tun).await.map_err(failed)?.is_some() {
+                    text += "; rules of an earlier configuration, if any, stay until tandemd starts again";
+                } else {
+                    let (_, rules) =
+                        crate::routing::remove_stale(&netlink, &loaded.config).await.map_err(failed)?;
+                    if rules > 0 {
+                        text += &format!("; rules of an earlier configuration removed: {rules}");
+                    }
+                }
+                Ok(text)
             }
             None => {
                 let (routes, rules) = netlink.purge().await.map_err(failed)?;
@@ -343,6 +357,7 @@ fn is_good(response: &Response) -> bool {
         Response::Up { tunnels, .. } => {
             !tunnels.is_empty() && tunnels.iter().all(|t| t.state == TunnelState::Established)
         }
+        Response::Rekey { ike, children, .. } => *ike > 0 || *children > 0,
         _ => true,
     }
 }
@@ -370,6 +385,11 @@ fn sentence(response: &Response) -> String {
         Response::Down { connection, closed, purged } => {
             let rules = if *purged { "; the rules against clear text are removed" } else { "" };
             format!("{connection}: {} closed{rules}", count(*closed, "tunnel"))
+        }
+        Response::Rekey { connection, ike: 0, children: 0 } => {
+            format!(
+                "{connection}: nothing to rekey here; `tandem status` shows which tunnels stand, and where"
+            )
         }
         Response::Rekey { connection, ike, children } => {
             let (ike, children) = (count(*ike, "IKE SA"), count(*children, "Child SA"));
@@ -546,5 +566,8 @@ mod tests {
         assert!(is_good(&up(&[TunnelState::Established])));
         assert!(!is_good(&up(&[TunnelState::Established, TunnelState::Connecting])));
         assert!(!is_good(&up(&[])));
+        let rekey = |ike| Response::Rekey { connection: "b".into(), ike, children: 0 };
+        assert!(is_good(&rekey(1)) && !is_good(&rekey(0)));
+        assert!(sentence(&rekey(0)).contains("nothing to rekey"));
     }
 }

@@ -68,6 +68,8 @@ pub struct DaemonSettings {
     pub tun: String,
     /// MTU of the TUN interface in bytes; `None`: computed from the WAN interface's.
     pub mtu: Option<u16>,
+    /// Whether the TUN may use what the kernel offers to carry more at once; without it, one packet a call by tun-tap.
+    pub offload: bool,
     /// Called as `HOOK INSTANCE endpoint STATE TERM` at every change of an endpoint's state.
     pub notify: Option<PathBuf>,
 }
@@ -79,6 +81,7 @@ impl Default for DaemonSettings {
             state_dir: "/var/lib/tandem".into(),
             tun: "tandem0".into(),
             mtu: None,
+            offload: true,
             notify: None,
         }
     }

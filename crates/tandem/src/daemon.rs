@@ -27,6 +27,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tracing::error;
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 use crate::config_file::{self, Options};
@@ -52,19 +53,39 @@ struct Args {
 /// netlink's decoders warn about every attribute that is younger than they are.
 const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
 
+/// A log on a slow disk must not stop the control loop: lines go through a thread, and are dropped when 8,192 wait.
+///
+/// The thread starts long before the control thread gives its privileges up, and privileges belong to threads: it is
+/// started by one that has none left.
+fn log_writer() -> std::io::Result<(NonBlocking, WorkerGuard)> {
+    let start = std::thread::Builder::new().name("log-start".to_owned()).spawn(|| {
+        netio::sched::drop_all_privileges()?;
+        Ok(NonBlockingBuilder::default().buffered_lines_limit(8_192).finish(std::io::stderr()))
+    })?;
+    start.join().map_err(|_| std::io::Error::other("its thread panicked"))?
+}
+
 /// Runs the daemon until it is told to stop.
 pub fn main() -> ExitCode {
     let args = Args::parse();
+    // Before the first key is read. The unit's LimitCORE=0 says the same; a daemon started by hand has no unit.
+    if let Err(problem) = netio::sched::forbid_core_dumps() {
+        eprintln!("core dumps cannot be switched off: {problem}");
+        return ExitCode::FAILURE;
+    }
     let filter = args
         .log
         .clone()
         .or_else(|| std::env::var("RUST_LOG").ok())
         .unwrap_or_else(|| DEFAULT_LOG.into());
     let under_systemd = std::env::var_os("JOURNAL_STREAM").is_some();
-    // A log on a slow disk must not stop the control loop: lines go through a thread, and are dropped when 8,192 wait.
-    let (writer, _flush_at_end) = tracing_appender::non_blocking::NonBlockingBuilder::default()
-        .buffered_lines_limit(8_192)
-        .finish(std::io::stderr());
+    let (writer, _flush_at_end) = match log_writer() {
+        Ok(writer) => writer,
+        Err(problem) => {
+            eprintln!("the log cannot be started: {problem}");
+            return ExitCode::FAILURE;
+        }
+    };
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(writer)
@@ -81,6 +102,9 @@ pub fn main() -> ExitCode {
         Ok(loaded) => loaded,
         Err(problem) => {
             eprintln!("{problem}");
+            if matches!(problem, config_file::LoadError::Unreadable { .. }) {
+                eprintln!("  hint: --config names another file");
+            }
             return ExitCode::FAILURE;
         }
     };

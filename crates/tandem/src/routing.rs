@@ -3,20 +3,34 @@
 //!
 //! ```text
 //!  priority  rule                                  lives
-//!   90       iif WAN from REMOTE to LOCAL drop     beyond the process   no protected packet comes in clear
-//!  100       from LOCAL to REMOTE lookup T         beyond the process   no protected packet leaves in clear:
+//!   90+n     iif WAN from REMOTE to LOCAL drop     beyond the process   no protected packet comes in clear
+//!   94       iif lo from VIP, UDP 500/4500: U      beyond the process   IKE and ESP themselves, never into a tunnel
+//!            iif lo from LINK to LINK: main        beyond the process   the pair link, likewise
+//!   95+n     as 100, for a REMOTE inside a LOCAL   beyond the process
+//!   97+n     from LOCAL to LOCAL main, no default  beyond the process   where REMOTE covers LOCAL (0.0.0.0/0)
+//!  100+n     from LOCAL to REMOTE lookup T         beyond the process   no protected packet leaves in clear:
 //!              T: REMOTE dev TUN                   with the TUN           while the daemon runs
 //!              T: REMOTE blackhole, last metric    beyond the process     when it does not
 //!  110       from VIP lookup U                     beyond the process   each endpoint leaves by its own uplink
 //! ```
+//! n is the number of /0 sides: the kernel confuses such rules with others of their priority ([`Netlink::add_rule`]).
+//!
+//! **A REMOTE as wide as 0.0.0.0/0** means "everywhere but here". Traffic from LOCAL to a LOCAL that REMOTE covers stays
+//! outside tunnels and takes the host's own routes, all but its default route: neighbours on the LAN, the gateway's own
+//! LAN address, the pair link over the LAN. (Where a narrower REMOTE lies inside that LOCAL, that one still goes
+//! into its tunnel.) What the host sends from addresses outside LOCAL is not touched at all: a REMOTE that covers a WAN
+//! address, its gateway or a peer stands in table T only, not in `main`.
 //!
 //! `tandem protect` sets what outlives the process before the network comes up (deploy/install), the daemon repeats it
-//! at its start. `tandem down CONNECTION --purge` takes away what no other connection needs, `tandem protect --remove`
+//! at its start, and takes away what an earlier configuration left and this one does not want. `tandem down CONNECTION --purge` takes away what no other connection needs, `tandem protect --remove`
 //! all of it.
 
+use std::collections::BTreeSet;
 use std::io;
+use std::net::IpAddr;
 
 use gateway::config::{Config, Endpoint};
+use ike::RemoteAddress;
 use netio::route::{Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target};
 use wire::ts::Cidr;
 
@@ -26,6 +40,12 @@ pub const TABLE: u32 = 4116;
 pub const UPLINK_TABLE: u32 = 4200;
 /// Rules against clear text from the WAN.
 const FROM_WAN: u32 = 90;
+/// Rules for the daemon's own packets.
+const OWN: u32 = 94;
+/// Rules into table T for networks inside an exempt one.
+const INSIDE: u32 = 95;
+/// Rules past the tunnels, from LOCAL to LOCAL.
+const EXEMPT: u32 = 97;
 /// Rules into table T.
 const PROTECTED: u32 = 100;
 /// Rules into the uplink tables.
@@ -45,11 +65,33 @@ fn wan_interfaces(config: &Config) -> Vec<String> {
     names
 }
 
+/// How many sides of a rule are everywhere.
+fn wide(from: &Prefix, to: &Prefix) -> u32 {
+    u32::from(from.length() == 0) + u32::from(to.length() == 0)
+}
+
+fn prefixes(pairs: &[(Cidr, Cidr)]) -> Vec<(Prefix, Prefix)> {
+    let prefix = |cidr: &Cidr| Prefix::new(cidr.addr(), cidr.prefix());
+    pairs.iter().filter_map(|(local, remote)| Some((prefix(local)?, prefix(remote)?))).collect()
+}
+
+/// Which traffic of these pairs stays outside tunnels: from a local network to one that the remote side covers too.
+fn exemptions(pairs: &[(Prefix, Prefix)], all: &[(Prefix, Prefix)]) -> BTreeSet<(Prefix, Prefix)> {
+    let locals: BTreeSet<Prefix> = all.iter().map(|(local, _)| *local).collect();
+    let covered = |remote: &Prefix| {
+        let remote = *remote;
+        locals.iter().copied().filter(move |local| *local != remote && remote.covers(local))
+    };
+    pairs.iter().flat_map(|(local, remote)| covered(remote).map(move |to| (*local, to))).collect()
+}
+
 /// The rules and routes of a set of pairs of networks between which nothing may pass in clear.
 #[derive(Debug, Clone)]
 pub struct Protection {
     rules: Vec<Rule>,
     remotes: Vec<Prefix>,
+    /// Those of `remotes` that do not stand in `main`.
+    hidden: Vec<Prefix>,
 }
 
 impl Protection {
@@ -68,32 +110,68 @@ impl Protection {
         Self::of_pairs(config, &own, &rest)
     }
 
-    /// `others`: pairs whose remote networks keep their routes.
+    /// `others`: pairs that keep what they share with these.
     fn of_pairs(config: &Config, pairs: &[(Cidr, Cidr)], others: &[(Cidr, Cidr)]) -> Self {
-        let prefix = |cidr: &Cidr| Prefix::new(cidr.addr(), cidr.prefix());
+        let all = prefixes(&config.protected_pairs());
+        let (pairs, others) = (prefixes(pairs), prefixes(others));
         let wans = wan_interfaces(config);
+        let every_exemption = exemptions(&all, &all);
         let (mut rules, mut remotes) = (Vec::new(), Vec::new());
-        for (local, remote) in pairs {
-            let (Some(from), Some(to)) = (prefix(local), prefix(remote)) else { continue };
+        for (from, to) in &pairs {
+            // Judged by the whole configuration, so that a pair's rule is the same whatever is asked about.
+            let inside =
+                every_exemption.iter().any(|(_, exempt)| exempt != to && exempt.covers(to));
+            let priority = if inside { INSIDE } else { PROTECTED };
             rules.push(Rule {
-                priority: PROTECTED,
-                from: Some(from),
-                to: Some(to),
+                priority: priority + wide(from, to),
+                from: Some(*from),
+                to: Some(*to),
                 input: None,
+                udp_from: None,
                 action: Action::Lookup(TABLE),
             });
             rules.extend(wans.iter().map(|interface| Rule {
-                priority: FROM_WAN,
-                from: Some(to),
-                to: Some(from),
+                priority: FROM_WAN + wide(from, to),
+                from: Some(*to),
+                to: Some(*from),
                 input: Some(interface.clone()),
+                udp_from: None,
                 action: Action::Blackhole,
             }));
-            if !remotes.contains(&to) && !others.iter().any(|(_, other)| other == remote) {
-                remotes.push(to);
+            if !remotes.contains(to) && !others.iter().any(|(_, other)| other == to) {
+                remotes.push(*to);
             }
         }
-        Self { rules, remotes }
+        let kept = exemptions(&others, &all);
+        rules.extend(exemptions(&pairs, &all).difference(&kept).map(|(from, to)| Rule {
+            priority: EXEMPT + wide(from, to),
+            from: Some(*from),
+            to: Some(*to),
+            input: None,
+            udp_from: None,
+            action: Action::LookupNoDefault(MAIN_TABLE),
+        }));
+        let needed_by = |pairs: &[(Prefix, Prefix)], from: &Prefix, to: &Prefix| {
+            pairs.iter().any(|(local, remote)| local.covers(from) && remote.covers(to))
+        };
+        for link in config.pair.iter().flat_map(|pair| &pair.links) {
+            let (from, to) = (Prefix::host(link.local.ip()), Prefix::host(link.remote.ip()));
+            if needed_by(&pairs, &from, &to) && !needed_by(&others, &from, &to) {
+                rules.push(Rule {
+                    priority: OWN,
+                    from: Some(from),
+                    to: Some(to),
+                    input: Some("lo".to_owned()),
+                    udp_from: None,
+                    action: Action::Lookup(MAIN_TABLE),
+                });
+            }
+        }
+        let outside = outside_tunnels(config);
+        let covers_some =
+            |remote: &Prefix| outside.iter().any(|address| remote.covers(&Prefix::host(*address)));
+        let hidden = remotes.iter().copied().filter(covers_some).collect();
+        Self { rules, remotes, hidden }
     }
 
     /// Sets the rules and blackholes that keep protected traffic from passing in clear, daemon or no daemon.
@@ -138,48 +216,90 @@ impl Protection {
     }
 
     fn leads(&self, tun: u32) -> impl Iterator<Item = Route> {
-        self.remotes.iter().flat_map(move |remote| {
-            [TABLE, MAIN_TABLE].map(|table| Route {
-                destination: *remote,
-                table,
-                target: Target::Device(tun),
-                metric: METRIC,
-                source: None,
-            })
-        })
+        let lead = move |remote: &Prefix, table| Route {
+            destination: *remote,
+            table,
+            target: Target::Device(tun),
+            metric: METRIC,
+            source: None,
+        };
+        let shown = self.remotes.iter().filter(|remote| !self.hidden.contains(remote));
+        let shown = shown.map(move |remote| lead(remote, MAIN_TABLE));
+        self.remotes.iter().map(move |remote| lead(remote, TABLE)).chain(shown)
     }
+}
+
+/// Addresses that this host reaches, or is reached by, outside any tunnel.
+fn outside_tunnels(config: &Config) -> Vec<IpAddr> {
+    let wans = config.endpoints.iter().flat_map(|endpoint| {
+        [Some(endpoint.wan.address), endpoint.wan.gateway].into_iter().flatten()
+    });
+    let peers = config.connections.iter().filter_map(|c| match c.ike.remote_address {
+        RemoteAddress::Ip(address) => Some(address),
+        RemoteAddress::Any => None,
+    });
+    wans.chain(peers).collect()
+}
+
+/// Removes what an earlier configuration left and this one does not want: rules and routes with our number. Gives how
+/// many routes and rules are gone. Whoever has set what is wanted first never takes a wanted one away, not for a moment.
+pub async fn remove_stale(netlink: &Netlink, config: &Config) -> io::Result<(usize, usize)> {
+    let protection = Protection::of(config);
+    // A route is known by table, destination and metric: the interface does not matter.
+    let mut routes: Vec<Route> = protection.leads(0).chain(protection.blackholes()).collect();
+    let mut rules = protection.rules;
+    for endpoint in &config.endpoints {
+        if matches!(endpoint.wan.interface.get(usize::from(config.local)), Some(Some(_))) {
+            let uplink = uplink(endpoint, 0);
+            routes.extend(uplink.0);
+            rules.extend(uplink.1);
+        }
+    }
+    netlink.remove_all_but(&rules, &routes).await
 }
 
 /// Makes an endpoint's own packets leave by its own uplink.
 pub async fn set_uplink(netlink: &Netlink, endpoint: &Endpoint, interface: u32) -> io::Result<()> {
+    let (routes, rules) = uplink(endpoint, interface);
+    for route in &routes {
+        netlink.set_route(route).await?;
+    }
+    for rule in &rules {
+        netlink.add_rule(rule).await?;
+    }
+    Ok(())
+}
+
+fn uplink(endpoint: &Endpoint, interface: u32) -> (Vec<Route>, Vec<Rule>) {
     let table = UPLINK_TABLE + u32::from(endpoint.id.0);
     let address = endpoint.wan.address;
     let any = if address.is_ipv4() { [0_u8; 4].into() } else { [0_u8; 16].into() };
     let everything = Prefix::new(any, 0);
+    let route =
+        |destination, target| Route { destination, table, target, metric: METRIC, source: None };
+    let mut routes = Vec::new();
     let on_link = match endpoint.wan.gateway {
         Some(gateway) => {
-            if let Some(destination) = everything {
-                let target = Target::Gateway { gateway, interface, onlink: true };
-                netlink
-                    .set_route(&Route { destination, table, target, metric: METRIC, source: None })
-                    .await?;
-            }
+            let target = Target::Gateway { gateway, interface, onlink: true };
+            routes.extend(everything.map(|destination| route(destination, target)));
             endpoint.wan.prefix.and_then(|length| Prefix::new(address, length))
         }
         None => everything,
     };
-    if let Some(destination) = on_link {
-        let target = Target::Device(interface);
-        netlink
-            .set_route(&Route { destination, table, target, metric: METRIC, source: None })
-            .await?;
-    }
+    routes.extend(on_link.map(|destination| route(destination, Target::Device(interface))));
     let rule = Rule {
         priority: UPLINK,
         from: Some(Prefix::host(address)),
         to: None,
         input: None,
+        udp_from: None,
         action: Action::Lookup(table),
     };
-    netlink.add_rule(&rule).await
+    let own = [500, 4500].map(|port| Rule {
+        priority: OWN,
+        input: Some("lo".to_owned()),
+        udp_from: Some(port),
+        ..rule.clone()
+    });
+    (routes, own.into_iter().chain([rule]).collect())
 }

@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// Why the term file could not be used.
@@ -46,6 +47,11 @@ impl TermFile {
     /// Reads `FOLDER/terms`; a missing file is an empty one.
     pub fn open(folder: &Path) -> Result<Self, TermFileError> {
         let path = folder.join("terms");
+        // systemd makes it (StateDirectory=); whoever starts the daemon by hand would otherwise have an instance that
+        // runs and can own nothing.
+        if let Err(source) = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder) {
+            return Err(TermFileError::Io { path: folder.to_owned(), source });
+        }
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
@@ -118,6 +124,15 @@ mod tests {
         let again = TermFile::open(&folder).unwrap();
         assert_eq!((again.reserved("main"), again.reserved("other")), (Some(32), Some(17)));
         fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn the_folder_is_made_where_it_is_missing_and_for_nobody_else() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = folder("made").join("a/b");
+        TermFile::open(&folder).unwrap().reserve("main", 16).unwrap();
+        assert_eq!(fs::metadata(&folder).unwrap().permissions().mode() & 0o777, 0o700);
+        fs::remove_dir_all(folder.ancestors().nth(2).unwrap()).unwrap();
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod basic;
+mod ipv6;
 mod lifecycle;
 mod pair;
 mod protection;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Scenario> {
         protection::SCENARIOS,
         pair::SCENARIOS,
         uplink::SCENARIOS,
+        ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]
     .concat()

@@ -24,6 +24,8 @@ use crate::run::Run;
 pub const VIRTUAL_WAN: &str = "203.0.113.10";
 /// The endpoint's virtual LAN address.
 pub const VIRTUAL_LAN: &str = "10.1.0.1";
+/// The endpoint's virtual LAN address for IPv6.
+pub const VIRTUAL_LAN6: &str = "fd01::1";
 /// The remote gateway's outer address.
 pub const PEER_WAN: &str = "198.51.100.7";
 /// The host behind the endpoint.
@@ -136,7 +138,8 @@ impl Net {
              route add default via 198.51.100.1\n")?;
         net.lhost.ip("addr add 10.1.0.9/24 dev eth0\n\
              addr add fd01::9/64 dev eth0\n\
-             route add default via 10.1.0.1\n")?;
+             route add default via 10.1.0.1\n\
+             route add default via fd01::1\n")?;
         net.rhost.ip("addr add 10.2.0.9/24 dev eth0\n\
              addr add fd02::9/64 dev eth0\n\
              route add default via 10.2.0.1\n\
@@ -148,8 +151,7 @@ impl Net {
     pub fn plain_endpoint(&self) -> Result<()> {
         self.left.ip("addr add 203.0.113.10/24 dev eth0\n\
              addr add 10.1.0.1/24 dev eth1\n\
-             addr add fd01::1/64 dev eth1\n")?;
-        self.lhost.ip("route add default via fd01::1\n")
+             addr add fd01::1/64 dev eth1\n")
     }
 
     /// Gives the remote gateway's host addresses of its own, so that 198.51.100.7 and 10.2.0.1 can be virtual:

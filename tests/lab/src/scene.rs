@@ -349,13 +349,18 @@ pub fn start_remote(run: &Run, bins: &Bins, net: &Net, kind: PeerKind) -> Result
             Ok(Remote::Kernel(Box::new(peer)))
         }
         PeerKind::Tandem => {
-            net.virtual_peer()?;
-            let mut daemon = Daemon::prepare(run, bins, &net.peer, "peer", &Config::remote())?;
-            daemon.start()?;
-            wait::until("the remote Tandem's tunnel", PATIENCE, Duration::from_millis(20), || {
-                Ok(daemon.status()?.is_up("gw", 1).then_some(()))
-            })?;
-            Ok(Remote::Tandem(Box::new(daemon)))
+            Ok(Remote::Tandem(Box::new(start_tandem(run, bins, net, &Config::remote())?)))
         }
     }
+}
+
+/// A Tandem in the remote gateway's place, its tunnel up.
+pub fn start_tandem(run: &Run, bins: &Bins, net: &Net, config: &Config) -> Result<Daemon> {
+    net.virtual_peer()?;
+    let mut daemon = Daemon::prepare(run, bins, &net.peer, "peer", config)?;
+    daemon.start()?;
+    wait::until("the remote Tandem's tunnel", PATIENCE, Duration::from_millis(20), || {
+        Ok(daemon.status()?.is_up("gw", 1).then_some(()))
+    })?;
+    Ok(daemon)
 }

@@ -96,10 +96,12 @@ pub struct Config {
     pub wan: String,
     /// Next hop on the WAN.
     pub gateway: String,
-    /// The endpoint's virtual LAN address.
-    pub lan: String,
+    /// The endpoint's virtual LAN addresses.
+    pub lan: Vec<String>,
     /// The connections.
     pub connections: Vec<Connection>,
+    /// Whether the TUN may use offloads.
+    pub offload: bool,
 }
 
 /// The pre-shared key of the sample connection.
@@ -140,8 +142,9 @@ impl Config {
             ],
             wan: net::VIRTUAL_WAN.into(),
             gateway: "203.0.113.1".into(),
-            lan: net::VIRTUAL_LAN.into(),
+            lan: vec![net::VIRTUAL_LAN.into(), net::VIRTUAL_LAN6.into()],
             connections: vec![branch()],
+            offload: true,
         }
     }
 
@@ -165,7 +168,7 @@ impl Config {
             instances: vec![("peer".into(), 0, Vec::new())],
             wan: net::PEER_WAN.into(),
             gateway: "198.51.100.1".into(),
-            lan: "10.2.0.1".into(),
+            lan: vec!["10.2.0.1".into()],
             connections: vec![connection],
             ..Config::pair()
         }
@@ -186,6 +189,9 @@ impl Config {
         let at = dir.display();
         let mut text =
             format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
+        if !self.offload {
+            text.push_str("offload = false\n");
+        }
         if let Some(secret) = &self.secret {
             secret_file(&dir.join("pair.key"), secret)?;
             let _ = writeln!(text, "[pair]\nsecret_file = \"{at}/pair.key\"");
@@ -204,7 +210,7 @@ impl Config {
             "wan = {{ address = \"{}\", gateway = \"{}\", interface = \"eth0\" }}",
             self.wan, self.gateway
         );
-        let _ = writeln!(text, "lan = {{ address = \"{}\", interface = \"eth1\" }}", self.lan);
+        let _ = writeln!(text, "lan = {{ address = {}, interface = \"eth1\" }}", list(&self.lan));
         for connection in &self.connections {
             let psk = dir.join(format!("{}.psk", connection.name));
             secret_file(&psk, &connection.psk)?;

@@ -232,8 +232,8 @@ fn usable(address: IpAddr) -> bool {
 fn addresses(endpoint: &EndpointParts) -> impl Iterator<Item = (String, IpAddr)> {
     let name = &endpoint.name;
     let wan = (format!("endpoints.{name}.wan.address"), endpoint.wan.address);
-    let lan = endpoint.lan.as_ref().map(|l| (format!("endpoints.{name}.lan.address"), l.address));
-    [wan].into_iter().chain(lan)
+    let lan = endpoint.lan.iter().flat_map(|lan| &lan.addresses);
+    [wan].into_iter().chain(lan.map(move |a| (format!("endpoints.{name}.lan.address"), *a)))
 }
 
 fn endpoints(parts: &Parts, notes: &mut Notes) {
@@ -253,9 +253,20 @@ fn endpoints(parts: &Parts, notes: &mut Notes) {
         wan(endpoint, notes);
         interfaces(parts, endpoint, &at("wan.interface"), &endpoint.wan.interface, true, notes);
         if let Some(lan) = &endpoint.lan {
-            if !usable(lan.address) {
-                let text = format!("`{}` is not the address of a host", lan.address);
-                notes.error(at("lan.address"), text, "expected a unicast address");
+            for address in &lan.addresses {
+                if !usable(*address) {
+                    let text = format!("`{address}` is not the address of a host");
+                    notes.error(at("lan.address"), text, "expected a unicast address");
+                }
+            }
+            let of_v4 = lan.addresses.iter().filter(|address| address.is_ipv4()).count();
+            if of_v4 > 1 || lan.addresses.len() - of_v4 > 1 {
+                let text = format!("{} addresses", lan.addresses.len());
+                notes.error(
+                    at("lan.address"),
+                    text,
+                    "expected one IPv4 and one IPv6 address at most",
+                );
             }
             interfaces(parts, endpoint, &at("lan.interface"), &lan.interface, false, notes);
         }

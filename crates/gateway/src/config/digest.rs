@@ -56,7 +56,7 @@ pub(super) fn of(parts: &Parts) -> [u8; 32] {
         out.text(&endpoint.name);
         out.text(&endpoint.home);
         out.text(endpoint.wan.address);
-        out.list(endpoint.lan.iter().map(|lan| lan.address).collect::<Vec<_>>().iter());
+        out.list(endpoint.lan.iter().flat_map(|lan| &lan.addresses).collect::<Vec<_>>().iter());
         out.text(match endpoint.on_failure {
             OnFailure::Adopt => "adopt",
             OnFailure::Withdraw => "withdraw",

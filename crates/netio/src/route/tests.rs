@@ -89,6 +89,7 @@ fn blackholes_and_rules_outlive_the_tun_and_purge_removes_them() {
                 from: Some(prefix(local)),
                 to: Some(prefix(remote)),
                 input: None,
+                udp_from: None,
                 action: Action::Lookup(1160),
             };
             let drop = Rule {
@@ -96,6 +97,7 @@ fn blackholes_and_rules_outlive_the_tun_and_purge_removes_them() {
                 from: Some(prefix(remote)),
                 to: Some(prefix(local)),
                 input: Some("wan0".to_owned()),
+                udp_from: None,
                 action: Action::Blackhole,
             };
             [lookup, drop]
@@ -165,6 +167,7 @@ fn uplink_table_with_a_gateway_follows_the_source_address() {
             from: Some(prefix("203.0.113.10/32")),
             to: None,
             input: None,
+            udp_from: None,
             action: Action::Lookup(1161),
         };
         netlink.add_rule(&rule).await.unwrap();
@@ -202,5 +205,119 @@ fn link_state_is_read_and_watched() {
         .await
         .unwrap();
         assert!(running, "the carrier was seen in between");
+    });
+}
+
+fn rule(priority: u32, from: &str, to: &str, action: Action) -> Rule {
+    let side = |text: &str| (text != "any").then(|| prefix(text));
+    Rule { priority, from: side(from), to: side(to), input: None, udp_from: None, action }
+}
+
+#[test]
+fn what_a_new_configuration_does_not_want_goes_and_the_rest_stays() {
+    run(|| async {
+        stub("lan0");
+        let netlink = Netlink::open().unwrap();
+        let from_wan = |from: &str, to: &str| Rule {
+            input: Some("wan0".to_owned()),
+            ..rule(90, from, to, Action::Blackhole)
+        };
+        let wanted = [
+            rule(100, "10.1.0.0/24", "10.2.0.0/24", Action::Lookup(1160)),
+            rule(100, "10.1.0.0/24", "10.3.0.0/24", Action::Lookup(1160)),
+            rule(100, "2001:db8:1::/64", "2001:db8:2::/64", Action::Lookup(1160)),
+            rule(101, "10.1.0.0/24", "0.0.0.0/0", Action::Lookup(1160)),
+            rule(95, "10.1.0.0/24", "10.1.0.0/24", Action::LookupNoDefault(MAIN_TABLE)),
+            rule(110, "203.0.113.10/32", "any", Action::Lookup(1161)),
+            from_wan("10.2.0.0/24", "10.1.0.0/24"),
+            Rule {
+                input: Some("lo".to_owned()),
+                udp_from: Some(4500),
+                ..rule(94, "203.0.113.10/32", "any", Action::Lookup(1161))
+            },
+        ];
+        let stale = [
+            rule(100, "10.1.0.0/24", "10.9.0.0/24", Action::Lookup(1160)),
+            rule(100, "2001:db8:1::/64", "2001:db8:9::/64", Action::Lookup(1160)),
+            // The request to delete this one fits every other rule from 10.1.0.0/24 to somewhere.
+            rule(102, "10.1.0.0/24", "any", Action::Lookup(1160)),
+            from_wan("10.9.0.0/24", "10.1.0.0/24"),
+            rule(110, "203.0.113.99/32", "any", Action::Lookup(1162)),
+        ];
+        let blackhole = |to: &str| Route {
+            destination: prefix(to),
+            table: 1160,
+            target: Target::Blackhole,
+            metric: LAST_METRIC,
+            source: None,
+        };
+        let kept_routes = ["10.2.0.0/24", "0.0.0.0/0", "2001:db8:2::/64"].map(blackhole);
+        ip("rule add priority 100 from 10.7.0.0/24 to 10.8.0.0/24 lookup 77");
+        ip("route add 10.7.0.0/24 dev lan0");
+        for rule in &wanted {
+            netlink.add_rule(rule).await.unwrap();
+        }
+        for route in &kept_routes {
+            netlink.set_route(route).await.unwrap();
+        }
+        let shown = || {
+            ["rule show", "-6 rule show", "route show table all", "-6 route show table all"].map(ip)
+        };
+        let before = shown();
+        assert_eq!(netlink.remove_all_but(&wanted, &kept_routes).await.unwrap(), (0, 0));
+        for rule in &stale {
+            netlink.add_rule(rule).await.unwrap();
+        }
+        for to in ["10.9.0.0/24", "2001:db8:9::/64"] {
+            netlink.set_route(&blackhole(to)).await.unwrap();
+        }
+        assert_ne!(shown(), before);
+        // Whoever removed a wanted rule and set it again would be heard here.
+        let mut monitor = std::process::Command::new("ip")
+            .args(["-d", "monitor", "rule"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let gone = netlink.remove_all_but(&wanted, &kept_routes).await.unwrap();
+        assert_eq!(gone, (2, stale.len()));
+        assert_eq!(shown(), before);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        monitor.kill().unwrap();
+        let heard = monitor.wait_with_output().unwrap();
+        let heard = String::from_utf8_lossy(&heard.stdout);
+        assert!(heard.lines().count() >= 4, "{heard}");
+        assert!(
+            heard.lines().filter(|line| line.contains("from")).all(|line| line.contains("Deleted")),
+            "{heard}"
+        );
+        assert!(!heard.contains("10.2.0.0/24"), "{heard}");
+    });
+}
+
+#[test]
+fn a_side_that_is_any_needs_a_priority_of_its_own() {
+    run(|| async {
+        let netlink = Netlink::open().unwrap();
+        let narrow = rule(100, "10.1.0.0/24", "10.2.0.0/24", Action::Lookup(1160));
+        let vague = |priority| rule(priority, "10.1.0.0/24", "0.0.0.0/0", Action::Lookup(1160));
+        netlink.add_rule(&narrow).await.unwrap();
+        // The kernel does not compare a /0: it takes the narrow rule for this one, and would delete it for this one.
+        assert!(vague(100).deletes(&narrow) && !vague(101).deletes(&narrow));
+        netlink.add_rule(&vague(100)).await.unwrap();
+        assert!(
+            !ip("rule show").contains("from 10.1.0.0/24 lookup"),
+            "then the note in add_rule is old"
+        );
+        netlink.add_rule(&vague(101)).await.unwrap();
+        assert!(ip("rule show").contains("from 10.1.0.0/24 lookup"));
+        let wanted = [narrow];
+        assert_eq!(netlink.remove_all_but(&wanted, &[]).await.unwrap(), (0, 1));
+        // Where the vague one is first, its deletion hits itself.
+        netlink.purge().await.unwrap();
+        netlink.add_rule(&vague(100)).await.unwrap();
+        netlink.add_rule(&wanted[0]).await.unwrap();
+        assert_eq!(netlink.remove_all_but(&wanted, &[]).await.unwrap(), (0, 1));
+        assert!(ip("rule show").contains("from 10.1.0.0/24 to 10.2.0.0/24"));
     });
 }

@@ -189,6 +189,23 @@ impl<'r> Table<'r> {
         self.text(key, expected, parse)
     }
 
+    /// Whether the value under a key is a list.
+    pub(super) fn is_list(&self, key: &str) -> bool {
+        self.table.get(key).is_some_and(|value| matches!(value.get_ref(), DeValue::Array(_)))
+    }
+
+    /// `true` or `false`; `default` when the key is missing or something else.
+    pub(super) fn switch(&self, key: &str, default: bool) -> bool {
+        match self.raw(key) {
+            None => default,
+            Some((DeValue::Boolean(value), _)) => *value,
+            Some((other, span)) => {
+                self.wrong_type(key, other, &span, "true or false");
+                default
+            }
+        }
+    }
+
     /// A list of strings. `None` when the key is missing or not a list; bad elements are noted and left out.
     pub(super) fn list<T>(
         &self,

@@ -90,6 +90,7 @@ fn daemon(table: Table<'_>) -> DaemonSettings {
         tun: tun.map_or(defaults.tun, |tun| tun.value),
         // RFC 8200 §5: an interface that carries IPv6 has at least 1280.
         mtu: table.number("mtu", "bytes", 1280..=9000).and_then(|n| u16::try_from(n.value).ok()),
+        offload: table.switch("offload", defaults.offload),
         notify: path("notify"),
     };
     table.done();
@@ -274,10 +275,15 @@ impl Section<'_, '_, '_> {
             });
             let lan = table.table("lan").and_then(|lan| {
                 let expected = "an address of this segment that no host has, such as \"10.1.0.1\"";
-                let address = lan.need("address", expected, values::address);
+                let addresses = if lan.is_list("address") {
+                    lan.list("address", expected, values::address).unwrap_or_default()
+                } else {
+                    lan.need("address", expected, values::address).into_iter().collect()
+                };
                 let interface = interface(&lan, instances);
                 lan.done();
-                Some(LanParts { address: address?.value, interface })
+                let addresses: Vec<IpAddr> = addresses.into_iter().map(|a| a.value).collect();
+                (!addresses.is_empty()).then_some(LanParts { addresses, interface })
             });
             table.done();
             let Some(wan) = wan else { continue };

@@ -21,7 +21,7 @@ use wire::id::{EndpointId, Term};
 use super::addresses::Order;
 use super::answers;
 use super::setup::{Parts, Place};
-use crate::control_socket::{Request, Response};
+use crate::control_socket::{Failure, Fault, Request, Response};
 use crate::hook::Change;
 use crate::link::{LinkEvent, ProbeResult, SteerHead, SteerKind, StreamEnd};
 use crate::routing;
@@ -61,6 +61,8 @@ struct Control {
     next_ticket: u64,
     buffer: Vec<u8>,
     stopping: Option<Duration>,
+    /// The term file could not be written, which was said.
+    terms_stuck: bool,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -85,6 +87,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
         next_ticket: 0,
         buffer: vec![0; DATAGRAM],
         stopping: None,
+        terms_stuck: false,
     };
     control.uplinks().await;
     sd_notify::notify(false, &[sd_notify::NotifyState::Ready]).map_err(fail("systemd"))?;
@@ -369,13 +372,19 @@ impl Control {
     fn task_done(&mut self, done: Done) {
         match done {
             Done::Reserved { endpoint, up_to } => {
+                if std::mem::take(&mut self.terms_stuck) {
+                    info!("terms can be reserved again");
+                }
                 self.parts.gateway.handle_reserved(boottime(), endpoint, up_to)
             }
             Done::ReserveFailed { endpoint, up_to, problem } => {
-                error!(
-                    problem,
-                    "terms cannot be reserved: until they are, this instance cannot take the endpoint over"
-                );
+                // Once, not every second.
+                if !std::mem::replace(&mut self.terms_stuck, true) {
+                    error!(
+                        problem,
+                        "terms cannot be reserved: until they are, this instance cannot take an endpoint over; tried again every second"
+                    );
+                }
                 let done = self.done.clone();
                 tokio::spawn(async move {
                     tokio::time::sleep(RESERVE_AGAIN).await;
@@ -394,6 +403,13 @@ impl Control {
     }
 
     fn request(&mut self, call: crate::control_socket::Call) {
+        if matches!(call.request, Request::Failover { .. }) && self.parts.link.is_none() {
+            let text = "this gateway is on its own: there is no other instance to hand over to";
+            let failure = Failure::new(Fault::NotReady, text)
+                .hint("a [pair] section and a second host make it a pair");
+            let _ = call.reply.send(Response::Error(failure));
+            return;
+        }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         let request = answers::request(&call.request);

@@ -80,16 +80,19 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     for row in report.rows() {
         warn!(line = row.line, "configuration: {}", row.message);
     }
-    netio::sched::forbid_core_dumps()
-        .map_err(|error| format!("core dumps cannot be switched off: {error}"))?;
     if let Some(folder) = &keylog {
         warn!(folder = %folder.display(), "KEY LOG IS ON: every key of every tunnel is written to disk in clear");
         std::fs::create_dir_all(folder)
             .map_err(|error| format!("key log {}: {error}", folder.display()))?;
     }
+    // Before anything of the host is changed: a second daemon must not touch the routes of the first.
+    let server = Server::bind(&settings.socket).await.map_err(|failure| match &failure.hint {
+        Some(hint) => format!("{failure}; {hint}"),
+        None => failure.to_string(),
+    })?;
     let terms = TermFile::open(&settings.state_dir).map_err(|error| error.to_string())?;
-    let tun = Tun::open_vnet(&settings.tun).map_err(|error| {
-        format!("the TUN {:?} cannot be opened: {error}; is another tandemd running, and does this process have /dev/net/tun and CAP_NET_ADMIN?", settings.tun)
+    let tun = open_tun(&settings.tun, settings.offload).map_err(|error| {
+        format!("the TUN {:?} cannot be opened: {error}; {}", settings.tun, tun_hint(&error))
     })?;
     let tun = Arc::new(tun);
     let tun_index = tun.index();
@@ -132,9 +135,13 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         let at_4500 = SocketAddr::new(endpoint.wan.address, 4500);
         let taken = |at: SocketAddr| {
             move |error: io::Error| {
-                format!(
-                    "UDP {at} cannot be opened: {error}; another IKE daemon may have the port (ss -lunp)"
-                )
+                let hint = match error.kind() {
+                    io::ErrorKind::PermissionDenied => {
+                        "ports below 1024 need root or CAP_NET_BIND_SERVICE"
+                    }
+                    _ => "another IKE daemon may have the port (ss -lunp)",
+                };
+                format!("UDP {at} cannot be opened: {error}; {hint}")
             }
         };
         let port_500 = netio::udp::control_socket(at_500)
@@ -159,6 +166,17 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         sockets.push(EndpointSocket { endpoint: endpoint.id, socket });
     }
 
+    // All that is wanted stands by now.
+    match routing::remove_stale(&netlink, &config).await {
+        Ok((0, 0)) => {}
+        Ok((routes, rules)) => {
+            info!(routes, rules, "removed what an earlier configuration left in the routing");
+        }
+        Err(problem) => {
+            warn!(%problem, "rules of an earlier configuration could not be removed (ip rule show: proto 116)")
+        }
+    }
+
     let (link, link_events) = match (&config.pair, pair_secret) {
         (Some(pair), Some(secret)) => {
             let links = pair
@@ -178,10 +196,6 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         }
         _ => (None, None),
     };
-    let server = Server::bind(&settings.socket).await.map_err(|failure| match &failure.hint {
-        Some(hint) => format!("{failure}; {hint}"),
-        None => failure.to_string(),
-    })?;
     let (sender, calls) = mpsc::channel(16);
     tokio::spawn(server.run(sender));
     let monitor = LinkMonitor::open().map_err(|error| format!("netlink monitor: {error}"))?;
@@ -238,6 +252,37 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         monitor,
         keylog,
     })
+}
+
+/// What to do about a TUN that cannot be opened (tun.c, tun_set_iff; tun_chr_open).
+/// The TUN with vnet headers, or where that is switched off or not to be had, the plain one.
+fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
+    if !offload {
+        return Tun::open_plain(name);
+    }
+    match Tun::open_vnet(name) {
+        Err(problem) if problem.kind() == io::ErrorKind::InvalidInput => {
+            warn!(%problem, "the kernel has no vnet headers for a TUN: one packet a call");
+            Tun::open_plain(name)
+        }
+        other => other,
+    }
+}
+
+fn tun_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ResourceBusy => "another process has it: is another tandemd running?",
+        io::ErrorKind::PermissionDenied => {
+            "this needs root or CAP_NET_ADMIN, and in a container the device /dev/net/tun"
+        }
+        io::ErrorKind::NotFound => {
+            "there is no /dev/net/tun: modprobe tun, or give the container the device"
+        }
+        io::ErrorKind::InvalidInput => {
+            "an interface of another kind has this name: [daemon] tun chooses another"
+        }
+        _ => "does this process have /dev/net/tun and CAP_NET_ADMIN?",
+    }
 }
 
 /// The smallest WAN MTU, less what a tunnel adds.

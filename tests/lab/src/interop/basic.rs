@@ -51,6 +51,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "tshark decrypts IKE and ESP with our key log",
         play: independent_eye,
     },
+    Scenario { name: "plain-tun", about: "the TUN without offloads, by tun-tap", play: plain_tun },
     Scenario {
         name: "wan-is-clean",
         about: "captures: no IV repeats, nothing in clear",
@@ -122,8 +123,6 @@ fn ipv6_inside(lab: &Lab<'_>) -> Result<String> {
     peer.children[0].local_ts.push(net::REMOTE_TS6.into());
     peer.children[0].remote_ts.push(net::LOCAL_TS6.into());
     let mut stage = single(lab, &config, &[peer])?;
-    // No virtual IPv6 address on the LAN yet: the instance's own is the next hop.
-    stage.net.lhost.ip("route add default via fd01::2\n")?;
     stage.peer_up()?;
     stage.ping_both()?;
     stage.net.lhost.ping_until(net::RHOST6, PATIENCE).map_err(|error| stage.with_log(error))?;
@@ -321,7 +320,6 @@ fn two_children(lab: &Lab<'_>) -> Result<String> {
     second.remote_ts = vec![net::LOCAL_TS6.into()];
     peer.children.push(second);
     let mut stage = single(lab, &config, &[peer])?;
-    stage.net.lhost.ip("route add default via fd01::2\n")?;
     stage.peer_up()?;
     stage.peer.initiate("six", PATIENCE).map_err(|error| stage.with_log(error))?;
     stage.peer.wait_established(2, PATIENCE)?;
@@ -383,6 +381,24 @@ fn large_packets(lab: &Lab<'_>) -> Result<String> {
     ensure(rate > 0.005, || format!("one TCP stream: {:.1} Mb/s", rate * 1000.0))?;
     stage.check_clean()?;
     Ok(format!("3,000-byte pings pass, one TCP stream {rate:.2} Gb/s"))
+}
+
+/// `offload = false`: the TUN by tun-tap, one packet a system call.
+fn plain_tun(lab: &Lab<'_>) -> Result<String> {
+    let mut config = Config::single();
+    config.offload = false;
+    let mut stage = single(lab, &config, &[conn()])?;
+    stage.peer_up()?;
+    stage.ping_both()?;
+    let probes = stage.probes(lab.run)?;
+    let found = super::stage::without_loss(&probes, || {
+        std::thread::sleep(Duration::from_secs(1));
+        Ok(())
+    })?;
+    let rate = baseline::iperf(lab.run, &stage.net, 2).map_err(|error| stage.with_log(error))?;
+    ensure(rate > 0.005, || format!("one TCP stream: {:.1} Mb/s", rate * 1000.0))?;
+    stage.check_clean()?;
+    Ok(format!("{found}; one TCP stream {rate:.2} Gb/s"))
 }
 
 fn wan_is_clean(lab: &Lab<'_>) -> Result<String> {
