@@ -6,7 +6,7 @@
 //!
 //! Datagrams that follow each other with one length, destination and TOS leave as one UDP_SEGMENT send,
 //! which the kernel splits as late as it can: most of what sending costs is then paid once a run. What the
-//! kernel's refusal of such a send means for the next ones is decided in one place, [`Segmenting`].
+//! kernel's refusal of such a send means for the next ones is decided in one place, `Segmenting`.
 //!
 //! Likewise UDP_GRO: the kernel may hand over a run of datagrams in one buffer of 64 KB, and [`BatchSocket::recv`]
 //! deals them out to the caller's buffers. What is longer than such a buffer is cut, or given to the caller whole:
@@ -408,7 +408,7 @@ impl BatchSocket {
         buffers: impl Iterator<Item = &'a mut [u8]>,
         metas: &mut [RecvMeta],
     ) -> usize {
-        self.deal(buffers, metas, None)
+        self.deal(buffers, metas, None::<&mut fn(RecvMeta, &[u8])>)
     }
 
     /// Like [`BatchSocket::recv`], but a datagram longer than the buffer that would be its own is not cut: `long` sees
@@ -426,7 +426,7 @@ impl BatchSocket {
         &mut self,
         buffers: impl Iterator<Item = &'a mut [u8]>,
         metas: &mut [RecvMeta],
-        mut long: Option<&mut dyn FnMut(RecvMeta, &[u8])>,
+        mut long: Option<&mut impl FnMut(RecvMeta, &[u8])>,
     ) -> usize {
         if !self.has_more() {
             self.receive();
@@ -641,7 +641,7 @@ impl BatchSocket {
         let Some(message) = messages.get_mut(message) else { return };
         let header = &mut message.msg_hdr;
         // UDP_SEGMENT stands last, behind the class where there is one.
-        header.msg_controllen = (header.msg_controllen as usize).saturating_sub(SPACE) as _;
+        header.msg_controllen = header.msg_controllen.saturating_sub(SPACE);
         if header.msg_controllen == 0 {
             header.msg_control = std::ptr::null_mut();
         }

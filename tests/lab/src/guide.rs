@@ -39,7 +39,7 @@ pub struct Command {
 }
 
 /// The commands of every block of shell in `section` (the text of its heading). Where a block is typed stands in the
-/// text between it and the block before: the last of [`WORDS`] there.
+/// text between it and the block before: the last of the known words there.
 pub fn commands(text: &str, section: &str) -> Result<Vec<Command>> {
     let heading = format!("## {section}");
     let mut lines = text.lines().skip_while(|line| *line != heading).skip(1);

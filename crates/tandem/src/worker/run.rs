@@ -322,7 +322,11 @@ impl State {
         let endpoint = *endpoint;
         let errors = socket.receive_errors();
         let slots = self.batch.unused();
-        let got = socket.recv(slots.iter_mut().map(Slot::room), &mut self.metas[..]);
+        let io = &self.io;
+        // An IKE message may be longer than any packet (security.md: 64 KB).
+        let long = |meta: RecvMeta, bytes: &[u8]| io.take_long(&meta, bytes, endpoint);
+        let rooms = slots.iter_mut().map(Slot::room);
+        let got = socket.recv_or_give(rooms, &mut self.metas[..], long);
         add(&self.io.counters.receive_errors, socket.receive_errors() - errors);
         // ESP packets move to the front; the rest is dealt with on the spot.
         let mut kept = 0;
@@ -367,15 +371,26 @@ impl Io {
         }
         match natt::classify(slot.packet()) {
             Datagram::Esp(_) => return true,
-            Datagram::Ike(bytes) => {
-                let event = WorkerEvent::Ike { endpoint, from: meta.from, bytes: bytes.to_vec() };
-                let taken = self.outlet.ike(event);
-                add(if taken { &counters.ike_received } else { &counters.ike_dropped }, 1);
-            }
+            Datagram::Ike(bytes) => self.take_ike(meta, bytes, endpoint),
             Datagram::Keepalive => add(&counters.keepalives, 1),
             Datagram::Short => add(&counters.short, 1),
         }
         false
+    }
+
+    fn take_ike(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) {
+        let event = WorkerEvent::Ike { endpoint, from: meta.from, bytes: bytes.to_vec() };
+        let taken = self.outlet.ike(event);
+        let counter = if taken { &self.counters.ike_received } else { &self.counters.ike_dropped };
+        add(counter, 1);
+    }
+
+    /// A datagram that no slot holds: an IKE message, or nothing of ours.
+    fn take_long(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) {
+        match natt::classify(bytes) {
+            Datagram::Ike(message) => self.take_ike(meta, message, endpoint),
+            _ => add(&self.counters.truncated, 1),
+        }
     }
 
     /// Writes a judged batch. The fences are compared here once more, right before the calls.

@@ -300,21 +300,25 @@ fn ike_goes_to_control_and_junk_is_counted() {
         ike.extend(b"an IKE message");
         peer.socket.send_to(&ike, to).unwrap();
         peer.send(to, b"after");
-        let (endpoint, from, bytes) = loop {
-            if let WorkerEvent::Ike { endpoint, from, bytes } = host.event() {
-                break (endpoint, from, bytes);
-            }
-        };
-        assert_eq!(
-            (endpoint, from.to_string().as_str(), &bytes[..]),
-            (MAIN, PEER, &b"an IKE message"[..])
-        );
+        // Longer than any slot.
+        let mut long = vec![0; 4];
+        long.extend([8; 30_000]);
+        peer.socket.send_to(&long, to).unwrap();
+        for message in [&ike[4..], &long[4..]] {
+            let (endpoint, from, bytes) = loop {
+                if let WorkerEvent::Ike { endpoint, from, bytes } = host.event() {
+                    break (endpoint, from, bytes);
+                }
+            };
+            assert_eq!((endpoint, from.to_string().as_str()), (MAIN, PEER));
+            assert!(bytes == message, "{} bytes", bytes.len());
+        }
         assert_eq!(receive(&application), b"between");
         assert_eq!(receive(&application), b"after");
         let c = host.worker.counters();
         assert_eq!(
             (c.keepalives, c.short, c.truncated, c.ike_received, c.esp_received),
-            (1, 1, 1, 1, 3),
+            (1, 1, 1, 2, 3),
             "{c:?}"
         );
         // Beyond the queue's bound IKE messages are dropped, ESP goes on.
