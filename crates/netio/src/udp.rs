@@ -26,6 +26,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::sys::{check, is_transient, set_option};
 
+/// Takes one datagram.
+type Give<'a> = dyn FnMut(RecvMeta, &[u8]) + 'a;
+
 /// Most datagrams in one system call.
 pub const BATCH: usize = 64;
 
@@ -426,7 +429,7 @@ impl BatchSocket {
         &mut self,
         buffers: impl Iterator<Item = &'a mut [u8]>,
         metas: &mut [RecvMeta],
-        mut long: Option<&mut dyn FnMut(RecvMeta, &[u8])>,
+        mut long: Option<&mut Give<'_>>,
     ) -> usize {
         if !self.has_more() {
             self.receive();
@@ -641,7 +644,7 @@ impl BatchSocket {
         let Some(message) = messages.get_mut(message) else { return };
         let header = &mut message.msg_hdr;
         // UDP_SEGMENT stands last, behind the class where there is one.
-        header.msg_controllen = (header.msg_controllen as usize).saturating_sub(SPACE) as _;
+        header.msg_controllen = header.msg_controllen.saturating_sub(SPACE as _);
         if header.msg_controllen == 0 {
             header.msg_control = std::ptr::null_mut();
         }

@@ -1,6 +1,12 @@
 //! The real `tandemd` in a network namespace of its own: what it keeps of its privileges, what it leaves behind, and
 //! what it says when it cannot start. These tests need root and fail without it.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking, its helpers too"
+)]
+
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
