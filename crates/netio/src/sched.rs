@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn only_the_two_capabilities_stay() {
         std::thread::spawn(|| {
-            assert!(crate::tun::Tun::open("tdmcap").is_ok(), "these tests need root");
+            assert!(crate::tun::Tun::open_vnet("tdmcap").is_ok(), "these tests need root");
             drop_privileges().unwrap();
             assert_eq!(status_line("CapEff:"), "0000000000003000");
             assert_eq!(status_line("CapPrm:"), "0000000000003000");
@@ -144,7 +144,7 @@ mod tests {
             // CAP_SYS_ADMIN is gone, CAP_NET_ADMIN works.
             // SAFETY: takes no pointer.
             assert!(unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0);
-            assert!(crate::tun::Tun::open("tdmcap").is_ok());
+            assert!(crate::tun::Tun::open_vnet("tdmcap").is_ok());
         })
         .join()
         .unwrap();

@@ -294,7 +294,7 @@ fn a_second_daemon_says_why_not_and_leaves_the_first_alone() {
             path
         };
         let said = refused(&variant(r#"tun = "tandem0""#, r#"tun = "eth1""#));
-        assert!(said.contains("an interface of another kind has this name"), "{said}");
+        assert!(said.contains("or of another kind ([daemon] tun chooses another name)"), "{said}");
         let daemon = host.start(&config);
         let routes = || host.ip("route show table 4116") + &host.ip("route show table main");
         let before = routes();

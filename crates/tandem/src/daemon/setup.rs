@@ -271,15 +271,14 @@ fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
 
 fn tun_hint(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::ResourceBusy => "another process has it: is another tandemd running?",
+        io::ErrorKind::ResourceBusy => {
+            "an interface of this name is there: another tandemd's, or of another kind ([daemon] tun chooses another name)"
+        }
         io::ErrorKind::PermissionDenied => {
             "this needs root or CAP_NET_ADMIN, and in a container the device /dev/net/tun"
         }
         io::ErrorKind::NotFound => {
             "there is no /dev/net/tun: modprobe tun, or give the container the device"
-        }
-        io::ErrorKind::InvalidInput => {
-            "an interface of another kind has this name: [daemon] tun chooses another"
         }
         _ => "does this process have /dev/net/tun and CAP_NET_ADMIN?",
     }
