@@ -302,7 +302,7 @@ fn a_second_daemon_says_why_not_and_leaves_the_first_alone() {
         let said = refused(&variant("tandem0", "tandem9"));
         assert!(said.contains("another tandemd serves control socket"), "{said}");
         let said = refused(&variant("control.sock", "other.sock"));
-        assert!(said.contains("another process has it"), "{said}");
+        assert!(said.contains("another tandemd"), "{said}");
         assert_eq!(routes(), before);
         drop(daemon);
         let port = std::net::UdpSocket::bind("0.0.0.0:500").unwrap();
