@@ -168,6 +168,7 @@ fn established(w: &World) -> bool {
 }
 
 // Each mandatory payload of IKE_AUTH missing, doubled, or wrong.
+// security.md, statement 4.
 #[test]
 fn wrong_ike_auth_requests_establish_nothing() {
     let id: Identity = "gw0.example".parse().unwrap();
@@ -239,7 +240,7 @@ fn a_childless_ike_auth_has_its_error() {
     assert!(w.sides[B].plane.sas.is_empty());
 }
 
-// security.md 4: other exchanges, before authentication, with the right keys.
+// security.md, statement 4: other exchanges, before authentication, with the right keys.
 #[test]
 fn exchanges_before_authentication_are_not_answered() {
     let mut w = World::new();
@@ -299,6 +300,7 @@ fn what_we_do_not_know_is_passed_over() {
 }
 
 // RFC 7296 §2.5: an unknown critical payload rejects the message, not the SA.
+// security.md, statement 5.
 #[test]
 fn a_critical_unknown_payload_is_named() {
     let mut w = World::new();
@@ -388,6 +390,7 @@ fn bad_public_values_are_refused() {
 }
 
 // Rekeying and deleting what does not exist; deleting what is not ours.
+// security.md, statement 5.
 #[test]
 fn requests_about_unknown_sas() {
     let mut w = World::new();
@@ -571,6 +574,7 @@ impl Responder {
 
 // RFC 7296 §2.9, §2.7: an answer that is no subset of the offer makes no Child
 // SA; the IKE SA stays, and the peer is told to delete its half.
+// security.md, statement 14.
 #[test]
 fn answers_that_were_not_offered() {
     let answer = |text: &str| {
