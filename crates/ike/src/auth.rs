@@ -141,6 +141,7 @@ pub(crate) fn answer(
             sa.phase = Phase::Established(Box::new(established));
             let conn = step.connection(&sa)?;
             established::supersede_doubtful(step, conn, &sa);
+            established::make_room(step, conn, &sa)?;
             established::advance(step, &mut sa)?;
         }
         Err(refusal) => {
@@ -453,6 +454,7 @@ pub(crate) fn finish(
         child::finish(step, &mut sa, conn, new, &payloads, nonces)?;
     }
     established::supersede_doubtful(step, conn, &sa);
+    established::make_room(step, conn, &sa)?;
     established::advance(step, &mut sa)?;
     step.put(sa);
     Ok(())

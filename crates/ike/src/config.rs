@@ -236,6 +236,8 @@ pub struct Limits {
     pub message_len: usize,
     /// Child SAs of one IKE SA.
     pub children_per_ike: usize,
+    /// Established IKE SAs of one connection: when one more comes up, the one that was silent longest ends.
+    pub ike_per_connection: usize,
     /// Our own unfinished initiations to one address (peers.md, 12).
     pub initiations_per_peer: usize,
     /// Our own unfinished initiations in all.
@@ -254,6 +256,8 @@ impl Default for Limits {
             cookie_lifetime: Duration::from_secs(10),
             message_len: 65_535,
             children_per_ike: 64,
+            // Reauthentication that makes before it breaks needs two (peers.md 8), a rekeying one more.
+            ike_per_connection: 8,
             initiations_per_peer: 2,
             initiations_total: 64,
         }

@@ -468,3 +468,38 @@ pub(crate) fn supersede_doubtful(step: &mut Step<'_, '_>, conn: &ConnectionConfi
         step.put(old);
     }
 }
+
+/// A new IKE SA is up, and the peer has proven who it is: those of its connection beyond the limit go, silent longest
+/// first, so that a peer that restarts often without INITIAL_CONTACT fills no memory (security.md, statement 11). They
+/// are forgotten at once, since a peer that no longer knows them answers no Delete; it is sent once, for a peer that does.
+pub(crate) fn make_room(
+    step: &mut Step<'_, '_>,
+    conn: &ConnectionConfig,
+    sa: &IkeSa,
+) -> Result<(), Error> {
+    let mut others: Vec<IkeSa> = step
+        .of_connection(&conn.name)
+        .into_iter()
+        .filter(|o| o.spi != sa.spi && o.established().is_some())
+        .cloned()
+        .collect();
+    // The new one counts, too.
+    let surplus = (others.len() + 1).saturating_sub(step.limits().ike_per_connection);
+    others.sort_by_key(|o| (o.established().map(|e| e.heard), o.since, o.spi));
+    for old in others.iter().take(surplus.min(others.len())) {
+        if let Some(e) = old.established()
+            && e.request.is_none()
+            && !e.doubt
+            && e.fate != Fate::Doubtful
+            && !step.quiet
+        {
+            let header = step::header(old, ExchangeType::INFORMATIONAL, false, e.send_next);
+            let mut builder = MessageBuilder::sealed(&header);
+            builder.push(&Payload::Delete(Delete::Ike));
+            let bytes = step.seal(old.spi, old.initiator, &e.keys, builder)?;
+            step.send(&old.path, bytes);
+        }
+        drop_sa(step, old, DeleteReason::Crowded)?;
+    }
+    Ok(())
+}

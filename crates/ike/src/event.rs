@@ -134,6 +134,8 @@ pub enum DeleteReason {
     NotEstablished,
     /// A takeover left its message ids in doubt; it is re-established.
     InDoubt,
+    /// Too many others of its connection were established after it.
+    Crowded,
 }
 
 impl fmt::Display for DeleteReason {
@@ -149,6 +151,7 @@ impl fmt::Display for DeleteReason {
             Self::Error => "one side refused a message for good",
             Self::NotEstablished => "it did not come about",
             Self::InDoubt => "a takeover left it in doubt",
+            Self::Crowded => "its connection has newer ones, and no room for more",
         })
     }
 }

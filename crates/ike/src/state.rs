@@ -669,7 +669,7 @@ mod reason {
 
     use super::DeleteReason;
 
-    const ALL: [DeleteReason; 10] = [
+    const ALL: [DeleteReason; 11] = [
         DeleteReason::Peer,
         DeleteReason::Command,
         DeleteReason::PeerDead,
@@ -680,6 +680,7 @@ mod reason {
         DeleteReason::Error,
         DeleteReason::NotEstablished,
         DeleteReason::InDoubt,
+        DeleteReason::Crowded,
     ];
 
     pub(super) fn encode<C, W: minicbor::encode::Write>(

@@ -107,6 +107,7 @@ fn the_critical_bit() {
     assert_eq!(skipped.payloads.nonce(), Some([1; 16].as_slice()));
 }
 
+// security.md, statement 12.
 #[test]
 fn chains_that_do_not_fit_the_message() {
     let fault = |first, chain: &[u8]| match error(&message(first, chain)) {
@@ -177,6 +178,7 @@ fn sa(proposals: &[(u8, u8, &[u8])]) -> Vec<u8> {
         .collect()
 }
 
+// security.md, statement 12.
 #[test]
 fn malformed_proposals() {
     let (last, more): (&[u8], &[u8]) = (&[0, 0, 0, 8, 4, 0, 0, 31], &[3, 0, 0, 8, 4, 0, 0, 31]);

@@ -355,8 +355,8 @@ impl World {
             Fault::Uplink { host, .. } => self.uplink(host, false),
             Fault::PairWeather { loss, duplicate, jitter, .. } => {
                 self.net.pair = Weather { loss, duplicate, jitter, ..self.net.pair };
-                // So much loss on every link at once is a partition, for moments.
-                self.excuse_partition(Nanos::MAX);
+                // So much loss may silence every link for moments, which is a partition while it lasts.
+                self.rough_until = Nanos::MAX;
             }
             Fault::WanWeather { loss, duplicate, jitter, .. } => {
                 self.net.wan = Weather { loss, duplicate, jitter, ..self.net.wan };
@@ -398,7 +398,7 @@ impl World {
             Fault::Uplink { host, .. } => self.uplink(host, true),
             Fault::PairWeather { .. } => {
                 self.net.pair = self.director.pair_weather(self.net.pair);
-                self.settle_partition();
+                self.rough_until = self.now + HEAL;
             }
             Fault::WanWeather { .. } => self.net.wan = self.director.wan_weather(self.net.wan),
             Fault::Lag { from, .. } => self.net.lag[from] = 0,
@@ -433,6 +433,7 @@ impl World {
         self.net.lag = [0; 2];
         self.net.pair = self.director.pair_weather(self.net.pair);
         self.net.wan = self.director.wan_weather(self.net.wan);
+        self.rough_until = self.rough_until.min(self.now + HEAL);
         self.cut(0..self.scene.links, None, true);
         self.settle_partition();
     }

@@ -42,6 +42,8 @@ pub struct Outcome {
     pub esp_packets: u64,
     /// IKE messages checked.
     pub ike_messages: u64,
+    /// Steps in which two senders were excused: by a cut, by loss on the pair links, by a clock that stood still.
+    pub excuses: [u64; 3],
     /// A hash of everything that was sent.
     pub trace: u64,
 }
@@ -61,6 +63,7 @@ pub fn run(seed: u64, bug: Option<bugs::Bug>) -> Result<Outcome, (u8, String)> {
         faults: world.director.faults,
         esp_packets: world.checks.esp_packets,
         ike_messages: world.checks.ike_messages,
+        excuses: world.excuses,
         trace: world.checks.trace,
     })
 }

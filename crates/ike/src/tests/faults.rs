@@ -142,6 +142,7 @@ fn lying_headers() {
     }
 }
 
+// security.md, statement 5.
 #[test]
 fn a_newer_major_version_is_named() {
     let mut w = World::new();
@@ -156,6 +157,7 @@ fn a_newer_major_version_is_named() {
 }
 
 // RFC 7296 §2.5: an unknown critical payload in a first message is named.
+// security.md, statement 5.
 #[test]
 fn a_critical_unknown_payload_in_a_first_message_is_named() {
     let mut w = World::new();

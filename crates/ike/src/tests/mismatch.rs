@@ -421,7 +421,7 @@ fn limits_of_half_open_sas() {
     assert_eq!(w.sides[B].ike.status(w.now).half_open, 0);
 }
 
-// security.md 2, 4: IKE_AUTH without a mandatory payload, or in clear.
+// security.md, statements 2 and 4: IKE_AUTH without a mandatory payload, or in clear.
 #[test]
 fn an_ike_auth_request_in_the_wrong_state_establishes_nothing() {
     let mut w = World::new();
@@ -460,4 +460,40 @@ fn every_kind_of_identity() {
         });
         w.assert_tidy();
     }
+}
+
+// security.md, statement 13: an IKE_AUTH that fails leaves neither side's IKE SA, nor the SPI of the Child SA that came
+// with it.
+#[test]
+fn a_failed_ike_auth_leaves_nothing() {
+    let mut w = World::tuned(|n, c| {
+        if n == B {
+            c.connections[0].psk = Secret::from_slice(b"another secret");
+        }
+    });
+    w.initiate(A);
+    w.pass(B);
+    w.pass(A);
+    assert!(!w.sides[A].spis.taken.is_empty(), "the offer holds an SPI");
+    w.settle();
+    assert!(w.sides[A].spis.taken.is_empty() && w.snapshot(A).is_empty());
+    w.run(Limits::default().half_open_timeout);
+    for n in [A, B] {
+        assert!(w.sides[n].spis.taken.is_empty() && w.snapshot(n).is_empty(), "side {n}");
+    }
+}
+
+// security.md, statement 13: a rekeying of a Child SA that is refused frees the SPI of its half-built successor.
+#[test]
+fn a_failed_child_rekeying_leaves_nothing() {
+    let mut w = World::established();
+    let old = [w.sides[A].spis.taken.clone(), w.sides[B].spis.taken.clone()];
+    w.sides[B].spis.empty = true;
+    w.rekey(A, Target::Children(ConnectionId(0)));
+    assert_eq!(w.sides[A].spis.taken.len(), old[A].len() + 1, "the offer holds an SPI");
+    w.settle();
+    for n in [A, B] {
+        assert_eq!(w.sides[n].spis.taken, old[n], "side {n}");
+    }
+    w.assert_tidy();
 }

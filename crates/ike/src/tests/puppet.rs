@@ -64,9 +64,12 @@ fn esp_offer() -> Payload<'static> {
 impl Puppet {
     /// IKE_SA_INIT done.
     fn new(w: &mut World) -> Self {
+        Self::with_spi(w, IkeSpi(0xaaaa))
+    }
+
+    fn with_spi(w: &mut World, spi: IkeSpi) -> Self {
         let mut r = rng(4711);
         let eph = Ephemeral::generate(Group::X25519, &mut r);
-        let spi = IkeSpi(0xaaaa);
         let mut b = MessageBuilder::clear(&header(spi, IkeSpi(0), ExchangeType::IKE_SA_INIT, 0));
         let public = eph.public();
         b.push(&Payload::Sa(ike_offer()))
@@ -143,13 +146,17 @@ impl Puppet {
     }
 
     /// Authenticates properly.
-    fn establish(&mut self, w: &mut World) {
+    fn authenticate(&mut self) -> Vec<u8> {
         let mac = self.mac();
         let id: Identity = "gw0.example".parse().unwrap();
         let auth = Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: &mac });
         let (tsi, tsr) = (Payload::TsI(ts("10.1.0.0/24")), Payload::TsR(ts("10.2.0.0/24")));
         let all = [Payload::IdI(id.payload()), auth, esp_offer(), tsi, tsr];
-        let bytes = self.seal(ExchangeType::IKE_AUTH, 1, &all);
+        self.seal(ExchangeType::IKE_AUTH, 1, &all)
+    }
+
+    fn establish(&mut self, w: &mut World) {
+        let bytes = self.authenticate();
         let answer = say(w, &bytes).unwrap();
         let (kinds, errors) = self.read(&answer);
         assert!(errors.is_empty() && kinds.contains(&PayloadType::SA), "{kinds:?} {errors:?}");
@@ -161,6 +168,7 @@ fn established(w: &World) -> bool {
 }
 
 // Each mandatory payload of IKE_AUTH missing, doubled, or wrong.
+// security.md, statement 4.
 #[test]
 fn wrong_ike_auth_requests_establish_nothing() {
     let id: Identity = "gw0.example".parse().unwrap();
@@ -232,7 +240,7 @@ fn a_childless_ike_auth_has_its_error() {
     assert!(w.sides[B].plane.sas.is_empty());
 }
 
-// security.md 4: other exchanges, before authentication, with the right keys.
+// security.md, statement 4: other exchanges, before authentication, with the right keys.
 #[test]
 fn exchanges_before_authentication_are_not_answered() {
     let mut w = World::new();
@@ -292,6 +300,7 @@ fn what_we_do_not_know_is_passed_over() {
 }
 
 // RFC 7296 §2.5: an unknown critical payload rejects the message, not the SA.
+// security.md, statement 5.
 #[test]
 fn a_critical_unknown_payload_is_named() {
     let mut w = World::new();
@@ -381,6 +390,7 @@ fn bad_public_values_are_refused() {
 }
 
 // Rekeying and deleting what does not exist; deleting what is not ours.
+// security.md, statement 5.
 #[test]
 fn requests_about_unknown_sas() {
     let mut w = World::new();
@@ -564,6 +574,7 @@ impl Responder {
 
 // RFC 7296 §2.9, §2.7: an answer that is no subset of the offer makes no Child
 // SA; the IKE SA stays, and the peer is told to delete its half.
+// security.md, statement 14.
 #[test]
 fn answers_that_were_not_offered() {
     let answer = |text: &str| {
@@ -633,4 +644,74 @@ fn a_second_sync_with_the_same_ids_is_dropped() {
     assert!(say(&mut w, &lower).is_none());
     assert_eq!(say(&mut w, &first), Some(answer), "a repetition gets the same bytes");
     assert_eq!(w.snapshot(B), before);
+}
+
+// security.md, statement 11: a peer that comes anew again and again, without INITIAL_CONTACT, at limit - 1, limit and
+// limit + 1. The IKE SA that was silent longest makes room, and its Child SA with it.
+#[test]
+fn established_ike_sas_of_a_connection_are_bounded() {
+    let limit = 3;
+    let mut w = World::tuned(|_, c| c.limits.ike_per_connection = limit);
+    let mut spis = Vec::new();
+    for n in 1..=limit + 2 {
+        // Reauthentication must not wait for a cookie.
+        w.run(Duration::from_secs(1));
+        let mut p = Puppet::with_spi(&mut w, IkeSpi(0xaaa0 + n as u64));
+        if n > limit {
+            let bytes = p.authenticate();
+            w.with_side(B, |ike, cx| {
+                ike.handle_datagram(
+                    cx,
+                    SocketAddr::new(ip(A), 500),
+                    SocketAddr::new(ip(B), 500),
+                    &bytes,
+                );
+            });
+            // The answer, and one Delete for the IKE SA that went.
+            let left: Vec<ExchangeType> = w
+                .wire
+                .drain(..)
+                .map(|f| Message::parse(&f.packet.bytes).unwrap().header.exchange)
+                .collect();
+            assert_eq!(left.len(), 2);
+            assert!(left.contains(&ExchangeType::INFORMATIONAL), "{left:?}");
+        } else {
+            p.establish(&mut w);
+        }
+        spis.push(p.peer);
+        let status = w.sides[B].ike.status(w.now);
+        let here: BTreeSet<IkeSpi> = status.ike_sas.iter().map(|s| s.spi).collect();
+        let newest = spis.iter().rev().take(limit).copied().collect();
+        assert_eq!(here, newest, "after {n}");
+        assert_eq!(w.sides[B].plane.sas.len(), n.min(limit), "after {n}");
+    }
+    let crowded =
+        |e: &&Event| matches!(e, Event::Deleted { reason: crate::DeleteReason::Crowded, .. });
+    assert_eq!(w.sides[B].events.iter().filter(crowded).count(), 2);
+}
+
+// security.md, statement 11: Child SAs of one IKE SA at limit - 1, limit and limit + 1.
+#[test]
+fn child_sas_of_an_ike_sa_are_bounded() {
+    let mut w = World::tuned(|_, c| c.limits.children_per_ike = 3);
+    let mut p = Puppet::new(&mut w);
+    p.establish(&mut w);
+    let group = Ephemeral::generate(Group::X25519, &mut rng(5)).public();
+    for n in 2..=5_u32 {
+        let ours = proposal::parse_esp(&["aes256gcm16-x25519"]).unwrap();
+        let offer = Payload::Sa(proposal::esp_payload(&ours, EspSpi(0x7777 + n), true));
+        let ke = Payload::Ke(KeyExchange { group: GroupId::X25519, data: &group });
+        let (tsi, tsr) = (Payload::TsI(ts("10.1.0.0/24")), Payload::TsR(ts("10.2.0.0/24")));
+        let all = [offer, Payload::Nonce(&[9; 32]), ke, tsi, tsr];
+        let bytes = p.seal(ExchangeType::CREATE_CHILD_SA, n, &all);
+        let answer = say(&mut w, &bytes).unwrap();
+        let (kinds, errors) = p.read(&answer);
+        if n <= 3 {
+            assert!(errors.is_empty() && kinds.contains(&PayloadType::SA), "{n}: {errors:?}");
+        } else {
+            assert_eq!(errors, [NotifyType::NO_ADDITIONAL_SAS], "{n}");
+        }
+        assert_eq!(w.sides[B].plane.sas.len(), n.min(3) as usize);
+        assert!(established(&w));
+    }
 }

@@ -217,6 +217,7 @@ fn limits(table: Table<'_>) -> Limits {
             .and_then(|n| usize::try_from(n.value).ok())
             .unwrap_or(d.message_len),
         children_per_ike: count("children_per_ike", 1000, d.children_per_ike),
+        ike_per_connection: count("ike_per_connection", 1000, d.ike_per_connection),
         initiations_per_peer: count("initiations_per_peer", 100, d.initiations_per_peer),
         initiations_total: count("initiations_total", 10_000, d.initiations_total),
     };

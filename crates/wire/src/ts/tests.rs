@@ -28,6 +28,7 @@ fn ports_any_includes_opaque_and_ranges_do_not() {
     assert_eq!(Ports::Range(1, 5).intersect(Ports::Range(6, 9)), None);
 }
 
+// security.md, statement 14.
 #[test]
 fn contradictions_are_refused() {
     let all = AddrRange::ALL_V4;
