@@ -15,6 +15,7 @@
 
 use core::time::Duration;
 
+use crypto::aead::IvSequence;
 use wire::id::Term;
 
 use crate::queue::Queue;
@@ -76,6 +77,9 @@ pub(crate) struct Endpoint {
     pub(crate) role: Role,
     /// The last term it was owned in here.
     pub(crate) term: Option<Term>,
+    /// The IVs of that term, one sequence for all keys: an SA that is removed and installed again
+    /// within a term, as healing can do, then cannot begin it anew.
+    pub(crate) ivs: IvSequence,
     pub(crate) seq_jump: u64,
     pub(crate) direct_until: Duration,
     pub(crate) queue: Queue,
@@ -83,7 +87,8 @@ pub(crate) struct Endpoint {
 
 impl Endpoint {
     pub(crate) fn new(queue: Queue) -> Self {
-        Self { role: Role::Idle, term: None, seq_jump: 0, direct_until: Duration::ZERO, queue }
+        let ivs = IvSequence::new(0);
+        Self { role: Role::Idle, term: None, ivs, seq_jump: 0, direct_until: Duration::ZERO, queue }
     }
 
     /// The ownership, if it is ours, held or not.

@@ -82,7 +82,6 @@ struct Outbound {
     key: AeadKey,
     next_seq: u64,
     ceiling: u64,
-    ivs: IvSequence,
     /// From this number on, `attend` has something to look at.
     attend_at: u64,
     /// From this number on, the lease is low.
@@ -155,7 +154,6 @@ impl SaState {
             // RFC 4303 §3.3.3: the first packet has number 1.
             next_seq: sa.next_seq.clamp(1, SEQ_END),
             ceiling: sa.ceiling.min(SEQ_END),
-            ivs: IvSequence::new(owned.unwrap_or_default().0),
             attend_at: 0,
             low_at: 0,
             ask_again_at: Duration::ZERO,
@@ -250,7 +248,6 @@ impl SaState {
                 out.next_seq = out.next_seq.max(start).min(SEQ_END);
             }
         }
-        out.ivs = IvSequence::new(own.term.0);
         out.rate_at = Duration::ZERO;
         out.rate_per_s = 0;
         out.ask_again_at = Duration::ZERO;
@@ -366,15 +363,16 @@ impl SaState {
     }
 
     /// Makes the inner packet in `slot` an ESP packet, in place. The caller
-    /// has seen to it that the SA is in the owner's term.
+    /// has seen to it that the SA is in the owner's term, whose IVs `ivs` are.
     pub(crate) fn seal(
         &mut self,
         slot: &mut Slot,
         packet: &Packet,
         own: Ownership,
+        ivs: &mut IvSequence,
         now: Duration,
     ) -> Result<Verdict, Reason> {
-        let taken = self.out.take(own.obey);
+        let taken = self.out.take(own.obey, ivs);
         if self.out.next_seq >= self.out.attend_at {
             self.attend(own, now);
         }
@@ -488,12 +486,12 @@ impl SaState {
 impl Outbound {
     /// The next sequence number and IV.
     #[inline]
-    fn take(&mut self, obey: bool) -> Result<(u32, [u8; 8]), Reason> {
+    fn take(&mut self, obey: bool, ivs: &mut IvSequence) -> Result<(u32, [u8; 8]), Reason> {
         let seq = u32::try_from(self.next_seq).map_err(|_| Reason::SaExhausted)?;
         if obey && self.next_seq >= self.ceiling {
             return Err(Reason::LeaseExhausted);
         }
-        let iv = self.ivs.next_iv().ok_or(Reason::SaExhausted)?;
+        let iv = ivs.next_iv().ok_or(Reason::SaExhausted)?;
         self.next_seq += 1;
         Ok((seq, iv))
     }

@@ -4,6 +4,7 @@
 use core::time::Duration;
 use std::collections::VecDeque;
 
+use crypto::aead::IvSequence;
 use wire::esp::Header;
 use wire::id::{EndpointId, EspSpi};
 use wire::ip::Packet;
@@ -173,6 +174,9 @@ impl Shard {
                 }
                 let obey = if obey_leases { Obey::Yes } else { Obey::No };
                 e.role = Role::Owner { obey, held: false };
+                if e.term != Some(term) {
+                    e.ivs = IvSequence::new(term.0);
+                }
                 e.term = Some(term);
                 e.seq_jump = seq_jump;
             }
@@ -489,7 +493,7 @@ impl Shard {
             return Err(Reason::Fenced);
         }
         sa.enter_term(own);
-        let sealed = sa.seal(slot, &packet, own, now);
+        let sealed = sa.seal(slot, &packet, own, &mut e.ivs, now);
         note(sa, &mut self.noted);
         if sealed.is_ok() {
             self.stats.sealed += 1;

@@ -84,7 +84,7 @@ pub(crate) fn request(
     }
     // RFC 6311 §6.1; peers.md 3.
     builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED, &[])));
-    let bytes = step.seal(sa.spi, true, &agreed.keys, builder)?;
+    let bytes = step.seal(true, &agreed.keys, builder)?;
     step.send(&sa.path, bytes.clone());
     sa.phase = Phase::AuthSent(AuthSent {
         request: Outstanding { id: 1, bytes: bytes.into(), sent_at: step.now(), sent: 1 },
@@ -133,7 +133,7 @@ pub(crate) fn answer(
     };
     match outcome {
         Ok(mut established) => {
-            let response = step.seal(sa.spi, false, &state.keys, reply)?;
+            let response = step.seal(false, &state.keys, reply)?;
             step.send(&sa.path, response.clone());
             established.answered = Some(Answered { request: hash, response: response.into() });
             established.init_hash = Some(Bytes::from(&sha256(&[&state.request])[..]));
@@ -149,7 +149,7 @@ pub(crate) fn answer(
             // again: the refusal stays until the half-open time-out.
             let mut reply = MessageBuilder::sealed(&header);
             reply.push(&Payload::Notify(Notify::new(refusal.kind, &refusal.data)));
-            let response = step.seal(sa.spi, false, &state.keys, reply)?;
+            let response = step.seal(false, &state.keys, reply)?;
             step.send(&sa.path, response.clone());
             sa.connection = None;
             sa.phase = Phase::Closed(Closed {
@@ -401,7 +401,7 @@ pub(crate) fn finish(
                     2,
                 ));
                 builder.push(&Payload::Notify(Notify::new(NotifyType::AUTHENTICATION_FAILED, &[])));
-                let bytes = step.seal(sa.spi, true, &state.keys, builder)?;
+                let bytes = step.seal(true, &state.keys, builder)?;
                 step.send(&sa.path, bytes);
             }
             step.event(Event::Failed(Failure {

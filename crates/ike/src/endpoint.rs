@@ -74,13 +74,21 @@ struct Due {
     tries: u32,
 }
 
+/// Ended Child SAs that are remembered: as many as can end while two owners do not hear of each other, and more.
+const BURIED_MAX: usize = 4096;
+
 /// See the module documentation.
 #[derive(Debug)]
 pub struct Endpoint {
     registry: Registry,
     table: Table,
     cookies: Cookies,
-    ivs: BTreeMap<IkeSpi, IvSequence>,
+    /// The IVs of the term, one sequence for all keys: whatever comes back within a term cannot begin it
+    /// anew.
+    ivs: IvSequence,
+    /// Child SAs that ended here in this term, the latest last, by our SPI. Another instance's older word must
+    /// not bring them back.
+    buried: VecDeque<EspSpi>,
     term: Option<Term>,
     active: bool,
     quiet_until: Duration,
@@ -111,7 +119,8 @@ impl Endpoint {
             registry: Registry::new(config),
             table: Table::default(),
             cookies: Cookies::default(),
-            ivs: BTreeMap::new(),
+            ivs: IvSequence::new(0),
+            buried: VecDeque::new(),
             term: None,
             active: false,
             quiet_until: Duration::ZERO,
@@ -398,7 +407,6 @@ impl Endpoint {
                 nat |= new.path.nat_here;
                 self.used.insert(*spi, now);
             } else {
-                self.ivs.remove(spi);
                 self.snoozed.remove(spi);
                 self.used.remove(spi);
             }
@@ -420,6 +428,10 @@ impl Endpoint {
         for spi in used {
             if self.table.of_child(spi).is_none() {
                 cx.spis.release(spi);
+                if self.buried.len() >= BURIED_MAX {
+                    self.buried.pop_front();
+                }
+                self.buried.push_back(spi);
             }
         }
         for name in names {

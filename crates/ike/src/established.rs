@@ -116,7 +116,7 @@ pub(crate) fn on_request(
             if refusal.fatal { After::Close(DeleteReason::Error) } else { After::Keep }
         }
     };
-    let response = step.seal(work.spi, work.initiator, &keys, reply)?;
+    let response = step.seal(work.initiator, &keys, reply)?;
     let path = work.path;
     step.send(&path, response.clone());
     let answered = Answered { request: Bytes::from(&hash[..]), response: response.into() };
@@ -295,7 +295,7 @@ fn inform(
     if let Some(payload) = payload {
         builder.push(&payload);
     }
-    let bytes = step.seal(sa.spi, sa.initiator, &established.keys, builder)?;
+    let bytes = step.seal(sa.initiator, &established.keys, builder)?;
     sent(step, sa, bytes, task);
     Ok(())
 }
@@ -496,7 +496,7 @@ pub(crate) fn make_room(
             let header = step::header(old, ExchangeType::INFORMATIONAL, false, e.send_next);
             let mut builder = MessageBuilder::sealed(&header);
             builder.push(&Payload::Delete(Delete::Ike));
-            let bytes = step.seal(old.spi, old.initiator, &e.keys, builder)?;
+            let bytes = step.seal(old.initiator, &e.keys, builder)?;
             step.send(&old.path, bytes);
         }
         drop_sa(step, old, DeleteReason::Crowded)?;

@@ -88,7 +88,7 @@ fn send(
         .push(&Payload::Sa(proposal::ike_payload(&ours, Spi::Ike(new.spi))))
         .push(&Payload::Nonce(&new.nonce));
     child::push_ke(&mut builder, Some(&new.eph));
-    let bytes = step.seal(sa.spi, sa.initiator, &established.keys, builder)?;
+    let bytes = step.seal(sa.initiator, &established.keys, builder)?;
     Ok((bytes, Task::Rekey(new)))
 }
 

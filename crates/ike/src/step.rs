@@ -33,7 +33,7 @@ pub(crate) struct Step<'a, 'c> {
     pub(crate) term: u64,
     /// No exchange of ours may begin (ha.md, split brain: the first 10 s).
     pub(crate) quiet: bool,
-    pub(crate) ivs: &'a mut BTreeMap<IkeSpi, IvSequence>,
+    pub(crate) ivs: &'a mut IvSequence,
     pub(crate) done: Collected,
 }
 
@@ -143,14 +143,12 @@ impl<'a> Step<'a, '_> {
     /// Encrypts a message of ours with the next IV of this term.
     pub(crate) fn seal(
         &mut self,
-        spi: IkeSpi,
         we_initiated: bool,
         keys: &IkeKeys,
         builder: SealedBuilder,
     ) -> Result<Vec<u8>, Error> {
         let key = AeadKey::new(keys.aead, keys.outbound(we_initiated).expose())?;
-        let sequence = self.ivs.entry(spi).or_insert_with(|| IvSequence::new(self.term));
-        let iv = sequence.next_iv().ok_or(Error::Internal("IVs of this term are used up"))?;
+        let iv = self.ivs.next_iv().ok_or(Error::Internal("IVs of this term are used up"))?;
         let sealed =
             builder.finish()?.seal(iv, |iv, aad, text| key.seal_in_place(iv, aad, text))?;
         Ok(sealed)

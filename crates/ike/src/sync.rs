@@ -80,7 +80,7 @@ pub(crate) fn request(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
     let nonce = step.cx.rng.next_u32();
     let (path, now) = (sa.path, step.now());
     let header = step::header(&sa, ExchangeType::INFORMATIONAL, false, 0);
-    let (spi, initiator) = (sa.spi, sa.initiator);
+    let initiator = sa.initiator;
     let Phase::Established(established) = &mut sa.phase else {
         return Err(Error::Internal("sync of no IKE SA"));
     };
@@ -94,7 +94,7 @@ pub(crate) fn request(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
     let keys = established.keys.clone();
     let mut builder = MessageBuilder::sealed(&header);
     builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &ids.bytes())));
-    let bytes = step.seal(spi, initiator, &keys, builder)?;
+    let bytes = step.seal(initiator, &keys, builder)?;
     established.request = Some(Request {
         out: Outstanding { id: 0, bytes: bytes.as_slice().into(), sent_at: now, sent: 1 },
         task: Task::Sync(nonce, m1),
@@ -204,7 +204,7 @@ pub(crate) fn answer(
     let payloads = opened.payloads()?;
     let ids = Ids::parse(&payloads).ok_or(Error::NotExpected)?;
     let now = step.now();
-    let (spi, initiator) = (sa.spi, sa.initiator);
+    let initiator = sa.initiator;
     let Phase::Established(established) = &mut sa.phase else { return Err(Error::NotExpected) };
     // RFC 6311 §5.1: dropped in silence unless M1 is above all we have seen, so
     // that a replay does nothing.
@@ -231,7 +231,7 @@ pub(crate) fn answer(
     let agreed = Ids { nonce: ids.nonce, send: established.send_next, recv: established.recv_next };
     let mut builder = MessageBuilder::sealed(&message.header.to_response());
     builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &agreed.bytes())));
-    let bytes = step.seal(spi, initiator, &keys, builder)?;
+    let bytes = step.seal(initiator, &keys, builder)?;
     established.synced_m1 = ids.send;
     established.synced =
         Some(Answered { request: Bytes::from(&hash[..]), response: bytes.as_slice().into() });

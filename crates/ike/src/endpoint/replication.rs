@@ -3,6 +3,7 @@
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 
+use crypto::aead::IvSequence;
 use wire::id::{EspSpi, IkeSpi, Term};
 use zeroize::Zeroizing;
 
@@ -84,7 +85,8 @@ impl Endpoint {
             return Err(ActivateError::OldTerm);
         }
         // A new term is a new IV space for every key (ha.md).
-        self.ivs.clear();
+        self.ivs = IvSequence::new(term.0);
+        self.buried.clear();
         self.term = Some(term);
         if !self.active {
             // What an earlier ownership left unpolled was never committed.
@@ -202,7 +204,9 @@ impl Endpoint {
         let untouched = |spi: &IkeSpi| {
             self.used.get(spi).is_none_or(|at| *at <= since) || self.is_waiting_in_doubt(*spi)
         };
-        taken.retain(|spi, _| untouched(spi));
+        // An IKE SA may have been rekeyed there and live under another name, while what it carries was ended here.
+        let buried = |sa: &IkeSa| sa.esp_spis().any(|child| self.buried.contains(&child));
+        taken.retain(|spi, sa| untouched(spi) && !buried(sa));
         let gone: Vec<IkeSpi> = deletes
             .iter()
             .filter(|spi| self.table.get(**spi).is_some() && untouched(spi))
