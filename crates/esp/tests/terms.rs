@@ -56,6 +56,22 @@ fn the_first_packets_of_an_sa() {
     assert_eq!(iv_of(&esp), [0x12, 0x36, 0, 0, 0, 0, 0, 0]);
 }
 
+// Healing can bring an SA back that was removed within the same term (found by the simulation).
+#[test]
+fn an_sa_that_comes_back_within_a_term_repeats_no_iv() {
+    let (mut shard, sa) = single(1, INITIAL_CEILING, 0x7_1234, false);
+    let before: Vec<[u8; 8]> =
+        (0..3).map(|_| iv_of(&sealed(&mut shard, ms(1), &numbered(0)))).collect();
+    shard.apply(Command::Remove { spi_in: sa.spi_in }).unwrap();
+    install(&mut shard, &sa);
+    for _ in 0..3 {
+        assert!(!before.contains(&iv_of(&sealed(&mut shard, ms(1), &numbered(0)))));
+    }
+    // Nor does hearing of the same term again begin it anew.
+    own(&mut shard, 0x7_1234, 0, false);
+    assert!(!before.contains(&iv_of(&sealed(&mut shard, ms(1), &numbered(0)))));
+}
+
 #[test]
 fn a_takeover_starts_at_the_ceiling_plus_the_jump() {
     for (jump, want) in [(0, 5000), (1 << 24, (1 << 24) + 5000), (1 << 28, (1 << 28) + 5000)] {
