@@ -163,6 +163,24 @@ pub fn ike_exchanges(recording: &Recording, from: Duration, to: Duration) -> u64
     seen.len() as u64
 }
 
+/// Exchanges whose request was seen by `at` (CLOCK_BOOTTIME) and whose response was not: they were open then.
+pub fn open_exchanges(recording: &Recording, at: Duration) -> u64 {
+    let mut open = BTreeSet::new();
+    for packet in recording.packets().filter(|packet| recording.boot_time(packet.at) <= at) {
+        let Content::Ike { header, .. } = packet.content else { continue };
+        // A response comes from the other side than its request did.
+        let asked_by_initiator = header.from_initiator != header.is_response;
+        let key =
+            (header.initiator_spi, header.responder_spi, asked_by_initiator, header.message_id);
+        if header.is_response {
+            open.remove(&key);
+        } else {
+            open.insert(key);
+        }
+    }
+    open.len() as u64
+}
+
 /// ARP packets that claim `address` from hardware address `mac` within `[from, to)`: replies, and announcements.
 pub fn arp_claims(
     recording: &Recording,

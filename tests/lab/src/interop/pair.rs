@@ -227,39 +227,52 @@ fn kernel_peer(lab: &Lab<'_>) -> Result<String> {
     ))
 }
 
-/// Kills the owner a random moment after the peer, or we, started a rekey.
+/// Kills the owner while a rekey is under way: a moment after it was asked for, and, in every second turn, for certain
+/// between request and response, because the other side's messages are held back until the owner is dead.
 fn kill_in_rekey(lab: &Lab<'_>) -> Result<String> {
     let mut scene = stage(lab)?;
-    let rounds = if lab.full { 40 } else { 8 };
+    let rounds: u64 = if lab.full { 40 } else { 8 };
+    let mut open = 0;
     for round in 0..rounds {
         let owner = scene.wait_synced(PATIENCE).map_err(|error| with_logs(lab, &scene, error))?;
         scene.udp.wait_flowing(PATIENCE)?;
+        scene.look(lab.run)?.discard();
         let before = scene.remote.spis()?;
-        let peer = scene.remote.charon()?;
-        let what = round % 4;
+        let (what, held) = (round % 4, round / 4 % 2 == 1);
+        // The router loses our responses to the peer's requests, or the peer's to ours.
+        let (interface, hold) =
+            (["eth0", "eth1"][usize::from(what >= 2)], "udp dport 4500 @th,64,32 0");
+        let cut =
+            held.then(|| Impairment::matching(&scene.net.router, interface, hold)).transpose()?;
         let event = clock::now();
-        std::thread::scope(|scope| -> Result<()> {
-            // `swanctl --rekey` returns when the exchange is queued; ours blocks, so it has a thread.
-            let instance = &scene.instances[owner];
-            match what {
-                0 => peer.rekey_child("net")?,
-                1 => peer.rekey_ike("gw")?,
-                2 => drop(scope.spawn(|| instance.tandem(&["rekey", "branch", "--child"]))),
-                _ => drop(scope.spawn(|| instance.tandem(&["rekey", "branch", "--ike"]))),
-            }
-            Ok(())
-        })
-        .map_err(|error| with_logs(lab, &scene, error))
-        .or_else(|error| if what >= 2 { Ok(()) } else { Err(error) })?;
-        // Between nothing and about an exchange's length.
-        clock::sleep_until(clock::now() + Duration::from_micros(700 * (round % 7)));
+        let log = lab.run.dir().join("rekey.log");
+        let instance = &scene.instances[owner];
+        // `swanctl --rekey` returns when the exchange is queued; ours waits for its end, so it is left to itself.
+        let mut ours = match what {
+            0 => scene.remote.charon()?.rekey_child("net").map(|()| None)?,
+            1 => scene.remote.charon()?.rekey_ike("gw").map(|()| None)?,
+            2 => Some(instance.tandem_cmd(&["rekey", "branch", "--child"]).spawn(&log)?),
+            _ => Some(instance.tandem_cmd(&["rekey", "branch", "--ike"]).spawn(&log)?),
+        };
+        if held {
+            // Until the request is on the wire; what cuts the way back keeps the exchange open.
+            clock::sleep_until(event + Duration::from_millis(300));
+        } else {
+            // Between nothing and about an exchange's length.
+            clock::sleep_until(clock::now() + Duration::from_micros(1500 * (round % 7)));
+        }
         scene.instances[owner].kill9()?;
+        let killed = clock::now();
+        drop(cut);
         scene.udp.wait_arrivals_since(
             clock::now() + Duration::from_millis(20),
             Duration::from_secs(10),
         )?;
         // A request that died with the owner is answered when the peer repeats it, after 4 s.
         clock::sleep_until(event + Duration::from_secs(6));
+        if let Some(command) = &mut ours {
+            command.bury(PATIENCE)?;
+        }
         scene.instances[owner].bury()?;
         scene.instances[owner].start()?;
         scene.wait_synced(PATIENCE).map_err(|error| with_logs(lab, &scene, error))?;
@@ -269,19 +282,29 @@ fn kill_in_rekey(lab: &Lab<'_>) -> Result<String> {
                 .then_some(()))
         })
         .map_err(|error| with_logs(lab, &scene, error))?;
-        if what < 2 {
+        // What the peer asked for, and what was under way for certain, has come to its end.
+        if what < 2 || held {
             ensure(before.changed(&scene.remote.spis()?) > 0, || {
-                format!("round {round}: the peer's rekey was lost")
-            })?;
+                format!("round {round}: the rekey was lost")
+            })
+            .map_err(|error| with_logs(lab, &scene, error))?;
         }
         ensure(scene.tcp.broken(Duration::from_secs(10))? == 0, || {
             format!("round {round}: a TCP connection broke")
         })?;
-        scene.look(lab.run)?.discard();
+        let seen = scene.look(lab.run)?;
+        // Each seen where the request has passed and a lost response has not.
+        let place = if what < 2 { &seen.peer_ike } else { &seen.wan };
+        let unanswered = check::open_exchanges(place, killed);
+        ensure(!held || unanswered > 0, || {
+            format!("round {round}: no exchange was open when the owner died")
+        })?;
+        open += u64::from(unanswered > 0);
+        seen.discard();
     }
     finish(lab, &mut scene)?;
     Ok(format!(
-        "{rounds} kills within rekeys; {} IVs checked, 0 repeats, 0 message ids reused",
+        "{rounds} kills around rekeys, {open} of them between request and response; {} IVs checked, 0 repeats, 0 message ids reused",
         scene.ivs.checked
     ))
 }
