@@ -334,6 +334,8 @@ pub struct IkeStatus {
     pub spi_r: String,
     /// `initiator` or `responder`.
     pub role: String,
+    /// The peer's address and port.
+    pub remote: String,
 }
 
 /// One Child SA.
@@ -576,10 +578,12 @@ impl Daemon {
         let pid = self.proc()?.pid();
         let text = std::fs::read_to_string(format!("/proc/{pid}/status"))
             .doing("read a process's status")?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
-        let kilobytes: u64 =
-            line.split_whitespace().next().unwrap_or_default().parse().unwrap_or(0);
-        Ok(kilobytes * 1024)
+        let kilobytes = text
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok());
+        kilobytes
+            .map(|kilobytes: u64| kilobytes * 1024)
+            .ok_or_else(|| Error::parse("a process's status", "no VmRSS in it"))
     }
 
     /// Lines of its log at level ERROR, and panics: any of them fails a test.

@@ -457,14 +457,37 @@ fn nobody_moves(
 fn saturated(lab: &Lab<'_>) -> Result<String> {
     let mut scene = stage(lab)?;
     let seconds = if lab.full { 600 } else { 20 };
-    let (sent, lost) = nobody_moves(lab, &mut scene, |_| {
+    // The same processes from beginning to end: what leaks shows here, under a rekey every five seconds.
+    let memory = |scene: &mut Scene| -> Result<u64> {
+        let [left, right] = &mut scene.instances;
+        Ok(left.resident_bytes()?.max(right.resident_bytes()?))
+    };
+    let owner = scene.wait_synced(PATIENCE)?;
+    for _ in 0..4 {
+        scene.instances[owner].tandem(&["rekey", "branch", "--child"])?;
+    }
+    let first = memory(&mut scene)?;
+    let mut rekeys = 0;
+    let (sent, lost) = nobody_moves(lab, &mut scene, |scene| {
         let _load = Saturation::start(lab.run)?;
-        clock::sleep_until(clock::now() + Duration::from_secs(seconds));
+        let until = clock::now() + Duration::from_secs(seconds);
+        while clock::now() < until {
+            let kind = ["--child", "--ike"][usize::from(rekeys % 4 == 3)];
+            scene.instances[owner].tandem(&["rekey", "branch", kind])?;
+            rekeys += 1;
+            clock::sleep_until((clock::now() + Duration::from_secs(5)).min(until));
+        }
         Ok(())
+    })?;
+    let last = memory(&mut scene)?;
+    ensure(last <= first + (2 << 20), || {
+        format!("memory grew from {} to {} KiB in {rekeys} rekeys", first >> 10, last >> 10)
     })?;
     finish(lab, &mut scene)?;
     Ok(format!(
-        "{seconds} s with every core saturated: 0 takeovers, 0 fenced batches; {lost} of {sent} probes lost"
+        "{seconds} s with every core saturated: 0 takeovers, 0 fenced batches; {lost} of {sent} probes lost; {rekeys} rekeys, memory {} to {} KiB",
+        first >> 10,
+        last >> 10
     ))
 }
 
