@@ -647,11 +647,28 @@ for frame in frames + frames[::-1]:
 fn mismatch(lab: &Lab<'_>) -> Result<String> {
     let mut found = Vec::new();
     type Spoil = fn(&mut Config);
-    let spoils: [(&str, Spoil); 2] = [
-        ("secret", |config| config.secret = Some("f".repeat(64))),
-        ("config", |config| config.branch().children[0].local_ts.push("10.9.0.0/24".into())),
+    let spoils: [(&str, Spoil, &str); 3] = [
+        (
+            "secret",
+            |config| config.secret = Some("f".repeat(64)),
+            "pair link refused: it does not hold our pair secret",
+        ),
+        (
+            "config",
+            |config| config.branch().children[0].local_ts.push("10.9.0.0/24".into()),
+            "config",
+        ),
+        (
+            "index",
+            |config| {
+                for (_, index, _) in &mut config.instances {
+                    *index = 1 - *index;
+                }
+            },
+            "it has index 0 like this instance: give one of them index 0, the other 1",
+        ),
     ];
-    for (what, spoil) in spoils {
+    for (what, spoil, sentence) in spoils {
         let net = crate::net::Net::build(lab.run)?;
         let good = Config::pair();
         let mut bad = Config::pair();
@@ -665,7 +682,7 @@ fn mismatch(lab: &Lab<'_>) -> Result<String> {
         })?;
         let skip = left.log().len();
         right.start()?;
-        let line = super::stage::wait_log(&left, skip, &[what])?;
+        let line = super::stage::wait_log(&left, skip, &[sentence])?;
         clock::sleep_until(clock::now() + Duration::from_secs(5));
         let log = left.log();
         let lines = log
