@@ -174,12 +174,15 @@ impl AeadKey {
     }
 }
 
-/// Makes the explicit IVs of one key in one term: the term's low 16 bits ‖ a
-/// 48-bit counter from 0 (ha.md, "ESP counters").
+/// Makes the explicit IVs of one term: the term's low 16 bits ‖ a 48-bit
+/// counter from 0 (ha.md, "ESP counters").
 ///
 /// As terms never repeat and their parity names the instance, no clock,
-/// partition or restart can repeat an IV, as long as one sequence is made per
-/// key and term, and the key is replaced before its terms wrap 16 bits.
+/// partition or restart can repeat an IV, as long as whoever may use a key in a
+/// term draws from one sequence made once for that term (not once for the key:
+/// a key can come back within a term), and the key is replaced before its terms
+/// wrap 16 bits. Several workers that may use one key need a part of the
+/// counter each.
 #[derive(Debug)]
 pub struct IvSequence {
     term: u16,
@@ -187,7 +190,7 @@ pub struct IvSequence {
 }
 
 impl IvSequence {
-    /// IVs that one key can have in one term.
+    /// IVs that there are in one term.
     pub const LEN: u64 = 1 << 48;
 
     /// The sequence of `term`, from 0.
@@ -197,7 +200,7 @@ impl IvSequence {
     }
 
     /// The next IV, or `None` when the counter is used up: then nothing more
-    /// may be sealed with this key in this term.
+    /// may be sealed in this term.
     #[inline]
     pub fn next_iv(&mut self) -> Option<[u8; IV_LEN]> {
         if self.next >= Self::LEN {

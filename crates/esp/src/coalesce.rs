@@ -23,6 +23,9 @@ use wire::vnet::SegmentedTcp;
 /// What an IP packet can hold: its length field has 16 bits.
 const MOST_BYTES: usize = 65_535;
 
+/// Shorter segments are not worth a split, and some network cards refuse to make them.
+const LEAST_PAYLOAD: usize = 128;
+
 /// A TCP segment in a form that may be merged.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
@@ -126,7 +129,8 @@ impl Run {
     /// A run of one, if `packet` is of a kind that can be merged.
     #[must_use]
     pub fn start(packet: &[u8]) -> Option<Self> {
-        let first = Segment::parse(packet).filter(|segment| !segment.push)?;
+        let long = |segment: &Segment| segment.payload_len >= LEAST_PAYLOAD;
+        let first = Segment::parse(packet).filter(|segment| !segment.push && long(segment))?;
         Some(Self {
             first,
             next: first.seq.wrapping_add(first.payload_len as u32),

@@ -8,7 +8,7 @@
 //!   shadow, or owner of an older term           owner in term T
 //!   ─────────────────────────────────  enter   ─────────────────────────────
 //!   ceiling: all below may be used     ─────►  next = max(next, ceiling+jump)
-//!   top: all at or below is refused            IVs = T ‖ 0, 1, 2, …
+//!   top: all at or below is refused            IVs = T ‖ the endpoint's counter
 //!   grant for T, if a switchover       ─────►  next = max(next, grant.next)
 //!                                              window = grant.window
 //! ```

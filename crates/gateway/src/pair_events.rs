@@ -17,6 +17,10 @@ use crate::peer_message::{self, Counters, ExactSa, Side};
 /// Direct arrivals wait at least this long after a switchover while steered packets pass (ha.md).
 const HOLD_DIRECT: Duration = Duration::from_millis(2);
 
+/// Above the sequence numbers of an SA that another instance made and did not tell the counters of: an unsynced takeover's
+/// jump (ha.md), more than can be sent in the seconds of a split.
+const UNKNOWN_JUMP: u64 = 1 << 28;
+
 impl Gateway {
     pub(crate) fn handle_pair_event(&mut self, now: Duration, event: ha::Event) {
         match event {
@@ -411,9 +415,18 @@ impl Gateway {
             tracing::error!(endpoint = e.name, %error, "the other instance's tail cannot be used");
         }
         let term = e.term;
-        // The SAs just adopted must be in the shards before their counters are.
-        while self.step_ike(now, index) {}
         let exact = peer_message::decode::<Counters>(counters).unwrap_or_default();
+        // The SAs just adopted must be in the shards before their counters are.
+        let first = self.outputs.len();
+        while self.step_ike(now, index) {}
+        // Where the loser's counters did not come, its SAs go on far above what it can have used.
+        for output in self.outputs.iter_mut().skip(first) {
+            if let Output::Shard(esp::Command::Install(sa)) = output
+                && !exact.sas.iter().any(|said| said.spi_in == sa.spi_in.0)
+            {
+                sa.next_seq = sa.next_seq.saturating_add(UNKNOWN_JUMP);
+            }
+        }
         for counters in exact.sas.iter().filter_map(ExactSa::counters) {
             // In the running term this is healing: the shard goes on above both and merges the windows.
             self.outputs.push_back(Output::Shard(esp::Command::Resume {

@@ -61,7 +61,8 @@ impl Tun {
         let file = File::options().read(true).write(true).open("/dev/net/tun")?;
         set_nonblocking(&file)?;
         let mut request = interface_request(name)?;
-        let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        // One that is there already is not ours: see `check_name`, which cannot see one that comes in between.
+        let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: a filled ifreq that outlives the call; the kernel writes the name into it.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;

@@ -298,7 +298,7 @@ fn protect(config: &Path, instance: Option<String>, remove: bool) -> Result<Answ
                 let plural = if pairs == 1 { " is" } else { "s are" };
                 let mut text = format!("{pairs} pair{plural} kept from passing in clear");
                 // A running daemon may still serve what an earlier configuration says: that stays protected.
-                if netlink.link(&loaded.daemon.tun).await.map_err(failed)?.is_some() {
+                if crate::routing::claim().is_err() {
                     text += "; rules of an earlier configuration, if any, stay until tandemd starts again";
                 } else {
                     let (_, rules) =

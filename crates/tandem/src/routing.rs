@@ -12,6 +12,8 @@
 //!              T: REMOTE dev TUN                   with the TUN           while the daemon runs
 //!              T: REMOTE blackhole, last metric    beyond the process     when it does not
 //!  110       from VIP lookup U                     beyond the process   each endpoint leaves by its own uplink
+//!              U: default via the gateway             with the interface
+//!              U: blackhole, last metric            beyond the process     while it is down
 //! ```
 //! n is the number of /0 sides: the kernel confuses such rules with others of their priority ([`Netlink::add_rule`]).
 //!
@@ -22,8 +24,9 @@
 //! address, its gateway or a peer stands in table T only, not in `main`.
 //!
 //! `tandem protect` sets what outlives the process before the network comes up (deploy/install), the daemon repeats it
-//! at its start, and takes away what an earlier configuration left and this one does not want. `tandem down CONNECTION --purge` takes away what no other connection needs, `tandem protect --remove`
-//! all of it.
+//! at its start, and takes away what an earlier configuration left and this one does not want. `tandem down CONNECTION
+//! --purge` takes away what no other connection needs, `tandem protect --remove` all of it. All rules and routes with
+//! our protocol number are one daemon's: a second one in the same network namespace is refused ([`claim`]).
 
 use std::collections::BTreeSet;
 use std::io;
@@ -82,7 +85,19 @@ fn exemptions(pairs: &[(Prefix, Prefix)], all: &[(Prefix, Prefix)]) -> BTreeSet<
         let remote = *remote;
         locals.iter().copied().filter(move |local| *local != remote && remote.covers(local))
     };
-    pairs.iter().flat_map(|(local, remote)| covered(remote).map(move |to| (*local, to))).collect()
+    let exempt =
+        pairs.iter().flat_map(|(local, remote)| covered(remote).map(move |to| (*local, to)));
+    // What a connection names itself is no exemption.
+    exempt.filter(|pair| !all.contains(pair)).collect()
+}
+
+/// Claims this network namespace's rules and routes, for as long as the result lives. Errors: `AddrInUse` while another
+/// daemon holds them.
+pub fn claim() -> io::Result<std::os::unix::net::UnixListener> {
+    use std::os::linux::net::SocketAddrExt;
+    // An abstract name belongs to the network namespace and goes with the process.
+    let name = std::os::unix::net::SocketAddr::from_abstract_name("tandemd")?;
+    std::os::unix::net::UnixListener::bind_addr(&name)
 }
 
 /// The rules and routes of a set of pairs of networks between which nothing may pass in clear.
@@ -287,6 +302,11 @@ fn uplink(endpoint: &Endpoint, interface: u32) -> (Vec<Route>, Vec<Rule>) {
         None => everything,
     };
     routes.extend(on_link.map(|destination| route(destination, Target::Device(interface))));
+    // The kernel takes the routes above away when the interface goes down. Then nothing leaves from the address, neither
+    // by another uplink nor into a tunnel.
+    let nowhere =
+        |destination| Route { metric: LAST_METRIC, ..route(destination, Target::Blackhole) };
+    routes.extend(everything.map(nowhere));
     let rule = Rule {
         priority: UPLINK,
         from: Some(Prefix::host(address)),

@@ -21,7 +21,7 @@ mod tests;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 
@@ -42,6 +42,14 @@ pub const SOCKET_OPTIONS: Options = Options { recv_tos: true, buffer_bytes: SOCK
 
 /// IKE messages that may wait for the control loop; more are dropped.
 const IKE_QUEUE: usize = 512;
+
+/// IKE messages longer than a slot that may wait: they are held whole, and anybody can send them.
+const LONG_IKE_QUEUE: usize = 16;
+
+/// Whether an IKE message is longer than a slot.
+fn is_long(message: &[u8]) -> bool {
+    message.len() + wire::natt::NON_ESP_MARKER.len() > esp::SLOT_LEN - esp::HEADROOM - esp::TAILROOM
+}
 
 /// Reports that may wait for the control loop; the shard keeps the rest.
 const REPORT_QUEUE: usize = 1024;
@@ -115,6 +123,8 @@ pub struct WorkerHandle {
     reports: Receiver<WorkerEvent>,
     ike: Receiver<WorkerEvent>,
     event: EventFd,
+    /// Long IKE messages in the queue.
+    long_ike: Arc<AtomicUsize>,
     counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
 }
@@ -125,7 +135,8 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
     let (ike_out, ike) = sync_channel(IKE_QUEUE);
     let (reports_out, reports) = sync_channel(REPORT_QUEUE);
     let event = EventFd::new()?;
-    let outlet = run::Outlet::new(reports_out, ike_out, event.clone());
+    let long_ike = Arc::new(AtomicUsize::new(0));
+    let outlet = run::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike));
     let counters = Arc::new(Counters::default());
     let mut state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
     let thread = std::thread::Builder::new().name("worker-0".to_owned()).spawn(move || {
@@ -136,7 +147,7 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
             tracing::error!(%error, "the worker cannot go on");
         }
     })?;
-    Ok(WorkerHandle { commands, reports, ike, event, counters, thread: Some(thread) })
+    Ok(WorkerHandle { commands, reports, ike, event, long_ike, counters, thread: Some(thread) })
 }
 
 impl WorkerHandle {
@@ -165,7 +176,14 @@ impl WorkerHandle {
     pub fn poll(&mut self) -> Result<Option<WorkerEvent>, QueueClosed> {
         for queue in [&self.reports, &self.ike] {
             match queue.try_recv() {
-                Ok(event) => return Ok(Some(event)),
+                Ok(event) => {
+                    if let WorkerEvent::Ike { bytes, .. } = &event
+                        && is_long(bytes)
+                    {
+                        self.long_ike.fetch_sub(1, Ordering::AcqRel);
+                    }
+                    return Ok(Some(event));
+                }
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => return Err(QueueClosed),
             }

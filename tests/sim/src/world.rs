@@ -19,10 +19,10 @@ use crate::network::{Datagram, Item, Network, Stream};
 use crate::scene::{Scene, VIRTUAL, name_of, peer_of};
 use crate::traffic::Traffic;
 
-/// Packets that a socket or the TUN holds for a daemon that does not read.
 /// After a silence that was a partition, how long two owners may take to hear of each other, at the same loss, and one
 /// to give way: a few heartbeats each way.
 const SETTLES: Nanos = 200 * MS;
+/// Packets that a socket or the TUN holds for a daemon that does not read.
 const SOCKET: usize = 512;
 /// How often the instances try to connect (ha.md, "Pair link").
 const RETRY: Nanos = 200 * MS;

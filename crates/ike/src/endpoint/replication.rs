@@ -86,11 +86,12 @@ impl Endpoint {
         }
         // A new term is a new IV space for every key (ha.md).
         self.ivs = IvSequence::new(term.0);
-        self.buried.clear();
         self.term = Some(term);
         if !self.active {
-            // What an earlier ownership left unpolled was never committed.
+            // What an earlier ownership left unpolled was never committed. (A further term of the same ownership is
+            // how healing begins: what ended in it is still to be remembered.)
             self.transitions.clear();
+            self.buried.clear();
         }
         self.active = true;
         self.due.clear();
@@ -204,12 +205,23 @@ impl Endpoint {
         let untouched = |spi: &IkeSpi| {
             self.used.get(spi).is_none_or(|at| *at <= since) || self.is_waiting_in_doubt(*spi)
         };
-        // An IKE SA may have been rekeyed there and live under another name, while what it carries was ended here.
-        let buried = |sa: &IkeSa| sa.esp_spis().any(|child| self.buried.contains(&child));
-        taken.retain(|spi, sa| untouched(spi) && !buried(sa));
+        taken.retain(|spi, _| untouched(spi));
+        // An IKE SA may have been rekeyed there and live under another name, while what it carries was ended here. One
+        // that has nothing else left ended here with it; of the others, what ended stays ended.
+        let mut ended = Vec::new();
+        for (spi, sa) in &mut taken {
+            let Phase::Established(e) = &mut sa.phase else { continue };
+            let before = e.children.len();
+            e.children.retain(|child| !self.buried.contains(&child.spi_in));
+            if before > 0 && e.children.is_empty() {
+                ended.push(*spi);
+            }
+        }
+        taken.retain(|spi, _| !ended.contains(spi));
         let gone: Vec<IkeSpi> = deletes
             .iter()
-            .filter(|spi| self.table.get(**spi).is_some() && untouched(spi))
+            // Where a successor was not taken, its predecessor stays.
+            .filter(|spi| ended.is_empty() && self.table.get(**spi).is_some() && untouched(spi))
             .copied()
             .collect();
         let count = taken.len() + gone.len();

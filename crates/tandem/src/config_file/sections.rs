@@ -195,12 +195,13 @@ fn instances(tables: Vec<(String, Table<'_>)>, is_pair: bool) -> Vec<Instance> {
 /// `[limits]`: bounds under attack (security.md).
 fn limits(table: Table<'_>) -> Limits {
     let d = Limits::default();
-    let count = |key, most: u64, default: usize| {
+    let at_least = |key, least: u64, most: u64, default: usize| {
         table
-            .number(key, "", 1..=most)
+            .number(key, "", least..=most)
             .and_then(|n| usize::try_from(n.value).ok())
             .unwrap_or(default)
     };
+    let count = |key, most, default| at_least(key, 1, most, default);
     let secs = |key, most, default| {
         table.number(key, "seconds", 1..=most).map_or(default, |n| Duration::from_secs(n.value))
     };
@@ -217,7 +218,7 @@ fn limits(table: Table<'_>) -> Limits {
             .and_then(|n| usize::try_from(n.value).ok())
             .unwrap_or(d.message_len),
         children_per_ike: count("children_per_ike", 1000, d.children_per_ike),
-        ike_per_connection: count("ike_per_connection", 1000, d.ike_per_connection),
+        ike_per_connection: at_least("ike_per_connection", 3, 1000, d.ike_per_connection),
         initiations_per_peer: count("initiations_per_peer", 100, d.initiations_per_peer),
         initiations_total: count("initiations_total", 10_000, d.initiations_total),
     };

@@ -40,10 +40,29 @@ const TURN: usize = 64;
 
 /// What tasks report.
 enum Done {
-    Reserved { endpoint: EndpointId, up_to: Term },
-    ReserveFailed { endpoint: EndpointId, up_to: Term, problem: String },
-    ReserveAgain { endpoint: EndpointId, up_to: Term },
-    Purged { ticket: u64, outcome: io::Result<()> },
+    Reserved {
+        endpoint: EndpointId,
+        up_to: Term,
+    },
+    ReserveFailed {
+        endpoint: EndpointId,
+        up_to: Term,
+        problem: String,
+    },
+    ReserveAgain {
+        endpoint: EndpointId,
+        up_to: Term,
+    },
+    Purged {
+        ticket: u64,
+        outcome: io::Result<()>,
+    },
+    /// An uplink's state, looked at with its routes set where it is up.
+    Uplink {
+        endpoint: EndpointId,
+        news: u64,
+        up: bool,
+    },
 }
 
 /// A request that waits for its answer.
@@ -119,7 +138,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
             () = readable(&control.parts.places) => {}
             call = control.parts.calls.recv() => if let Some(call) = call { control.request(call) },
             result = results.recv() => if let Some(result) = result { control.task_done(result) },
-            news = control.parts.monitor.next() => control.interface(news).await,
+            news = control.parts.monitor.next() => control.interface(news),
         }
     }
     info!("tandemd stops");
@@ -392,6 +411,13 @@ impl Control {
                 });
             }
             Done::ReserveAgain { endpoint, up_to } => self.reserve(endpoint, up_to),
+            Done::Uplink { endpoint, news, up } => {
+                let place = self.parts.places.get(usize::from(endpoint.0));
+                if let Some(place) = place.filter(|place| place.uplink_news == news) {
+                    info!(endpoint = place.name, interface = place.wan, up, "uplink");
+                    self.parts.gateway.handle_uplink(boottime(), endpoint, up);
+                }
+            }
             Done::Purged { ticket, outcome } => {
                 let Some(answer) = self.purging.remove(&ticket) else { return };
                 if let Err(problem) = &outcome {
@@ -501,31 +527,40 @@ impl Control {
         }
     }
 
-    async fn interface(&mut self, news: io::Result<InterfaceEvent>) {
-        let (name, up) = match news {
-            Ok(InterfaceEvent::Changed(link)) => (link.name, link.running),
-            Ok(InterfaceEvent::Removed { name }) => (name, false),
+    fn interface(&mut self, news: io::Result<InterfaceEvent>) {
+        let changed = match news {
+            Ok(InterfaceEvent::Changed(link)) => Some((link.name, link.running)),
+            Ok(InterfaceEvent::Removed { name }) => Some((name, false)),
             Ok(InterfaceEvent::Lost) => {
                 warn!("interface news were lost: the uplinks are looked at again");
-                return self.uplinks().await;
+                None
             }
             Err(problem) => {
                 warn!(%problem, "interface news");
                 return;
             }
         };
-        for index in 0..self.parts.places.len() {
-            let Some(place) = self.parts.places.get(index) else { continue };
-            if place.wan.as_deref() == Some(name.as_str()) {
-                info!(endpoint = place.name, interface = name, up, "uplink");
-                if up {
-                    restore_uplink(
-                        self.parts.netlink.clone(),
-                        place.endpoint.clone(),
-                        name.clone(),
-                    );
+        for (endpoint, place) in (0_u8..).map(EndpointId).zip(&mut self.parts.places) {
+            let Some(interface) = &place.wan else { continue };
+            if changed.as_ref().is_some_and(|(name, _)| name != interface) {
+                continue;
+            }
+            place.uplink_news += 1;
+            match &changed {
+                // At once: packets fail already.
+                Some((_, false)) => {
+                    info!(endpoint = place.name, interface, up = false, "uplink");
+                    self.parts.gateway.handle_uplink(boottime(), endpoint, false);
                 }
-                self.parts.gateway.handle_uplink(boottime(), EndpointId(index as u8), up);
+                Some((_, true)) | None => {
+                    let (netlink, done) = (self.parts.netlink.clone(), self.done.clone());
+                    let look = look_at_uplink(netlink, place.endpoint.clone(), interface.clone());
+                    let news = place.uplink_news;
+                    tokio::spawn(async move {
+                        let up = look.await;
+                        let _ = done.send(Done::Uplink { endpoint, news, up });
+                    });
+                }
             }
         }
     }
@@ -559,18 +594,20 @@ impl Control {
     }
 }
 
-/// The kernel takes an interface's routes away when it goes down. Who manages the host brings back its own; those of
-/// the uplink table are ours.
-fn restore_uplink(netlink: Netlink, endpoint: Endpoint, interface: String) {
-    tokio::spawn(async move {
-        let outcome = match netio::route::index_of(&interface) {
-            Ok(index) => routing::set_uplink(&netlink, &endpoint, index).await,
-            Err(problem) => Err(problem),
-        };
-        if let Err(problem) = outcome {
-            warn!(endpoint = endpoint.name, interface, %problem, "the uplink's routes could not be set again");
+/// Whether an uplink works. The kernel takes an interface's routes away when it goes down: who manages the host brings
+/// back its own, those of the uplink table are ours. Until they stand the uplink does not work.
+async fn look_at_uplink(netlink: Netlink, endpoint: Endpoint, interface: String) -> bool {
+    let link = match netlink.link(&interface).await {
+        Ok(Some(link)) if link.running => link,
+        _ => return false,
+    };
+    match routing::set_uplink(&netlink, &endpoint, link.index).await {
+        Ok(()) => true,
+        Err(problem) => {
+            warn!(endpoint = endpoint.name, interface, %problem, "the uplink's routes cannot be set");
+            false
         }
-    });
+    }
 }
 
 /// systemd's watchdog: a control loop that hangs is restarted.

@@ -43,6 +43,8 @@ pub(super) struct Place {
     /// As configured: its uplink's routes are set again whenever the interface comes back.
     pub(super) endpoint: Endpoint,
     pub(super) wan: Option<String>,
+    /// News of the uplink so far: a look at it that began before the latest counts no more.
+    pub(super) uplink_news: u64,
     pub(super) port_500: UdpSocket,
     pub(super) port_4500: UdpSender,
     pub(super) at_500: SocketAddr,
@@ -52,6 +54,8 @@ pub(super) struct Place {
 
 /// A daemon, opened.
 pub(super) struct Parts {
+    /// This network namespace's rules and routes are ours while it is open.
+    pub(super) _claim: std::os::unix::net::UnixListener,
     pub(super) gateway: Gateway,
     pub(super) local: String,
     pub(super) peer: String,
@@ -89,6 +93,12 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     let server = Server::bind(&settings.socket).await.map_err(|failure| match &failure.hint {
         Some(hint) => format!("{failure}; {hint}"),
         None => failure.to_string(),
+    })?;
+    let claim = routing::claim().map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "another tandemd runs in this network namespace: one serves all endpoints".to_owned()
+        }
+        _ => format!("the host's rules cannot be claimed: {error}"),
     })?;
     let terms = TermFile::open(&settings.state_dir).map_err(|error| error.to_string())?;
     let tun = open_tun(&settings.tun, settings.offload).map_err(|error| {
@@ -157,6 +167,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
             name: endpoint.name.clone(),
             endpoint: endpoint.clone(),
             wan: interface,
+            uplink_news: 0,
             port_500,
             port_4500: socket.sender(),
             at_500,
@@ -235,6 +246,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     };
     let gateway = Gateway::new(start, boottime()).map_err(|error| error.to_string())?;
     Ok(Parts {
+        _claim: claim,
         gateway,
         local,
         peer,
@@ -254,7 +266,6 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
     })
 }
 
-/// What to do about a TUN that cannot be opened (tun.c, tun_set_iff; tun_chr_open).
 /// The TUN with vnet headers, or where that is switched off or not to be had, the plain one.
 fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
     if !offload {
@@ -269,10 +280,11 @@ fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
     }
 }
 
+/// What to do about a TUN that cannot be opened (tun.c, tun_set_iff; tun_chr_open).
 fn tun_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::ResourceBusy => {
-            "an interface of this name is there: another tandemd's, or of another kind ([daemon] tun chooses another name)"
+            "an interface of this name is there already: [daemon] tun chooses another name"
         }
         io::ErrorKind::PermissionDenied => {
             "this needs root or CAP_NET_ADMIN, and in a container the device /dev/net/tun"

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
@@ -17,7 +17,9 @@ use wire::ip::Ecn;
 use wire::natt::{self, Datagram};
 
 use super::counters::add;
-use super::{BATCH, Counters, EndpointSocket, Start, WorkerCommand, WorkerEvent};
+use super::{
+    BATCH, Counters, EndpointSocket, LONG_IKE_QUEUE, Start, WorkerCommand, WorkerEvent, is_long,
+};
 use crate::link::{STEER_HEADROOM, STEER_TAILROOM, SteerHead, SteerKind, SteerSender};
 
 const TUN: u64 = 0;
@@ -71,6 +73,8 @@ pub(super) struct Outlet {
     reports: SyncSender<WorkerEvent>,
     ike: SyncSender<WorkerEvent>,
     event: EventFd,
+    /// Long IKE messages in the queue.
+    long_ike: Arc<AtomicUsize>,
 }
 
 impl Outlet {
@@ -78,8 +82,9 @@ impl Outlet {
         reports: SyncSender<WorkerEvent>,
         ike: SyncSender<WorkerEvent>,
         event: EventFd,
+        long_ike: Arc<AtomicUsize>,
     ) -> Self {
-        Self { reports, ike, event }
+        Self { reports, ike, event, long_ike }
     }
 
     /// Gives the event back when there is no room.
@@ -371,24 +376,36 @@ impl Io {
         }
         match natt::classify(slot.packet()) {
             Datagram::Esp(_) => return true,
-            Datagram::Ike(bytes) => self.take_ike(meta, bytes, endpoint),
+            Datagram::Ike(bytes) => {
+                self.take_ike(meta, bytes, endpoint);
+            }
             Datagram::Keepalive => add(&counters.keepalives, 1),
             Datagram::Short => add(&counters.short, 1),
         }
         false
     }
 
-    fn take_ike(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) {
+    /// False when it was dropped.
+    fn take_ike(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) -> bool {
         let event = WorkerEvent::Ike { endpoint, from: meta.from, bytes: bytes.to_vec() };
         let taken = self.outlet.ike(event);
         let counter = if taken { &self.counters.ike_received } else { &self.counters.ike_dropped };
         add(counter, 1);
+        taken
     }
 
     /// A datagram that no slot holds: an IKE message, or nothing of ours.
     fn take_long(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) {
         match natt::classify(bytes) {
-            Datagram::Ike(message) => self.take_ike(meta, message, endpoint),
+            Datagram::Ike(message) if is_long(message) => {
+                let long = &self.outlet.long_ike;
+                // Counted before it is queued, since control counts it out; and looked at before it is copied.
+                let room = long.fetch_add(1, Ordering::AcqRel) < LONG_IKE_QUEUE;
+                add(&self.counters.ike_dropped, u64::from(!room));
+                if !room || !self.take_ike(meta, message, endpoint) {
+                    long.fetch_sub(1, Ordering::AcqRel);
+                }
+            }
             _ => add(&self.counters.truncated, 1),
         }
     }
@@ -415,6 +432,7 @@ impl Io {
             sent += socket.send(items) as u64;
         }
         let (mut written, mut refused, mut unencapsulated) = (0, 0, 0);
+        let now = boottime();
         let mut rest = batch.slots_mut();
         while !rest.is_empty() {
             let run = self.run_at(rest);

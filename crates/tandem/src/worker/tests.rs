@@ -141,7 +141,12 @@ pub(super) fn test_state() -> run::State {
     let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
     let local = "127.0.0.1:4500";
     let (mut commands, asked) = queue(64).unwrap();
-    let outlet = run::Outlet::new(sync_channel(64).0, sync_channel(64).0, EventFd::new().unwrap());
+    let outlet = run::Outlet::new(
+        sync_channel(64).0,
+        sync_channel(64).0,
+        EventFd::new().unwrap(),
+        Arc::default(),
+    );
     let state =
         run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::default()).unwrap();
     own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
@@ -476,7 +481,7 @@ fn no_allocation_while_packets_pass() {
         let (mut commands, asked) = queue(64).unwrap();
         let (reports, taken) = sync_channel(REPORT_QUEUE);
         let (ike, _) = sync_channel(1);
-        let outlet = run::Outlet::new(reports, ike, EventFd::new().unwrap());
+        let outlet = run::Outlet::new(reports, ike, EventFd::new().unwrap(), Arc::default());
         let counters = Arc::new(Counters::default());
         let mut state =
             run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::clone(&counters))
