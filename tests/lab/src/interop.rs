@@ -5,7 +5,6 @@ mod bad_input;
 mod basic;
 mod ipv6;
 mod lifecycle;
-mod nat;
 mod pair;
 mod protection;
 mod stage;
@@ -50,7 +49,6 @@ pub fn all() -> Vec<Scenario> {
         basic::SCENARIOS,
         lifecycle::SCENARIOS,
         bad_input::SCENARIOS,
-        nat::SCENARIOS,
         protection::SCENARIOS,
         pair::SCENARIOS,
         uplink::SCENARIOS,

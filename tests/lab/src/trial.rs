@@ -294,10 +294,10 @@ pub fn hurt(
     Ok(outcome)
 }
 
-/// A datagram of the capture's own kind, from the peer's host: proves that the capture sees what passes.
+/// A datagram of the capture's own kind, to the peer: proves that the capture sees what passes.
 fn mark(scene: &Scene) -> Result<()> {
-    let send = format!("printf %s {MARK} > /dev/udp/198.51.100.1/500");
-    scene.net.peer.cmd("bash").args(["-c", &send]).run(PATIENCE).map(drop)
+    let send = format!("printf %s {MARK} > /dev/udp/{}/500", net::PEER_WAN);
+    scene.net.router.cmd("bash").args(["-c", &send]).run(PATIENCE).map(drop)
 }
 
 /// Too short for an IKE header, so that it counts as no exchange.
