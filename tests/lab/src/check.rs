@@ -163,48 +163,6 @@ pub fn ike_exchanges(recording: &Recording, from: Duration, to: Duration) -> u64
     seen.len() as u64
 }
 
-/// Exchanges whose request was seen by `at` (CLOCK_BOOTTIME) and whose response was not: they were open then.
-pub fn open_exchanges(recording: &Recording, at: Duration) -> u64 {
-    let mut open = BTreeSet::new();
-    for packet in recording.packets().filter(|packet| recording.boot_time(packet.at) <= at) {
-        let Content::Ike { header, .. } = packet.content else { continue };
-        // A response comes from the other side than its request did.
-        let asked_by_initiator = header.from_initiator != header.is_response;
-        let key =
-            (header.initiator_spi, header.responder_spi, asked_by_initiator, header.message_id);
-        if header.is_response {
-            open.remove(&key);
-        } else {
-            open.insert(key);
-        }
-    }
-    open.len() as u64
-}
-
-/// Requests of CREATE_CHILD_SA (RFC 7296 §2.8: rekeys) that went out while one of the other side's on the same IKE SA
-/// had no answer yet: collisions.
-pub fn collisions(recording: &Recording) -> u64 {
-    const CREATE_CHILD_SA: u8 = 36;
-    let mut open: HashMap<(u64, u64, bool), u32> = HashMap::new();
-    let mut found = 0;
-    for packet in recording.packets() {
-        let Content::Ike { header, .. } = packet.content else { continue };
-        if header.exchange != CREATE_CHILD_SA {
-            continue;
-        }
-        let (i, r) = (header.initiator_spi, header.responder_spi);
-        let asked_by_initiator = header.from_initiator != header.is_response;
-        if header.is_response {
-            open.remove(&(i, r, asked_by_initiator));
-        } else {
-            let new = open.insert((i, r, asked_by_initiator), header.message_id)
-                != Some(header.message_id);
-            found += u64::from(new && open.contains_key(&(i, r, !asked_by_initiator)));
-        }
-    }
-    found
-}
-
 /// ARP packets that claim `address` from hardware address `mac` within `[from, to)`: replies, and announcements.
 pub fn arp_claims(
     recording: &Recording,
