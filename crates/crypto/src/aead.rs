@@ -180,33 +180,49 @@ impl AeadKey {
 /// As terms never repeat and their parity names the instance, no clock,
 /// partition or restart can repeat an IV, as long as whoever may use a key in a
 /// term draws from one sequence made once for that term (not once for the key:
-/// a key can come back within a term), and the key is replaced before its terms
-/// wrap 16 bits. Several workers that may use one key need a part of the
-/// counter each.
+/// a key can come back within a term). A key whose terms would wrap 16 bits gets
+/// no IV; it is to be replaced long before. Several workers that may use one key
+/// need a part of the counter each.
 #[derive(Debug)]
 pub struct IvSequence {
-    term: u16,
+    term: u64,
     next: u64,
 }
 
 impl IvSequence {
     /// IVs that there are in one term.
     pub const LEN: u64 = 1 << 48;
+    /// Terms that a key can live through, its first one included: then the term's
+    /// bits are back where the key began.
+    pub const TERMS: u64 = 1 << 16;
 
     /// The sequence of `term`, from 0.
     #[must_use]
     pub const fn new(term: u64) -> Self {
-        Self { term: (term & 0xffff) as u16, next: 0 }
+        Self { term, next: 0 }
     }
 
-    /// The next IV, or `None` when the counter is used up: then nothing more
-    /// may be sealed in this term.
+    /// Whether a key that was made in term `born` may still be used: not from
+    /// 2^16 terms later on, and not in a term before.
     #[inline]
-    pub fn next_iv(&mut self) -> Option<[u8; IV_LEN]> {
-        if self.next >= Self::LEN {
+    #[must_use]
+    pub const fn is_for(&self, born: u64) -> bool {
+        match self.term.checked_sub(born) {
+            Some(age) => age < Self::TERMS,
+            None => false,
+        }
+    }
+
+    /// The next IV for a key that was made in term `born`. `None` when the
+    /// counter is used up: then nothing more may be sealed in this term; or when
+    /// the key is too old ([`Self::is_for`]): then never again with it.
+    #[inline]
+    pub fn next_iv(&mut self, born: u64) -> Option<[u8; IV_LEN]> {
+        if self.next >= Self::LEN || !self.is_for(born) {
             return None;
         }
-        let iv = (u64::from(self.term) << 48) | self.next;
+        // The shift leaves the term's low 16 bits.
+        let iv = (self.term << 48) | self.next;
         self.next += 1;
         Some(iv.to_be_bytes())
     }
@@ -423,12 +439,36 @@ mod tests {
     #[test]
     fn iv_layout_and_end() {
         let mut ivs = IvSequence::new(0x0001_0002_abcd);
-        assert_eq!(ivs.next_iv(), Some([0xab, 0xcd, 0, 0, 0, 0, 0, 0]));
-        assert_eq!(ivs.next_iv(), Some([0xab, 0xcd, 0, 0, 0, 0, 0, 1]));
+        assert_eq!(ivs.next_iv(0x0001_0002_0000), Some([0xab, 0xcd, 0, 0, 0, 0, 0, 0]));
+        assert_eq!(ivs.next_iv(0x0001_0002_0000), Some([0xab, 0xcd, 0, 0, 0, 0, 0, 1]));
         assert_eq!(ivs.used(), 2);
         ivs.next = IvSequence::LEN - 1;
-        assert_eq!(ivs.next_iv(), Some([0xab, 0xcd, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]));
-        assert_eq!(ivs.next_iv(), None);
-        assert_eq!(ivs.next_iv(), None);
+        assert_eq!(
+            ivs.next_iv(0x0001_0002_0000),
+            Some([0xab, 0xcd, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff])
+        );
+        assert_eq!(ivs.next_iv(0x0001_0002_0000), None);
+        assert_eq!(ivs.next_iv(0x0001_0002_0000), None);
+    }
+
+    // A key may be used in 2^16 terms: in the next one its first IV would come again.
+    #[test]
+    fn a_key_gets_no_iv_twice_however_many_terms_it_lives_through() {
+        let born = 0x0001_0002_abcd;
+        let first = IvSequence::new(born).next_iv(born);
+        assert!(first.is_some());
+        let mut ivs = IvSequence::new(born + IvSequence::TERMS - 1);
+        assert_eq!(ivs.next_iv(born), Some([0xab, 0xcc, 0, 0, 0, 0, 0, 0]));
+        for later in
+            [IvSequence::TERMS, IvSequence::TERMS + 1, 5 * IvSequence::TERMS, u64::MAX - born]
+        {
+            let mut ivs = IvSequence::new(born + later);
+            assert_eq!(ivs.next_iv(born), None);
+            assert_eq!(ivs.used(), 0);
+            // A younger key is none the worse for it.
+            assert!(ivs.next_iv(born + later).is_some());
+        }
+        // Nor is a key used in a term that was before it.
+        assert_eq!(IvSequence::new(born - 1).next_iv(born), None);
     }
 }

@@ -39,8 +39,6 @@ pub(crate) const SEQ_END: u64 = 1 << 32;
 const SEQ_EXPIRING: u64 = SEQ_END - (1 << 29);
 /// Terms after which a rekey is asked for (ha.md, "ESP counters").
 const TERMS_EXPIRING: u64 = 1 << 14;
-/// Terms after which the term's 16 bits in the IV would repeat.
-const TERMS_END: u64 = 1 << 16;
 /// A low lease is reported again after this long, when leases are obeyed or
 /// are about to be.
 const LEASE_RETRY: Duration = Duration::from_millis(50);
@@ -258,7 +256,7 @@ impl SaState {
 
     fn check_age(&mut self, term: Term) {
         let age = term.0.saturating_sub(self.born.0);
-        if age >= TERMS_END {
+        if age >= IvSequence::TERMS {
             // The term's bits in the IV are back where the key began.
             self.out.next_seq = SEQ_END;
         }
@@ -372,7 +370,7 @@ impl SaState {
         ivs: &mut IvSequence,
         now: Duration,
     ) -> Result<Verdict, Reason> {
-        let taken = self.out.take(own.obey, ivs);
+        let taken = self.out.take(own.obey, ivs, self.born);
         if self.out.next_seq >= self.out.attend_at {
             self.attend(own, now);
         }
@@ -486,12 +484,17 @@ impl SaState {
 impl Outbound {
     /// The next sequence number and IV.
     #[inline]
-    fn take(&mut self, obey: bool, ivs: &mut IvSequence) -> Result<(u32, [u8; 8]), Reason> {
+    fn take(
+        &mut self,
+        obey: bool,
+        ivs: &mut IvSequence,
+        born: Term,
+    ) -> Result<(u32, [u8; 8]), Reason> {
         let seq = u32::try_from(self.next_seq).map_err(|_| Reason::SaExhausted)?;
         if obey && self.next_seq >= self.ceiling {
             return Err(Reason::LeaseExhausted);
         }
-        let iv = ivs.next_iv().ok_or(Reason::SaExhausted)?;
+        let iv = ivs.next_iv(born.0).ok_or(Reason::SaExhausted)?;
         self.next_seq += 1;
         Ok((seq, iv))
     }

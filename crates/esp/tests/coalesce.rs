@@ -246,10 +246,10 @@ type Spoil = (&'static str, fn(&mut Tcp));
 /// What makes the second of three segments one that must not join the first.
 const APART: &[Spoil] = &[
     ("another port", |tcp| tcp.port += 1),
-    ("a gap", |tcp| tcp.seq += 1),
-    ("a repetition", |tcp| tcp.seq -= 1),
-    ("another acknowledgement", |tcp| tcp.ack += 1),
-    ("another window", |tcp| tcp.window += 1),
+    ("a gap", |tcp| tcp.seq = tcp.seq.wrapping_add(1)),
+    ("a repetition", |tcp| tcp.seq = tcp.seq.wrapping_sub(1)),
+    ("another acknowledgement", |tcp| tcp.ack = tcp.ack.wrapping_add(1)),
+    ("another window", |tcp| tcp.window = tcp.window.wrapping_add(1)),
     ("FIN", |tcp| tcp.flags |= 0x01),
     ("SYN", |tcp| tcp.flags |= 0x02),
     ("RST", |tcp| tcp.flags |= 0x04),
@@ -258,7 +258,7 @@ const APART: &[Spoil] = &[
     ("CWR", |tcp| tcp.flags |= 0x80),
     ("no ACK", |tcp| tcp.flags = 0),
     ("an urgent pointer", |tcp| tcp.urgent = 1),
-    ("another time stamp", |tcp| tcp.options[7] += 1),
+    ("another time stamp", |tcp| tcp.options[7] = tcp.options[7].wrapping_add(1)),
     ("fewer options", |tcp| tcp.options.clear()),
     ("a longer payload", |tcp| tcp.payload.push(1)),
     ("no payload", |tcp| tcp.payload.clear()),

@@ -84,7 +84,7 @@ pub(crate) fn request(
     }
     // RFC 6311 §6.1; peers.md 3.
     builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED, &[])));
-    let bytes = step.seal(true, &agreed.keys, builder)?;
+    let bytes = step.seal(true, &agreed.keys, step.term, builder)?;
     step.send(&sa.path, bytes.clone());
     sa.phase = Phase::AuthSent(AuthSent {
         request: Outstanding { id: 1, bytes: bytes.into(), sent_at: step.now(), sent: 1 },
@@ -96,6 +96,7 @@ pub(crate) fn request(
         group: agreed.group,
         child,
         wanted: sent.wanted,
+        term: Some(step.term),
     });
     step.put(sa);
     Ok(())
@@ -116,6 +117,7 @@ pub(crate) fn answer(
         return Err(Error::NotExpected);
     }
     let opened = step::open(datagram, message, false, &state.keys)?;
+    let born = state.term.unwrap_or(step.term);
     // Authentic with the keys of the exchange: now the addresses count, also
     // of a peer that floats to port 4500 here (peers.md 10).
     sa.path.local = to;
@@ -133,7 +135,7 @@ pub(crate) fn answer(
     };
     match outcome {
         Ok(mut established) => {
-            let response = step.seal(false, &state.keys, reply)?;
+            let response = step.seal(false, &state.keys, born, reply)?;
             step.send(&sa.path, response.clone());
             established.answered = Some(Answered { request: hash, response: response.into() });
             established.init_hash = Some(Bytes::from(&sha256(&[&state.request])[..]));
@@ -149,7 +151,7 @@ pub(crate) fn answer(
             // again: the refusal stays until the half-open time-out.
             let mut reply = MessageBuilder::sealed(&header);
             reply.push(&Payload::Notify(Notify::new(refusal.kind, &refusal.data)));
-            let response = step.seal(false, &state.keys, reply)?;
+            let response = step.seal(false, &state.keys, born, reply)?;
             step.send(&sa.path, response.clone());
             sa.connection = None;
             sa.phase = Phase::Closed(Closed {
@@ -268,7 +270,7 @@ fn accept(
         .push(&Payload::IdR(id))
         .push(&Payload::Auth(Auth { method: AuthMethod::SHARED_KEY, data: mac.expose() }));
 
-    let mut established = establish(step, conn, state.keys.clone(), state.group);
+    let mut established = establish(step, conn, state.keys.clone(), state.group, state.term);
     established.recv_next = 2;
     established.sync = payloads.notify(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED).is_some();
     if payloads.notify(NotifyType::INITIAL_CONTACT).is_some() {
@@ -330,12 +332,14 @@ fn forget_others(step: &mut Step<'_, '_>, conn: &ConnectionConfig, sa: &IkeSa) {
     }
 }
 
-/// A fresh established state; message ids are the caller's.
+/// A fresh established state; message ids are the caller's. `born` is the term in
+/// which the keys were made, if that is known and not this one.
 pub(crate) fn establish(
     step: &mut Step<'_, '_>,
     conn: &ConnectionConfig,
     keys: IkeKeys,
     group: Group,
+    born: Option<u64>,
 ) -> Established {
     let (rekey_at, expires_at) = child::lifetime(step, &conn.timers, conn.timers.ike_rekey);
     Established {
@@ -352,7 +356,7 @@ pub(crate) fn establish(
         expires_at,
         heard: step.now(),
         sync: false,
-        term: step.term,
+        term: born.unwrap_or(step.term),
         fate: Fate::Live,
         refused_since: None,
         init_hash: None,
@@ -401,7 +405,8 @@ pub(crate) fn finish(
                     2,
                 ));
                 builder.push(&Payload::Notify(Notify::new(NotifyType::AUTHENTICATION_FAILED, &[])));
-                let bytes = step.seal(true, &state.keys, builder)?;
+                let born = state.term.unwrap_or(step.term);
+                let bytes = step.seal(true, &state.keys, born, builder)?;
                 step.send(&sa.path, bytes);
             }
             step.event(Event::Failed(Failure {
@@ -424,7 +429,7 @@ pub(crate) fn finish(
     };
 
     established::follow(step, conn, &mut sa, from, to);
-    let mut established = establish(step, conn, state.keys.clone(), state.group);
+    let mut established = establish(step, conn, state.keys.clone(), state.group, state.term);
     established.send_next = 2;
     established.sync = payloads.notify(NotifyType::IKEV2_MESSAGE_ID_SYNC_SUPPORTED).is_some();
     let now = step.now();

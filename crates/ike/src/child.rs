@@ -132,7 +132,7 @@ fn send(
         builder.push(&Payload::Notify(Notify::about(NotifyType::REKEY_SA, old, &[])));
     }
     push_offer(&mut builder, config, &new, true);
-    let bytes = step.seal(sa.initiator, &established.keys, builder)?;
+    let bytes = step.seal(sa.initiator, &established.keys, established.term, builder)?;
     Ok((bytes, Task::Child(new)))
 }
 

@@ -88,7 +88,7 @@ pub(crate) fn on_request(
         return Err(Error::NotExpected);
     }
     let opened = step::open(datagram, message, sa.initiator, &established.keys)?;
-    let keys = established.keys.clone();
+    let (keys, born) = (established.keys.clone(), established.term);
     let conn = step.connection(&sa)?;
     let reply_header = header.to_response();
 
@@ -116,7 +116,7 @@ pub(crate) fn on_request(
             if refusal.fatal { After::Close(DeleteReason::Error) } else { After::Keep }
         }
     };
-    let response = step.seal(work.initiator, &keys, reply)?;
+    let response = step.seal(work.initiator, &keys, born, reply)?;
     let path = work.path;
     step.send(&path, response.clone());
     let answered = Answered { request: Bytes::from(&hash[..]), response: response.into() };
@@ -295,7 +295,7 @@ fn inform(
     if let Some(payload) = payload {
         builder.push(&payload);
     }
-    let bytes = step.seal(sa.initiator, &established.keys, builder)?;
+    let bytes = step.seal(sa.initiator, &established.keys, established.term, builder)?;
     sent(step, sa, bytes, task);
     Ok(())
 }
@@ -496,8 +496,10 @@ pub(crate) fn make_room(
             let header = step::header(old, ExchangeType::INFORMATIONAL, false, e.send_next);
             let mut builder = MessageBuilder::sealed(&header);
             builder.push(&Payload::Delete(Delete::Ike));
-            let bytes = step.seal(old.initiator, &e.keys, builder)?;
-            step.send(&old.path, bytes);
+            // One that can say nothing more goes all the same.
+            if let Ok(bytes) = step.seal(old.initiator, &e.keys, e.term, builder) {
+                step.send(&old.path, bytes);
+            }
         }
         drop_sa(step, old, DeleteReason::Crowded)?;
     }

@@ -166,6 +166,7 @@ pub(crate) fn answer(
             auth,
             group: suite.group,
             natt: detected.supported,
+            term: Some(step.term),
         }),
     };
     step.log_ike_keys(&sa, &keys);

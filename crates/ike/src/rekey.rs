@@ -88,7 +88,7 @@ fn send(
         .push(&Payload::Sa(proposal::ike_payload(&ours, Spi::Ike(new.spi))))
         .push(&Payload::Nonce(&new.nonce));
     child::push_ke(&mut builder, Some(&new.eph));
-    let bytes = step.seal(sa.initiator, &established.keys, builder)?;
+    let bytes = step.seal(sa.initiator, &established.keys, established.term, builder)?;
     Ok((bytes, Task::Rekey(new)))
 }
 
@@ -199,7 +199,7 @@ fn successor(
     let old = sa.established().ok_or(Error::Internal("rekeying of no IKE SA"))?;
     // RFC 7296 §2.18: SKEYSEED by the old PRF, the rest by the new one.
     let (keys, _) = Skeyseed::rekeyed(&old.keys, x, shared).expand(suite.prf, suite.aead, x)?;
-    let mut established = auth::establish(step, conn, keys.clone(), suite.group);
+    let mut established = auth::establish(step, conn, keys.clone(), suite.group, None);
     established.sync = old.sync;
     established.origin = old.origin;
     let new = IkeSa {

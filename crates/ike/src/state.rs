@@ -173,6 +173,11 @@ pub(crate) struct InitAnswered {
     /// The peer takes part in NAT detection.
     #[n(7)]
     pub(crate) natt: bool,
+    /// The term in which the keys were made. (Builds that did not know the field, here
+    /// and in [`AuthSent`], left it out: the term of the next step, less than a minute
+    /// later.)
+    #[n(8)]
+    pub(crate) term: Option<u64>,
 }
 
 /// We sent IKE_AUTH.
@@ -198,6 +203,9 @@ pub(crate) struct AuthSent {
     pub(crate) child: Option<NewChild>,
     #[n(8)]
     pub(crate) wanted: Vec<String>,
+    /// The term in which the keys were made.
+    #[n(9)]
+    pub(crate) term: Option<u64>,
 }
 
 /// Both sides are authenticated.

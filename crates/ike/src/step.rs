@@ -140,15 +140,20 @@ impl<'a> Step<'a, '_> {
         time.saturating_sub(core::time::Duration::from_millis(part))
     }
 
-    /// Encrypts a message of ours with the next IV of this term.
+    /// Encrypts a message of ours with the next IV of this term. `born` is the term in
+    /// which the keys were made: an error once their IVs would begin to repeat.
     pub(crate) fn seal(
         &mut self,
         we_initiated: bool,
         keys: &IkeKeys,
+        born: u64,
         builder: SealedBuilder,
     ) -> Result<Vec<u8>, Error> {
         let key = AeadKey::new(keys.aead, keys.outbound(we_initiated).expose())?;
-        let iv = self.ivs.next_iv().ok_or(Error::Internal("IVs of this term are used up"))?;
+        let iv = self
+            .ivs
+            .next_iv(born)
+            .ok_or(Error::Internal("the IVs of this key, or of this term, are used up"))?;
         let sealed =
             builder.finish()?.seal(iv, |iv, aad, text| key.seal_in_place(iv, aad, text))?;
         Ok(sealed)

@@ -91,10 +91,10 @@ pub(crate) fn request(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
     }
     let m1 = established.send_next.saturating_add(JUMP);
     let ids = Ids { nonce, send: m1, recv: established.recv_next };
-    let keys = established.keys.clone();
+    let (keys, born) = (established.keys.clone(), established.term);
     let mut builder = MessageBuilder::sealed(&header);
     builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &ids.bytes())));
-    let bytes = step.seal(initiator, &keys, builder)?;
+    let bytes = step.seal(initiator, &keys, born, builder)?;
     established.request = Some(Request {
         out: Outstanding { id: 0, bytes: bytes.as_slice().into(), sent_at: now, sent: 1 },
         task: Task::Sync(nonce, m1),
@@ -199,7 +199,7 @@ pub(crate) fn answer(
         step.transmit(to, from, bytes);
         return Ok(());
     }
-    let keys = established.keys.clone();
+    let (keys, born) = (established.keys.clone(), established.term);
     let opened = step::open(datagram, message, sa.initiator, &keys)?;
     let payloads = opened.payloads()?;
     let ids = Ids::parse(&payloads).ok_or(Error::NotExpected)?;
@@ -231,7 +231,7 @@ pub(crate) fn answer(
     let agreed = Ids { nonce: ids.nonce, send: established.send_next, recv: established.recv_next };
     let mut builder = MessageBuilder::sealed(&message.header.to_response());
     builder.push(&Payload::Notify(Notify::new(NotifyType::IKEV2_MESSAGE_ID_SYNC, &agreed.bytes())));
-    let bytes = step.seal(initiator, &keys, builder)?;
+    let bytes = step.seal(initiator, &keys, born, builder)?;
     established.synced_m1 = ids.send;
     established.synced =
         Some(Answered { request: Bytes::from(&hash[..]), response: bytes.as_slice().into() });

@@ -109,6 +109,13 @@ impl Endpoint {
                 }
             });
             let Some(sa) = self.table.get(spi).cloned() else { continue };
+            // It could not even say that it ends: whoever is to be up begins anew.
+            if sa.established().is_some_and(|e| !self.ivs.is_for(e.term)) {
+                tracing::warn!(%spi, "the keys of an IKE SA have no IVs left: dropped");
+                let _ =
+                    self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::Expired));
+                continue;
+            }
             if doubt == Doubt::InDoubt || sa.in_doubt() {
                 self.take_over_in_doubt(cx, sa);
             } else {

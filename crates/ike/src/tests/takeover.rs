@@ -1,9 +1,19 @@
 //! A shadow takes over at every message boundary, and the peer notices nothing
 //! (ha.md: commit before send, exact message ids, byte-identical answers).
 
+use crypto::{
+    aead::{AeadAlg, IvSequence},
+    prf::PrfAlg,
+};
 use rand_chacha::rand_core::RngCore;
 
 use super::*;
+use crate::{
+    error::Error,
+    keys::{IkeKeys, Key},
+    step::{Collected, Step},
+    table::{Registry, Table},
+};
 
 /// A script: what happens besides the delivery of datagrams.
 type Script = fn(&mut World);
@@ -147,6 +157,81 @@ fn terms_never_repeat() {
     let bytes = &w.wire[0].packet.bytes;
     let sealed = wire::ike::Message::parse(bytes).unwrap().sealed.unwrap();
     assert_eq!(bytes[sealed.iv()], [0, 3, 0, 0, 0, 0, 0, 0]);
+}
+
+// ha.md: a key is replaced long before its terms wrap the IV's 16 bits. Where it was not (the peer refused, say),
+// its IKE SA says nothing more, not even that it ends: it goes, and what is to be up begins anew.
+#[test]
+fn a_key_whose_terms_wrap_is_never_used_again() {
+    let mut w = World::tuned(|n, c| {
+        if n == A {
+            c.connections[0].children[0].start = Start::Initiate;
+        }
+    });
+    w.with_side(A, |ike, cx| ike.handle_timeout(cx));
+    w.settle();
+    w.assert_tunnel();
+    let (old, last) = (w.ike(A), 1 + (1 << 16));
+    w.sides[A].term = last - 2;
+    w.take_over(A, Doubt::None);
+    // In its last term it still speaks: the rekeying that was due 2^14 terms after its birth.
+    assert_eq!(w.ike(A), old);
+    w.rekey(A, Target::Child(w.child(A)));
+    assert!(!w.wire.is_empty());
+    w.wire.clear();
+    w.take_over(A, Doubt::None);
+    assert_eq!(w.sides[A].term, last);
+    assert!(!w.sides[A].ike.status(w.now).ike_sas.iter().any(|sa| sa.spi == old));
+    let said = w.wire.iter().filter(|f| f.to_side == B);
+    assert!(
+        said.clone().count() > 0 && said.clone().all(|f| f.packet.bytes[18] == 34),
+        "IKE_SA_INIT"
+    );
+    w.settle();
+    w.run(Duration::from_secs(180));
+    w.assert_tidy();
+}
+
+// The same, at the one place where messages are sealed.
+#[test]
+fn sealing_refuses_a_key_whose_terms_wrap() {
+    let (mut r, mut spis) = (rng(1), Spis::default());
+    let mut cx = Context { now: Duration::ZERO, rng: &mut r, spis: &mut spis };
+    let (registry, table) = (Registry::new(config(A)), Table::default());
+    let secret = |len: usize| Key::new(Secret::from_slice(&vec![7; len]));
+    let keys = IkeKeys {
+        aead: AeadAlg::Aes256Gcm16,
+        prf: PrfAlg::HmacSha384,
+        sk_d: secret(48),
+        sk_ei: secret(36),
+        sk_er: secret(36),
+    };
+    for (born, term, works) in
+        [(3, 3, true), (3, 2 + (1 << 16), true), (3, 3 + (1 << 16), false), (3, 2, false)]
+    {
+        let mut ivs = IvSequence::new(term);
+        let mut step = Step {
+            cx: &mut cx,
+            registry: &registry,
+            table: &table,
+            term,
+            quiet: false,
+            ivs: &mut ivs,
+            done: Collected::default(),
+        };
+        let header = wire::ike::Header {
+            initiator_spi: IkeSpi(1),
+            responder_spi: IkeSpi(2),
+            exchange: wire::ike::ExchangeType::INFORMATIONAL,
+            from_initiator: true,
+            response: false,
+            message_id: wire::id::MessageId(2),
+        };
+        let builder = wire::ike::MessageBuilder::sealed(&header);
+        let sealed = step.seal(true, &keys, born, builder);
+        assert_eq!(sealed.is_ok(), works, "{born} {term}");
+        assert!(works || matches!(sealed, Err(Error::Internal(_))));
+    }
 }
 
 // A shadow neither answers nor times out.
