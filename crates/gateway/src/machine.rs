@@ -523,9 +523,6 @@ impl Gateway {
         // A snapshot may bring SAs of another lineage into the slots of those that it removes.
         ops.sort_by_key(|op| !matches!(op, ike::ChildOp::Remove { .. }));
         for op in ops {
-            if let ike::ChildOp::Install(child) = &op {
-                self.spis.adopt(child.spi_in);
-            }
             install(&mut self.outputs, &mut self.spis, e, op, None);
         }
     }
@@ -546,6 +543,8 @@ fn install(
 ) {
     match op {
         ike::ChildOp::Install(child) => {
+            // Another instance's record, of a shadow or in healing, may bring back what we chose once and released.
+            spis.adopt(child.spi_in);
             let ceiling = e.leases.install(child.spi_in);
             let sa = esp::Sa {
                 endpoint: e.id,

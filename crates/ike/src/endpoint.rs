@@ -32,7 +32,7 @@ use crate::{
     init, record,
     record::Stamp,
     retransmit,
-    state::{ChildState, IkeSa, Phase},
+    state::{ChildState, Established, IkeSa, Phase},
     step::{Collected, Step},
     table::{Registry, Table},
 };
@@ -74,8 +74,25 @@ struct Due {
     tries: u32,
 }
 
-/// Ended Child SAs that are remembered: as many as can end while two owners do not hear of each other, and more.
+/// Ended SAs of a kind that are remembered: as many as can end while two owners do not hear of each other, and more.
 const BURIED_MAX: usize = 4096;
+
+/// SAs that ended here in this ownership, the latest last, by our SPIs. Another instance's older word must not bring them
+/// back.
+#[derive(Debug, Default)]
+struct Buried {
+    ikes: VecDeque<IkeSpi>,
+    children: VecDeque<EspSpi>,
+}
+
+impl Buried {
+    fn push<T>(list: &mut VecDeque<T>, spi: T) {
+        if list.len() >= BURIED_MAX {
+            list.pop_front();
+        }
+        list.push_back(spi);
+    }
+}
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -86,9 +103,7 @@ pub struct Endpoint {
     /// The IVs of the term, one sequence for all keys: whatever comes back within a term cannot begin it
     /// anew.
     ivs: IvSequence,
-    /// Child SAs that ended here in this term, the latest last, by our SPI. Another instance's older word must
-    /// not bring them back.
-    buried: VecDeque<EspSpi>,
+    buried: Buried,
     term: Option<Term>,
     active: bool,
     quiet_until: Duration,
@@ -120,7 +135,7 @@ impl Endpoint {
             table: Table::default(),
             cookies: Cookies::default(),
             ivs: IvSequence::new(0),
-            buried: VecDeque::new(),
+            buried: Buried::default(),
             term: None,
             active: false,
             quiet_until: Duration::ZERO,
@@ -397,9 +412,17 @@ impl Endpoint {
         let mut used: BTreeSet<EspSpi> = done.allocated.into_iter().collect();
         let mut names = BTreeSet::new();
         let mut nat = false;
+        let mut orphaned = BTreeMap::new();
         for (spi, new) in &done.changes {
             if let Some(old) = self.table.get(*spi) {
                 used.extend(old.esp_spis());
+                if old.established().is_some()
+                    && new.as_ref().and_then(IkeSa::established).is_none()
+                {
+                    Buried::push(&mut self.buried.ikes, *spi);
+                    orphaned
+                        .extend(old.children().iter().map(|c| (c.spi_in, old.connection.clone())));
+                }
                 names.extend(old.connection.clone());
             }
             if let Some(new) = new {
@@ -428,10 +451,24 @@ impl Endpoint {
         for spi in used {
             if self.table.of_child(spi).is_none() {
                 cx.spis.release(spi);
-                if self.buried.len() >= BURIED_MAX {
-                    self.buried.pop_front();
+                // What only went with its IKE SA may live on at the peer, in one that another instance rekeyed that to:
+                // then the peer's Delete of the old one, or its silence in it, says nothing of the children. Unless
+                // others are in their place here, or an operator wants them down.
+                let name = orphaned.get(&spi).cloned().flatten().unwrap_or_default();
+                let lives_on = orphaned.contains_key(&spi)
+                    && !self
+                        .table
+                        .of_connection(&name)
+                        .any(|sa| sa.established().is_some_and(Established::carries))
+                    && !self
+                        .registry
+                        .config
+                        .connections
+                        .iter()
+                        .any(|c| c.name == name && self.held.contains(&c.id));
+                if !lives_on {
+                    Buried::push(&mut self.buried.children, spi);
                 }
-                self.buried.push_back(spi);
             }
         }
         for name in names {

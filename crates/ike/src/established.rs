@@ -80,7 +80,16 @@ pub(crate) fn on_request(
         }
     }
     // RFC 7296 §2.3: outside the window, in silence. In doubt nobody knows where
-    // the window is: the old owner may have given this id another answer.
+    // the window is: the old owner may have given this id another answer (RFC 6311
+    // §8.1 leaves it to us to reject all that comes before ids are agreed upon).
+    //
+    // That goes for a Delete, too, although it is authentic and no replay could undo
+    // anything with it: it may be the end of a rekeying of which we do not know the
+    // beginning. Obeying would take down the half that we hold, while at the peer the
+    // children live on: with an IKE SA all of them, and healing from a split would
+    // take them for ended. Waiting costs little. Once ids are agreed, the children are
+    // rekeyed, and a peer that deleted one says so (CHILD_SA_NOT_FOUND), or deletes it
+    // again; a peer that deleted the IKE SA does not answer, and a new one is made.
     if id != established.recv_next || established.doubt {
         return Err(Error::NotExpected);
     }

@@ -7,7 +7,7 @@ use crypto::aead::IvSequence;
 use wire::id::{EspSpi, IkeSpi, Term};
 use zeroize::Zeroizing;
 
-use super::Endpoint;
+use super::{Buried, Endpoint};
 use crate::{
     ActivateError, ChildOp, Context, Doubt, established,
     event::DeleteReason,
@@ -91,7 +91,7 @@ impl Endpoint {
             // What an earlier ownership left unpolled was never committed. (A further term of the same ownership is
             // how healing begins: what ended in it is still to be remembered.)
             self.transitions.clear();
-            self.buried.clear();
+            self.buried = Buried::default();
         }
         self.active = true;
         self.due.clear();
@@ -212,14 +212,14 @@ impl Endpoint {
         let untouched = |spi: &IkeSpi| {
             self.used.get(spi).is_none_or(|at| *at <= since) || self.is_waiting_in_doubt(*spi)
         };
-        taken.retain(|spi, _| untouched(spi));
+        taken.retain(|spi, _| untouched(spi) && !self.buried.ikes.contains(spi));
         // An IKE SA may have been rekeyed there and live under another name, while what it carries was ended here. One
         // that has nothing else left ended here with it; of the others, what ended stays ended.
         let mut ended = Vec::new();
         for (spi, sa) in &mut taken {
             let Phase::Established(e) = &mut sa.phase else { continue };
             let before = e.children.len();
-            e.children.retain(|child| !self.buried.contains(&child.spi_in));
+            e.children.retain(|child| !self.buried.children.contains(&child.spi_in));
             if before > 0 && e.children.is_empty() {
                 ended.push(*spi);
             }
