@@ -803,6 +803,29 @@ fn healing_brings_back_what_went_with_a_rekeyed_ike_sa() {
     assert!(winner.ike.status(w.now).ike_sas.iter().any(|sa| sa.spi == w.ike(A)));
 }
 
+// An IKE SA that healing puts in the place of itself, within one term, goes on with the IVs of that term, as do all
+// others: no (key, IV) pair protects two messages (ha.md, invariant 1).
+#[test]
+fn an_ike_sa_that_comes_back_within_a_term_repeats_no_iv() {
+    let w = World::established();
+    let (spi, records) = (w.ike(A), w.sides[A].ike.snapshot(w.now));
+    let mut winner = Winner::of(&w, Doubt::None);
+    let mut now = w.now + Duration::from_secs(70);
+    let mut ivs = BTreeSet::new();
+    for round in 1..=3 {
+        let said = winner.with(now, |ike, cx| assert!(ike.rekey(cx, Target::Ike(spi))));
+        assert_eq!(said.len(), 1);
+        let sealed = wire::ike::Message::parse(&said[0].bytes).unwrap().sealed.unwrap();
+        ivs.insert(said[0].bytes[sealed.iv()].to_vec());
+        assert_eq!(ivs.len(), round, "{ivs:02x?}");
+        // Its state before that, by the word of another, who saw no use of it either.
+        now += Duration::from_secs(1);
+        let mut taken = 0;
+        winner.with(now, |ike, cx| taken = ike.adopt(cx, now, &records, &[]).unwrap());
+        assert_eq!(taken, 1);
+    }
+}
+
 // The peer took the whole IKE SA down, and only the winner heard of it.
 #[test]
 fn healing_keeps_an_ended_ike_sa_ended() {
