@@ -53,8 +53,12 @@ pub struct Checks {
     pub strict: bool,
     /// Somebody took over in doubt: RFC 6311 messages may come, whose message id is 0.
     pub doubt: bool,
-    /// The newest moment of an allowed overlap.
+    /// The newest moment of an allowed overlap: IKE SAs that were there then are excused from invariant 4 for their
+    /// lives, since both sides may have used one message id, and the winner repeats its own request whenever it must.
     pub split_at: Option<Nanos>,
+    /// The same, until the pair is healed: then the winner numbers its packets above both, so that Child SAs have no
+    /// further excuse.
+    pub unhealed: Option<Nanos>,
     /// IKE SAs that were made.
     pub ike_sas: u64,
     /// ESP packets checked.
@@ -173,7 +177,7 @@ impl Checks {
             }
             Entry::Occupied(_) => {}
         }
-        if !self.esp_seqs.insert((key, seq)) && !self.excused(key) {
+        if !self.esp_seqs.insert((key, seq)) && !self.excused(key, self.unhealed) {
             self.violate(2, format!("SPI {}: sequence number {seq} was sent twice", head.spi));
         }
     }
@@ -215,7 +219,8 @@ impl Checks {
             }
         }
         // RFC 6311 §5.1: message id synchronisation is an INFORMATIONAL exchange with message id 0 at any time.
-        let excused = self.excused(i) || (self.doubt && head.exchange.0 == 37 && id == 0);
+        let excused =
+            self.excused(i, self.split_at) || (self.doubt && head.exchange.0 == 37 && id == 0);
         if excused {
             return kind;
         }
@@ -233,9 +238,9 @@ impl Checks {
     }
 
     /// Whether an SA (by key, or by the initiator's SPI) was there during a partition, when both sides may use it.
-    fn excused(&self, sa: u64) -> bool {
+    fn excused(&self, sa: u64, split: Option<Nanos>) -> bool {
         let born = self.born.get(&sa).copied().unwrap_or(0);
-        self.split_at.is_some_and(|split| born <= split + AFTERMATH)
+        split.is_some_and(|split| born <= split + AFTERMATH)
     }
 
     /// An instance knows of a ceiling.
@@ -253,7 +258,7 @@ impl Checks {
     /// The shard of a synced owner sealed a packet.
     pub fn sealed(&mut self, instance: usize, spi_in: EspSpi, key: u64, seq: u32) {
         let known = self.ceiling_of(1 - instance, spi_in).unwrap_or(0);
-        if u64::from(seq) >= known && !self.excused(key) {
+        if u64::from(seq) >= known && !self.excused(key, self.unhealed) {
             let text = format!(
                 "SA {spi_in}: sequence number {seq} is not below the acknowledged lease {known}"
             );
@@ -266,7 +271,7 @@ impl Checks {
         if !allowed {
             self.violate(3, "two instances pass the fence".into());
         }
-        self.split_at = Some(now);
+        (self.split_at, self.unhealed) = (Some(now), Some(now));
     }
 
     /// A process came or went: what it knew of its rival is gone.
@@ -314,6 +319,10 @@ impl Checks {
         let synced = status.iter().any(|s| matches!(s.role, ha::Role::Owner(ha::Mode::Synced)));
         let shadows = status.iter().filter(|s| matches!(s.role, ha::Role::Shadow { .. })).count();
         let alike = (a.term, a.lineage, a.position) == (b.term, b.lineage, b.position);
+        if owners == 1 && shadows == 1 && synced && alike {
+            // Healed: from here on the winner goes on above both, and nobody else sends.
+            self.unhealed = None;
+        }
         if owners != 1
             || shadows != 1
             || !synced
@@ -360,7 +369,7 @@ mod tests {
         let mut checks = Checks::default();
         for datagram in datagrams {
             checks.wan(5, datagram, |_| Some(9));
-            checks.split_at = split.then_some(5);
+            (checks.split_at, checks.unhealed) = (split.then_some(5), split.then_some(5));
         }
         checks.violation.map(|(number, _)| number)
     }

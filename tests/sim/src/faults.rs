@@ -355,8 +355,6 @@ impl World {
             Fault::Uplink { host, .. } => self.uplink(host, false),
             Fault::PairWeather { loss, duplicate, jitter, .. } => {
                 self.net.pair = Weather { loss, duplicate, jitter, ..self.net.pair };
-                // So much loss may silence every link for moments, which is a partition while it lasts.
-                self.rough_until = Nanos::MAX;
             }
             Fault::WanWeather { loss, duplicate, jitter, .. } => {
                 self.net.wan = Weather { loss, duplicate, jitter, ..self.net.wan };
@@ -398,7 +396,6 @@ impl World {
             Fault::Uplink { host, .. } => self.uplink(host, true),
             Fault::PairWeather { .. } => {
                 self.net.pair = self.director.pair_weather(self.net.pair);
-                self.rough_until = self.now + HEAL;
             }
             Fault::WanWeather { .. } => self.net.wan = self.director.wan_weather(self.net.wan),
             Fault::Lag { from, .. } => self.net.lag[from] = 0,
@@ -433,7 +430,6 @@ impl World {
         self.net.lag = [0; 2];
         self.net.pair = self.director.pair_weather(self.net.pair);
         self.net.wan = self.director.wan_weather(self.net.wan);
-        self.rough_until = self.rough_until.min(self.now + HEAL);
         self.cut(0..self.scene.links, None, true);
         self.settle_partition();
     }

@@ -19,9 +19,6 @@ use crate::network::{Datagram, Item, Network, Stream};
 use crate::scene::{Scene, VIRTUAL, name_of, peer_of};
 use crate::traffic::Traffic;
 
-/// After a silence that was a partition, how long two owners may take to hear of each other, at the same loss, and one
-/// to give way: a few heartbeats each way.
-const SETTLES: Nanos = 200 * MS;
 /// Packets that a socket or the TUN holds for a daemon that does not read.
 const SOCKET: usize = 512;
 /// How often the instances try to connect (ha.md, "Pair link").
@@ -123,14 +120,8 @@ pub struct World {
     pub(crate) batch: esp::Batch,
     /// Until when two senders are allowed: a full partition and its aftermath.
     pub(crate) partition_until: Nanos,
-    /// Until when loss on the pair links may amount to a partition, if it silenced a direction: see `unheard`.
-    pub(crate) rough_until: Nanos,
-    /// By instance: when the newest heartbeat reached it, or its process started.
-    heard_at: [Nanos; 2],
-    /// By instance: the newest moment at which it had heard nothing for `dead_after`.
-    silent_at: [Option<Nanos>; 2],
-    /// Steps in which two senders were excused by a cut, by loss, by a clock that stood still.
-    pub(crate) excuses: [u64; 3],
+    /// Steps in which two senders were excused by a cut, by a clock that stood still.
+    pub(crate) excuses: [u64; 2],
     /// Since when no link works both ways: no stream can come up.
     pub(crate) deaf_since: Option<Nanos>,
     /// Records were spoilt: the ERROR about it is what must be said.
@@ -165,10 +156,7 @@ impl World {
             director,
             batch: esp::Batch::new(64, 512),
             partition_until: 0,
-            rough_until: 0,
-            heard_at: [0; 2],
-            silent_at: [None; 2],
-            excuses: [0; 3],
+            excuses: [0; 2],
             deaf_since: None,
             spoiled: false,
             steps: 0,
@@ -234,34 +222,10 @@ impl World {
     fn overlap(&mut self) {
         let stopped = self.hosts.iter().take(2).any(|host| self.now < host.stopped_until);
         let cut = self.now < self.partition_until;
-        let lossy = !cut && !stopped && self.now < self.rough_until && self.unheard();
-        for (count, excuse) in self.excuses.iter_mut().zip([cut, lossy, stopped]) {
+        for (count, excuse) in self.excuses.iter_mut().zip([cut, stopped]) {
             *count += u64::from(excuse);
         }
-        self.checks.fences(self.now, stopped || cut || lossy);
-    }
-
-    /// Whether an instance has heard nothing for `dead_after` on its own clock, now or less than `SETTLES` ago: to
-    /// it, the other was gone.
-    fn unheard(&mut self) -> bool {
-        (0..2).any(|host| {
-            self.note_silence(host);
-            self.silent_at[host].is_some_and(|at| self.now <= at + SETTLES)
-        })
-    }
-
-    fn note_silence(&mut self, host: usize) {
-        let h = &self.hosts[host];
-        let silence = h.local(self.now).saturating_sub(h.local(self.heard_at[host]));
-        if silence >= self.scene.timers.dead_after {
-            self.silent_at[host] = Some(self.now);
-        }
-    }
-
-    /// A heartbeat reaches an instance's socket.
-    fn heard(&mut self, host: usize) {
-        self.note_silence(host);
-        self.heard_at[host] = self.now;
+        self.checks.fences(self.now, stopped || cut);
     }
 
     pub(crate) fn at(&mut self, at: Nanos, event: Event) {
@@ -279,9 +243,6 @@ impl World {
             self.excuse_partition(Nanos::MAX);
         }
         self.hosts[host].start(self.now, seed, &self.scene, self.bug)?;
-        if let Some(heard) = self.heard_at.get_mut(host) {
-            *heard = self.now;
-        }
         log::set_turn(self.now, host);
         log::say(&format!("starts with term file {:?}", self.hosts[host].disk));
         self.wake_control(host, self.now);
@@ -299,7 +260,6 @@ impl World {
                     && p.keys == keys
                 {
                     p.inbox.push_back(Input::Heartbeat(link as u8, bytes));
-                    self.heard(to);
                     self.wake_soon(to);
                 }
             }
