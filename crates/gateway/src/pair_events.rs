@@ -100,10 +100,14 @@ impl Gateway {
                 self.split_at = now;
                 tracing::warn!("contact with the other instance is lost");
             }
-            ha::Event::Warning(warning @ ha::Warning::DigestMismatch { .. }) => {
-                tracing::error!("{warning}")
+            ha::Event::Warning(warning) => {
+                let about = warning.endpoint().and_then(|id| self.endpoints.get(usize::from(id.0)));
+                let endpoint = about.map(|e| e.name.as_str());
+                match warning {
+                    ha::Warning::DigestMismatch { .. } => tracing::error!(endpoint, "{warning}"),
+                    _ => tracing::warn!(endpoint, "{warning}"),
+                }
             }
-            ha::Event::Warning(warning) => tracing::warn!("{warning}"),
         }
     }
 

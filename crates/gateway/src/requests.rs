@@ -75,9 +75,9 @@ impl Gateway {
             return Some(refuse(Refusal::NotOwner, text, "run the command on the other host"));
         }
         let waiting: Vec<EndpointId> = chosen.iter().map(|e| e.id).collect();
-        for endpoint in &waiting {
-            if let Err(error) = self.pair.switchover(now, ha::EndpointId(endpoint.0)) {
-                let text = format!("endpoint {endpoint}: {error}");
+        for e in chosen {
+            if let Err(error) = self.pair.switchover(now, e.ha_id()) {
+                let text = format!("endpoint {}: {error}", e.name);
                 return Some(refuse(
                     Refusal::NotReady,
                     text,

@@ -25,6 +25,9 @@ pub(crate) const CHUNK: usize = 64 << 10;
 pub(crate) const CHUNK_WINDOW: u64 = 8;
 /// Terms reserved on disk ahead of use (ha.md: blocks of 16), counted in terms of our own parity.
 pub(crate) const TERM_BLOCK: u64 = 16;
+/// A term is on disk within milliseconds of being asked for, and at a first start it is wanted before
+/// that: only a longer wait is worth a warning.
+pub const TERM_PATIENCE: Duration = Duration::from_secs(1);
 /// How far above the highest heard term an instance without a term file starts.
 pub(crate) const TERM_FILE_LOST: u64 = 1024;
 /// Added to every sequence ceiling on a takeover by silence.

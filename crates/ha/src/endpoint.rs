@@ -88,6 +88,8 @@ pub(crate) enum Role {
 
 pub(crate) struct Endpoint {
     pub(crate) id: EndpointId,
+    /// As configured, for the log.
+    pub(crate) name: String,
     pub(crate) hash: u64,
     pub(crate) home: bool,
     pub(crate) store: Store,
@@ -115,6 +117,8 @@ pub(crate) struct Endpoint {
     pub(crate) claim_mark: u64,
     claimed: Claim,
     told: Duration,
+    /// Since when an acquisition waits for a term on disk.
+    pub(crate) term_wanted: Option<Duration>,
     announce: Option<(Duration, usize)>,
     hook: Option<(HookState, Term)>,
 }
@@ -124,6 +128,7 @@ impl Endpoint {
         let own = config.endpoints.get(usize::from(id.0))?;
         Some(Endpoint {
             id,
+            name: own.name.clone(),
             hash: crate::digest::name_id(&own.name),
             home: own.home_is_me,
             store: Store::default(),
@@ -143,6 +148,7 @@ impl Endpoint {
             claim_mark: 0,
             claimed: Claim::default(),
             told: Duration::ZERO,
+            term_wanted: None,
             announce: None,
             hook: None,
         })

@@ -1,5 +1,6 @@
 //! What a [`crate::Pair`] asks of its gateway: datagrams, frames, and things to do in order.
 
+use crate::config::TERM_PATIENCE;
 use crate::types::{
     ApplyId, Batch, EndpointId, LinkId, Opaque, Position, SideId, SyncId, Term, Value,
 };
@@ -196,18 +197,29 @@ pub enum Warning {
     #[error("the pair link carried something we cannot use: {0}")]
     Malformed(&'static str),
     /// Equal positions, different digests: ERROR; a snapshot was forced.
-    #[error(
-        "endpoint {endpoint:?}: digests differ at position {position:?}; a snapshot was forced"
-    )]
+    #[error("digests differ at position {}; a snapshot was forced", position.0)]
     DigestMismatch {
         /// Which.
         endpoint: EndpointId,
         /// Where.
         position: Position,
     },
-    /// A takeover waits for the disk to hold the next block of terms.
-    #[error("endpoint {0:?}: a term is needed that is not yet reserved on disk")]
+    /// A takeover has waited long for the disk to hold the next block of terms.
+    #[error("a term is needed that is not on disk yet, since {} s or more", TERM_PATIENCE.as_secs())]
     TermNotReserved(EndpointId),
+}
+
+impl Warning {
+    /// The endpoint that it is about, if it is about one: the texts do not name it.
+    #[must_use]
+    pub fn endpoint(&self) -> Option<EndpointId> {
+        match self {
+            Warning::DigestMismatch { endpoint, .. } | Warning::TermNotReserved(endpoint) => {
+                Some(*endpoint)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// Things for the gateway to do, in this order.

@@ -115,7 +115,7 @@ impl Endpoint {
             && claim.digest != self.store.digest()
             && cx.bug != Bug::DigestIgnored;
         if same && damaged && follower.synced {
-            tracing::error!(endpoint = self.id.0, "digests differ: our state is not exact");
+            tracing::error!(endpoint = self.name, "digests differ: our state is not exact");
         }
         let exact = !damaged && !follower.hole;
         follower.synced = same && claim.synced && exact && cx.contact.in_step();
@@ -173,7 +173,7 @@ impl Endpoint {
         let Some(staging) = follower.staging.take() else { return };
         if staging.digest != chunk.digest {
             tracing::error!(
-                endpoint = self.id.0,
+                endpoint = self.name,
                 "a snapshot's digest differs: asking for another"
             );
             return self.ask_resync(cx);
@@ -261,7 +261,7 @@ impl Endpoint {
         follower.grant = None;
         let term = cx.contact.claim(self.hash).map_or(self.store.term, |claim| claim.term);
         tracing::error!(
-            endpoint = self.id.0,
+            endpoint = self.name,
             what = if whole { "snapshot" } else { "record" },
             "unusable, and not acknowledged: this instance is not in sync"
         );

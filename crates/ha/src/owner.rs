@@ -317,7 +317,7 @@ impl Endpoint {
                     self.go_solo(cx, Duration::ZERO);
                 } else if stuck || oldest.is_some_and(|at| now >= at + SYNC_HOLD) {
                     let pause = owner.slower();
-                    tracing::warn!(endpoint = self.id.0, "the shadow is too slow to follow: solo");
+                    tracing::warn!(endpoint = self.name, "the shadow is too slow to follow: solo");
                     self.go_solo(cx, pause);
                 }
             }
@@ -329,7 +329,7 @@ impl Endpoint {
                     self.cut(cx);
                 } else if [oldest, oldest_side].into_iter().flatten().any(|at| now >= at + LAG) {
                     tracing::warn!(
-                        endpoint = self.id.0,
+                        endpoint = self.name,
                         ?position,
                         "acknowledgements lag: unsynced"
                     );
@@ -497,7 +497,6 @@ impl Endpoint {
             && settled
         {
             let (endpoint, position) = (self.id, *position);
-            tracing::error!(endpoint = endpoint.0, ?position, "digests differ: forcing a snapshot");
             cx.out.warnings.push(Warning::DigestMismatch { endpoint, position });
             self.repair(cx);
         }

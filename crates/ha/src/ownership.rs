@@ -23,7 +23,9 @@
 
 use crate::bug::Bug;
 use crate::codec::{Claim, ClaimRole, Frame, Handover, TailPut};
-use crate::config::{CHUNK, COUNTERS_MAX, JUMP_SILENCE, JUMP_UNSYNCED, QUIET, YIELD_PATIENCE};
+use crate::config::{
+    CHUNK, COUNTERS_MAX, JUMP_SILENCE, JUMP_UNSYNCED, QUIET, TERM_PATIENCE, YIELD_PATIENCE,
+};
 use crate::contact::Death;
 use crate::endpoint::{Cx, Endpoint, Role};
 use crate::event::{Event, HookState, How, Mode, Own, TailItem, Warning, Why};
@@ -121,7 +123,7 @@ impl Endpoint {
                     let how = if empty { How::Boot } else { how };
                     match self.next_term(cx.bug) {
                         Some(term) => self.acquire(cx, term, how, synced || empty),
-                        None => cx.out.warnings.push(Warning::TermNotReserved(self.id)),
+                        None => self.wait_for_term(cx),
                     }
                 }
             }
@@ -203,6 +205,7 @@ impl Endpoint {
         }
         self.store.term = term;
         self.terms.heard(term);
+        self.term_wanted = None;
         if !kept {
             self.dirty.clear();
         }
@@ -227,7 +230,7 @@ impl Endpoint {
             owner
         }));
         self.incoming = None;
-        tracing::info!(endpoint = self.id.0, term = term.0, how = how.name(), synced, "owner");
+        tracing::debug!(endpoint = self.name, term = term.0, how = how.name(), synced, "owner");
         let endpoint = self.id;
         cx.out.event(Event::Own(Own {
             endpoint,
@@ -248,6 +251,14 @@ impl Endpoint {
         self.announce(cx);
         self.notify(HookState::Master, cx.out);
         self.reserve(cx);
+    }
+
+    /// No term is on disk. Worth a warning when that lasts.
+    fn wait_for_term(&mut self, cx: &mut Cx<'_>) {
+        let since = *self.term_wanted.get_or_insert(cx.now);
+        if cx.now >= since + TERM_PATIENCE {
+            cx.out.warnings.push(Warning::TermNotReserved(self.id));
+        }
     }
 
     /// A rival whose claim is worse: the winner takes a new term above both, once for each rival.
@@ -275,7 +286,7 @@ impl Endpoint {
                 self.healed = Some((boot, claim.term));
                 self.acquire(cx, term, How::Heal, true);
             }
-            None => cx.out.warnings.push(Warning::TermNotReserved(self.id)),
+            None => self.wait_for_term(cx),
         }
     }
 
@@ -286,7 +297,7 @@ impl Endpoint {
         self.terms.heard(term);
         self.dirty.clear();
         self.role = Role::Follower(Follower::exact());
-        tracing::info!(endpoint = self.id.0, term = term.0, "switchover: handed over");
+        tracing::debug!(endpoint = self.name, term = term.0, "switchover: handed over");
         let endpoint = self.id;
         cx.out.event(Event::StandDown { endpoint, why: Why::Granted, counters_wanted: false });
         self.notify(HookState::Backup, cx.out);
@@ -310,7 +321,7 @@ impl Endpoint {
             Role::Follower(Follower::default())
         };
         self.incoming = None;
-        tracing::info!(endpoint = self.id.0, term = self.store.term.0, ?why, "no longer owner");
+        tracing::debug!(endpoint = self.name, term = self.store.term.0, ?why, "no longer owner");
         cx.out.event(Event::StandDown { endpoint: self.id, why, counters_wanted });
         self.notify(HookState::Backup, cx.out);
     }

@@ -332,7 +332,7 @@ impl Pair {
                 let was_alive = self.contact.alive;
                 let heard = self.contact.hear(now, link, heartbeat);
                 if self.contact.alive && !was_alive {
-                    tracing::info!("contact");
+                    tracing::debug!("contact");
                     self.out.event(Event::Contact(true));
                     // After every heal: neighbours may have learnt the other's address.
                     self.each(now, |endpoint, cx| {
@@ -419,6 +419,7 @@ impl Pair {
     pub fn handle_reserved(&mut self, now: Duration, endpoint: EndpointId, up_to: Term) {
         if let Some(endpoint) = self.endpoints.get_mut(usize::from(endpoint.0)) {
             endpoint.terms.reserved(up_to);
+            endpoint.term_wanted = None;
         }
         self.finish(now);
     }

@@ -61,7 +61,7 @@ impl Endpoint {
         let refused = cx.contact.claim(self.hash).map_or(Term::NONE, |claim| claim.refused);
         let term = self.terms.top().max(self.store.term).max(refused).next_of(1 - cx.config.index);
         let Role::Owner(owner) = &mut self.role else { return };
-        tracing::info!(endpoint = self.id.0, term = term.0, "switchover: offering");
+        tracing::info!(endpoint = self.name, term = term.0, "switchover: offering");
         owner.offer = Some(Offer { term, sent: false, orphaned: false });
         // Whatever comes of it, no later term of ours may fall below it.
         self.terms.heard(term);
@@ -108,7 +108,7 @@ impl Endpoint {
     pub(crate) fn handle_refused(&mut self, cx: &mut Cx<'_>, term: Term) {
         let Role::Owner(owner) = &mut self.role else { return };
         if owner.offer.as_ref().is_some_and(|offer| offer.term <= term && !offer.orphaned) {
-            tracing::info!(endpoint = self.id.0, "switchover: refused, resuming");
+            tracing::info!(endpoint = self.name, "switchover: refused, resuming");
             owner.offer = None;
             cx.out.event(Event::Resume { endpoint: self.id });
             self.fence_turn(cx);
@@ -175,7 +175,7 @@ impl Endpoint {
         let counters =
             follower.grant.take().map(|grant| grant.counters.to_vec()).unwrap_or_default();
         if !(patient && exact && free && contact) {
-            tracing::info!(endpoint = self.id.0, patient, exact, free, contact, "grant refused");
+            tracing::info!(endpoint = self.name, patient, exact, free, contact, "grant refused");
             return self.refuse(cx, piece.term);
         }
         self.taken = piece.term;

@@ -59,6 +59,8 @@ pub struct Checks {
     /// The same, until the pair is healed: then the winner numbers its packets above both, so that Child SAs have no
     /// further excuse.
     pub unhealed: Option<Nanos>,
+    /// The same, for their lives, where a side of it died before they met: nobody knows what that one used.
+    unknown: Option<Nanos>,
     /// IKE SAs that were made.
     pub ike_sas: u64,
     /// ESP packets checked.
@@ -177,7 +179,7 @@ impl Checks {
             }
             Entry::Occupied(_) => {}
         }
-        if !self.esp_seqs.insert((key, seq)) && !self.excused(key, self.unhealed) {
+        if !self.esp_seqs.insert((key, seq)) && !self.excused_numbers(key) {
             self.violate(2, format!("SPI {}: sequence number {seq} was sent twice", head.spi));
         }
     }
@@ -243,6 +245,11 @@ impl Checks {
         split.is_some_and(|split| born <= split + AFTERMATH)
     }
 
+    /// The same of a Child SA's key and its numbers.
+    fn excused_numbers(&self, key: u64) -> bool {
+        self.excused(key, self.unhealed.max(self.unknown))
+    }
+
     /// An instance knows of a ceiling.
     pub fn ceiling(&mut self, instance: usize, spi_in: EspSpi, ceiling: u64) {
         let known = self.ceilings[instance].entry(spi_in.0).or_default();
@@ -258,7 +265,7 @@ impl Checks {
     /// The shard of a synced owner sealed a packet.
     pub fn sealed(&mut self, instance: usize, spi_in: EspSpi, key: u64, seq: u32) {
         let known = self.ceiling_of(1 - instance, spi_in).unwrap_or(0);
-        if u64::from(seq) >= known && !self.excused(key, self.unhealed) {
+        if u64::from(seq) >= known && !self.excused_numbers(key) {
             let text = format!(
                 "SA {spi_in}: sequence number {seq} is not below the acknowledged lease {known}"
             );
@@ -277,6 +284,7 @@ impl Checks {
     /// A process came or went: what it knew of its rival is gone.
     pub fn forget_rivals(&mut self) {
         self.rivals = [0; 2];
+        self.unknown = self.unknown.max(self.unhealed);
     }
 
     /// ha.md, "Terms": after a split the winner's term is above both, as soon as it has heard of its rival.
@@ -388,6 +396,25 @@ mod tests {
         assert_eq!(run(&[ike(1, 1, 1, 37), ike(1, 2, 1, 37)], false), Some(4));
         assert_eq!(run(&[ike(1, 1, 1, 37), ike(2, 2, 1, 37), ike(1, 1, 1, 37)], false), Some(4));
         assert_eq!(run(&[ike(1, 1, 1, 37), ike(2, 1, 1, 37)], true), Some(1));
+    }
+
+    #[test]
+    fn a_split_excuses_numbers_until_it_is_healed_or_for_life() {
+        for (died, healed, found) in
+            [(false, false, None), (false, true, Some(2)), (true, true, None)]
+        {
+            let mut checks = Checks::default();
+            checks.wan(5, &esp(1, 1, 1), |_| Some(9));
+            checks.fences(5, true);
+            if died {
+                checks.forget_rivals();
+            }
+            if healed {
+                checks.unhealed = None;
+            }
+            checks.wan(6, &esp(1, 2, 2), |_| Some(9));
+            assert_eq!(checks.violation.map(|(number, _)| number), found);
+        }
     }
 
     #[test]

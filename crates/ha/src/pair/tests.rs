@@ -515,3 +515,39 @@ proptest! {
         wire.run(300);
     }
 }
+
+// At a first start a term is wanted before the disk has taken the first block: no warning unless it stays so.
+#[test]
+fn a_wait_for_the_disk_is_told_only_when_it_is_long() {
+    let warned = |written_after: Option<u64>| {
+        let start = Duration::from_secs(100);
+        let config = Config { lone: true, links: 0, ..config(0) };
+        let mut pair = Pair::new(config, start, 7, &[None]).unwrap();
+        let (mut warned, mut owned, mut asked) = (0, false, None);
+        for ms in (0..3_000).step_by(10) {
+            let now = start + Duration::from_millis(ms);
+            if let Some((endpoint, up_to)) = asked
+                && written_after.is_some_and(|after| ms >= after)
+            {
+                pair.handle_reserved(now, endpoint, up_to);
+            }
+            pair.handle_turn(now);
+            while let Some(event) = pair.poll_event() {
+                match event {
+                    Event::Reserve { endpoint, up_to } => asked = Some((endpoint, up_to)),
+                    Event::Own(_) => owned = true,
+                    Event::Warning(warning) => {
+                        assert_eq!(warning, Warning::TermNotReserved(E));
+                        assert_eq!(warning.endpoint(), Some(E));
+                        warned += 1;
+                    }
+                    _ => {}
+                }
+            }
+        }
+        (warned, owned)
+    };
+    assert_eq!(warned(Some(20)), (0, true));
+    assert_eq!(warned(Some(2_000)), (1, true));
+    assert_eq!(warned(None), (1, false));
+}
