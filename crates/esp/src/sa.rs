@@ -92,6 +92,14 @@ struct Outbound {
     told_terms: bool,
 }
 
+/// What is remembered of an SA that was removed, should it come back.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    fingerprint: [u8; 32],
+    next_seq: u64,
+    window: Window,
+}
+
 /// An installed pair of SAs.
 #[derive(Debug)]
 pub(crate) struct SaState {
@@ -195,6 +203,22 @@ impl SaState {
     /// Whether `sa` has the same endpoint, SPIs, algorithm and keys.
     pub(crate) fn is_same(&self, sa: &Sa) -> bool {
         crypto::ct_eq(&self.fingerprint, &fingerprint(sa))
+    }
+
+    /// What to remember of it.
+    pub(crate) fn ended(&self) -> Ended {
+        Ended { fingerprint: self.fingerprint, next_seq: self.out.next_seq, window: self.window }
+    }
+
+    /// Goes on above what was sent, and refuses what was received, before it was removed. False if that was another SA.
+    pub(crate) fn recall(&mut self, ended: &Ended) -> bool {
+        let same = crypto::ct_eq(&self.fingerprint, &ended.fingerprint);
+        if same {
+            self.out.next_seq = self.out.next_seq.max(ended.next_seq);
+            self.out.new_lease();
+            self.window.merge(&ended.window);
+        }
+        same
     }
 
     /// Takes what may change while an SA lives: addresses, encapsulation,

@@ -16,7 +16,7 @@ use crate::policy::{Match, Policies};
 use crate::queue::Queue;
 use crate::reason::{Reason, Stats};
 use crate::report::{Report, Snapshot, Tops};
-use crate::sa::SaState;
+use crate::sa::{Ended, SaState};
 use crate::table::Table;
 
 /// Sizes of a shard, fixed when it is made.
@@ -48,6 +48,9 @@ impl Default for Config {
     }
 }
 
+/// Removed SAs that are remembered; what healing brings back was removed since the split.
+const ENDED_MAX: usize = 256;
+
 /// One worker's logic. See the crate's documentation for the loop around it.
 #[derive(Debug)]
 pub struct Shard {
@@ -62,6 +65,8 @@ pub struct Shard {
     noted: Vec<EspSpi>,
     /// SAs whose window moved.
     moved: Vec<EspSpi>,
+    /// SAs that were removed, the latest last: healing from a split can bring one back, and it must not repeat numbers.
+    ended: VecDeque<Ended>,
     tops_at: Duration,
 }
 
@@ -80,6 +85,7 @@ impl Shard {
             answers: VecDeque::new(),
             noted: Vec::new(),
             moved: Vec::new(),
+            ended: VecDeque::new(),
             tops_at: Duration::ZERO,
         }
     }
@@ -161,7 +167,11 @@ impl Shard {
                 sa.relocate(local, remote, udp_encap);
             }
             Command::Remove { spi_in } => {
-                self.table.remove(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
+                let sa = self.table.remove(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
+                if self.ended.len() >= ENDED_MAX {
+                    self.ended.pop_front();
+                }
+                self.ended.push_back(sa.ended());
                 self.policies.remove(spi_in);
                 self.noted.retain(|spi| *spi != spi_in);
                 self.moved.retain(|spi| *spi != spi_in);
@@ -369,7 +379,9 @@ impl Shard {
             }
             return Ok(());
         }
-        self.table.insert(SaState::new(sa, owned)?)?;
+        let mut state = SaState::new(sa, owned)?;
+        self.ended.retain(|ended| !state.recall(ended));
+        self.table.insert(state)?;
         // Other keys: whatever was in use under this SPI is gone.
         self.policies.remove(spi_in);
         self.noted.retain(|spi| *spi != spi_in);

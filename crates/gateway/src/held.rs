@@ -7,11 +7,15 @@
 //!
 //! The queue is ordered: a step that changed nothing (a retransmission of committed bytes) still waits for every
 //! record before it, so the peer sees our datagrams in the order in which they were decided. Its length is bounded by
-//! time: `ha` goes solo when acknowledgements lag 500 ms.
+//! time, since `ha` goes solo when acknowledgements lag 500 ms, and for what needs no record also by number.
 
 use std::collections::VecDeque;
 
 use wire::id::EspSpi;
+
+/// Steps that wait, from which on those without a record (answers that are repeated, cookies, refusals) are dropped: who
+/// asked will ask again, and a flood of such requests fills no memory.
+const WITHOUT_RECORD_MAX: usize = 1024;
 
 /// What one committed step sets free.
 #[derive(Debug, Default)]
@@ -35,7 +39,10 @@ impl Held {
             self.queue.back().is_none_or(|(last, _)| *last <= position),
             "positions only grow"
         );
-        self.queue.push_back((position, release));
+        let has_record = self.queue.back().is_none_or(|(last, _)| *last < position);
+        if has_record || !release.use_outbound.is_empty() || self.queue.len() < WITHOUT_RECORD_MAX {
+            self.queue.push_back((position, release));
+        }
     }
 
     /// The next step whose record is committed.
@@ -81,5 +88,20 @@ mod tests {
         assert!(!held.is_empty());
         assert_eq!(held.abandon(), [EspSpi(3)]);
         assert!(held.is_empty() && held.pop(9).is_none());
+    }
+
+    // security.md, statement 11.
+    #[test]
+    fn what_needs_no_record_is_bounded() {
+        let mut held = Held::default();
+        held.push(3, Release::default());
+        for _ in 0..2 * WITHOUT_RECORD_MAX {
+            held.push(3, Release::default());
+        }
+        assert_eq!(held.queue.len(), WITHOUT_RECORD_MAX);
+        // A record's own step always waits, and so does what the shards wait for.
+        held.push(4, Release::default());
+        held.push(4, step(1));
+        assert_eq!(held.queue.len(), WITHOUT_RECORD_MAX + 2);
     }
 }
