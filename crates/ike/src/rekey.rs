@@ -107,7 +107,13 @@ pub(crate) fn answer(
         established.task(),
         Some(Task::Child(_) | Task::DeleteChildren(_) | Task::DeleteIke | Task::Sync(..))
     );
-    if busy || established.fate != Fate::Live {
+    // security.md 11: each rekeying leaves an old IKE SA until the peer deletes it, or time does.
+    let left = |other: &&IkeSa| {
+        other.established().is_some_and(|e| matches!(e.fate, Fate::Replaced(_) | Fate::Rival(..)))
+    };
+    let full = step.of_connection(&conn.name).iter().filter(|other| left(other)).count()
+        >= step.limits().ike_per_connection;
+    if busy || full || established.fate != Fate::Live {
         return Err(Refusal::temporary());
     }
     let (Some(proposals), Some(ni), Some(ke)) = (payloads.sa(), payloads.nonce(), payloads.ke())

@@ -402,3 +402,39 @@ fn debug_output_shows_no_keys() {
     assert!(!text.contains(key.trim_matches(['[', ']'])));
     assert!(text.contains('…') && !text.contains("the secret of both"));
 }
+
+// security.md, statement 11: a peer that rekeys without end and never deletes fills no memory. Refused for now, and
+// served again when time has ended what it left.
+#[test]
+fn ike_sas_that_rekeying_leaves_are_bounded() {
+    let mut w = World::established();
+    let limit = Limits::default().ike_per_connection;
+    let newest = |w: &World| {
+        w.sides[A]
+            .ike
+            .status(w.now)
+            .ike_sas
+            .into_iter()
+            .max_by_key(|sa| sa.children.len())
+            .unwrap()
+            .spi
+    };
+    let held = |w: &World| w.sides[B].ike.status(w.now).ike_sas.len();
+    for _ in 0..3 * limit {
+        w.rekey(A, Target::Ike(newest(&w)));
+        while let Some(n) = w.wire.iter().position(|f| f.packet.bytes[18] == 36) {
+            let flight = w.wire.remove(n).unwrap();
+            w.deliver(flight);
+        }
+        // Its Deletes are lost.
+        w.wire.clear();
+        assert!(held(&w) <= limit + 1, "{}", held(&w));
+    }
+    assert_eq!(held(&w), limit + 1);
+    w.run(Duration::from_secs(120));
+    w.assert_tidy();
+    let old = w.ike(A);
+    w.rekey(A, Target::Ike(old));
+    w.settle();
+    assert_ne!(w.ike(A), old);
+}
