@@ -231,11 +231,13 @@ impl World {
 
     /// A command on its way to the shard: what it means is noted, then it queues.
     fn command(&mut self, host: usize, p: &mut Process, mut command: Command) {
-        if let Command::Own { term, .. } = &mut command
-            && self.bug == Some(Bug::Runtime(Runtime::TermNotInIv))
-            && host < 2
-        {
-            *term = Term(2);
+        if self.bug == Some(Bug::Runtime(Runtime::TermNotInIv)) && host < 2 {
+            match &mut command {
+                Command::Own { term, .. } => *term = Term(2),
+                // Keys know their first term, and none gives an IV in a term before that.
+                Command::Install(sa) => sa.born = Term(2),
+                _ => {}
+            }
         }
         match &mut command {
             Command::Install(sa) => {
