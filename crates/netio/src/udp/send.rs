@@ -19,6 +19,7 @@ impl BatchSocket {
         let mut items = items.peekable();
         let before = self.counters.sent;
         while items.peek().is_some() {
+            self.segmenting.batch();
             let count = self.fill(&mut items);
             self.send_filled(count);
         }
@@ -102,8 +103,9 @@ impl BatchSocket {
                     let head = self.scratch.vectors.get(run.first);
                     if run.count > 1
                         && let Some(head) = head
+                        && self.segmenting.went(head.iov_len)
                     {
-                        self.segmenting.went(head.iov_len);
+                        tracing::info!(local = %self.local, size = head.iov_len, "runs of such datagrams go at once again");
                     }
                 }
                 next += sent;
@@ -159,10 +161,10 @@ impl BatchSocket {
             if place == 0 && self.segmenting.refused(doubt, size) {
                 match doubt {
                     Doubt::Support => {
-                        tracing::info!(local = %self.local, problem = %refusal, "the host cannot send runs of datagrams at once (UDP_SEGMENT; checksum offload may be off): each is sent by itself from now on, which costs throughput");
+                        tracing::info!(local = %self.local, problem = %refusal, "the host cannot send runs of datagrams at once (UDP_SEGMENT; checksum offload may be off): each is sent by itself, which costs throughput; runs are tried again from time to time");
                     }
                     Doubt::Size => {
-                        tracing::info!(local = %self.local, size, problem = %refusal, "datagrams of this size do not fit the interface whole: they are sent one by one from now on, in fragments, which costs throughput (is the TUN's MTU too large?)");
+                        tracing::info!(local = %self.local, size, problem = %refusal, "datagrams of this size do not fit the interface whole: they are sent one by one, in fragments, which costs throughput (is the TUN's MTU too large?); tried again from time to time");
                     }
                 }
             }

@@ -163,6 +163,29 @@ fn datagrams_beyond_the_mtu_go_in_fragments_and_smaller_ones_still_in_runs() {
 }
 
 #[test]
+fn a_larger_mtu_is_noticed() {
+    over_a_wire(|mut socket, to| {
+        let (long, short) = (vec![1_u8; 1600], vec![2_u8; 10]);
+        let runs = |socket: &mut BatchSocket| {
+            let items = (0..10).map(|_| SendItem { to, bytes: &long, tos: 0 });
+            assert_eq!(socket.send(items), 10);
+        };
+        for _ in 0..STRIKES {
+            runs(&mut socket);
+        }
+        assert!(!socket.segmenting.takes(1600));
+        ip("link set d0 mtu 3000");
+        for _ in 0..2000 {
+            socket.send([SendItem { to, bytes: &short, tos: 0 }].into_iter());
+        }
+        runs(&mut socket);
+        runs(&mut socket);
+        assert_eq!(fragments(), u64::from(STRIKES) * 10 * 2, "whole, since the wire takes them");
+        assert_eq!(socket.segmenting.below, usize::MAX);
+    });
+}
+
+#[test]
 fn a_firewall_and_an_absent_address_do_not_end_segmentation() {
     over_a_wire(|mut socket, to| {
         let bytes = [3_u8; 1000];
