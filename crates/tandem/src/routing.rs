@@ -285,6 +285,22 @@ pub async fn set_uplink(netlink: &Netlink, endpoint: &Endpoint, interface: u32) 
     Ok(())
 }
 
+/// Whether an uplink works. The kernel takes an interface's routes away when it goes down: who manages the host brings
+/// back its own, those of the uplink table are ours. Until they stand the uplink does not work.
+pub async fn look_at_uplink(netlink: Netlink, endpoint: Endpoint, interface: String) -> bool {
+    let link = match netlink.link(&interface).await {
+        Ok(Some(link)) if link.running => link,
+        _ => return false,
+    };
+    match set_uplink(&netlink, &endpoint, link.index).await {
+        Ok(()) => true,
+        Err(problem) => {
+            tracing::warn!(endpoint = endpoint.name, interface, %problem, "the uplink's routes cannot be set");
+            false
+        }
+    }
+}
+
 fn uplink(endpoint: &Endpoint, interface: u32) -> (Vec<Route>, Vec<Rule>) {
     let table = UPLINK_TABLE + u32::from(endpoint.id.0);
     let address = endpoint.wan.address;
@@ -323,3 +339,6 @@ fn uplink(endpoint: &Endpoint, interface: u32) -> (Vec<Route>, Vec<Rule>) {
     });
     (routes, own.into_iter().chain([rule]).collect())
 }
+
+#[cfg(test)]
+mod tests;

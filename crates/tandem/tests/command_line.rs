@@ -273,6 +273,55 @@ fn peer_config_is_the_other_side() {
     assert_eq!(err(&unknown), "tandem: there is no connection `nowhere`\n  hint: one of: branch\n");
 }
 
+/// The documents of the commands that need no daemon, whole. What differs from run to run is replaced; what the host
+/// lacks depends on the host, so of that only the fields' names are compared.
+#[test]
+fn documents_of_the_local_commands() {
+    // `protect` sets rules: in a network namespace of the test's own. Needs root.
+    netio::netns::isolate_thread().unwrap();
+    let place = Place::new("documents");
+    let config = place.sample();
+    let broken = place.path("broken.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&broken, text.replace("home = \"left\"", "home = \"lft\"")).unwrap();
+    let runs: [&[&str]; 8] = [
+        &["check", &config, "--instance", "left"],
+        &["check", &broken, "--instance", "left"],
+        &["genkey"],
+        &["genkey", &place.path("new.key")],
+        &["peer-config", "branch", "--config", &config],
+        &["protect", "--config", &config, "--instance", "left"],
+        &["protect", "--remove"],
+        &["peer-config", "nowhere", "--config", &config],
+    ];
+    let mut shown = String::new();
+    for words in runs {
+        let mut document = json(&tandem(&[words, &["--json"]].concat()));
+        for (key, length) in [("key", 64), ("config_digest", 16)] {
+            if let Some(value) = document.get_mut(key).filter(|value| value.is_string()) {
+                assert_eq!(value.as_str().unwrap().len(), length, "{key}");
+                *value = key.to_uppercase().into();
+            }
+        }
+        for row in
+            document.get_mut("host").and_then(Value::as_array_mut).iter().flat_map(|v| v.iter())
+        {
+            let keys: Vec<_> = row.as_object().unwrap().keys().cloned().collect();
+            assert_eq!(keys, ["help", "message", "place", "severity"]);
+        }
+        if let Some(host) = document.get_mut("host") {
+            *host = "HOST".into();
+        }
+        let text = serde_json::to_string_pretty(&document).unwrap();
+        shown += &format!("{}\n", text.replace(&place.path(""), "DIR/"));
+    }
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/local.json");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&golden, &shown).unwrap();
+    }
+    assert_eq!(shown, std::fs::read_to_string(golden).unwrap());
+}
+
 #[test]
 fn usage_errors_have_a_code_of_their_own() {
     for args in

@@ -8,10 +8,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
-use gateway::config::Endpoint;
 use gateway::{Answer, Output};
 use netio::clock::{Timer, boottime};
-use netio::route::{LinkEvent as InterfaceEvent, Netlink};
+use netio::route::LinkEvent as InterfaceEvent;
 use netio::wake::AsyncEvent;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -554,7 +553,8 @@ impl Control {
                 }
                 Some((_, true)) | None => {
                     let (netlink, done) = (self.parts.netlink.clone(), self.done.clone());
-                    let look = look_at_uplink(netlink, place.endpoint.clone(), interface.clone());
+                    let look =
+                        routing::look_at_uplink(netlink, place.endpoint.clone(), interface.clone());
                     let news = place.uplink_news;
                     tokio::spawn(async move {
                         let up = look.await;
@@ -591,22 +591,6 @@ impl Control {
         self.parts.gateway.goodbye(now);
         let _ = self.carry_out();
         true
-    }
-}
-
-/// Whether an uplink works. The kernel takes an interface's routes away when it goes down: who manages the host brings
-/// back its own, those of the uplink table are ours. Until they stand the uplink does not work.
-async fn look_at_uplink(netlink: Netlink, endpoint: Endpoint, interface: String) -> bool {
-    let link = match netlink.link(&interface).await {
-        Ok(Some(link)) if link.running => link,
-        _ => return false,
-    };
-    match routing::set_uplink(&netlink, &endpoint, link.index).await {
-        Ok(()) => true,
-        Err(problem) => {
-            warn!(endpoint = endpoint.name, interface, %problem, "the uplink's routes cannot be set");
-            false
-        }
     }
 }
 

@@ -24,7 +24,7 @@ const PEER: &str = "127.0.0.2:4500";
 const APPLICATION: &str = "10.1.0.9:5000";
 const FAR: &str = "10.2.0.5:4000";
 
-pub(super) fn isolated(body: impl FnOnce() + Send + 'static) {
+pub(crate) fn isolated(body: impl FnOnce() + Send + 'static) {
     let run = move || {
         netio::netns::isolate_thread().expect("these tests need root");
         ip("link set lo up");

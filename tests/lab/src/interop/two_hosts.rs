@@ -218,6 +218,7 @@ impl Stage {
         ensure(self.status("left")?.main().term > term, || "the failover raised no term".into())?;
         let ping = self.end_ping()?;
         let watchdog = self.hang_the_shadow(&probes)?;
+        let upgrade = self.upgrade(&probes)?;
         let now = self.spis()?;
         ensure(self.spis.as_ref() == Some(&now), || "SPIs changed at the peer".into())?;
         for name in ["left", "right"] {
@@ -228,8 +229,9 @@ impl Stage {
                 .collect();
             ensure(bad.is_empty(), || format!("{name} logged: {}", bad.join(" / ")))?;
         }
+        self.uninstall()?;
         Ok(format!(
-            "{} commands of the README; kill: gap {:.1} ms; failover: {lossless}; {ping}; SPIs unchanged; {watchdog}",
+            "{} commands of the README; kill: gap {:.1} ms; failover: {lossless}; {ping}; SPIs unchanged; {watchdog}; upgrade of both: {upgrade}; uninstalled without a trace",
             commands.len() + 1,
             clock::millis(self.gap)
         ))
@@ -412,6 +414,65 @@ impl Stage {
         let journal = self.right.journal("tandemd");
         ensure(journal.contains("Watchdog timeout"), || "it was not the watchdog".into())?;
         Ok(format!("hung shadow restarted by the watchdog and in sync after {took:.1} s"))
+    }
+
+    fn deploy(&self, host: &Host, line: &str) -> Result<String> {
+        let finished = host.cmd_in(&self.checkout, line).finish(PATIENCE)?;
+        let errors = finished.stderr.clone();
+        Ok(format!("{}{errors}", host.named(finished, line)?))
+    }
+
+    /// README's "An upgrade is this, twice": the shadow, a failover, the other. It keeps configuration, keys and terms,
+    /// and no packet is lost.
+    fn upgrade(&self, probes: &UdpProbes) -> Result<String> {
+        let kept = "sha256sum /etc/tandem/*";
+        let mut said = Vec::new();
+        for (shadow, owner) in [("right", "left"), ("left", "right")] {
+            let host = self.host(shadow);
+            let before = (host.run(kept, BRIEF)?, self.status(shadow)?.main().term);
+            let pid = host.property("tandemd", "MainPID")?;
+            said.push(without_loss(probes, || {
+                let install = format!("deploy/install --binaries {}", self.binaries.display());
+                let text = self.deploy(host, &install)?;
+                ensure(text.contains("old release still runs"), || format!("it said {text}"))?;
+                ensure(host.property("tandemd", "MainPID")? == pid, || "it restarted".into())?;
+                host.run("systemctl restart tandemd", PATIENCE)?;
+                self.wait_roles(owner, PATIENCE)?;
+                ensure(host.property("tandemd", "MainPID")? != pid, || "the old one runs".into())?;
+                self.confined(shadow)?;
+                self.host(owner).run("tandem failover main", BRIEF)?;
+                self.wait_roles(shadow, PATIENCE)
+            })?);
+            let after = (host.run(kept, BRIEF)?, self.status(shadow)?.main().term);
+            ensure(after.0 == before.0, || format!("{shadow}: /etc/tandem changed"))?;
+            ensure(after.1 > before.1, || format!("term {} after {}", after.1, before.1))?;
+        }
+        Ok(said.join(", "))
+    }
+
+    /// What `deploy/uninstall` leaves is what it says, and with `--purge` it leaves nothing.
+    fn uninstall(&self) -> Result<()> {
+        for (host, purge) in [(&self.left, false), (&self.right, true)] {
+            let rules = "ip rule show; ip -6 rule show; ip route show table all; ip -6 route show table all";
+            let ours = |text: &str| -> Vec<String> {
+                // `proto 116` is our mark on rules and routes.
+                let lines = text.lines().filter(|line| line.contains("proto 116"));
+                lines.map(str::to_owned).collect()
+            };
+            ensure(!ours(&host.run(rules, BRIEF)?).is_empty(), || "there were no rules".into())?;
+            let line = if purge { "deploy/uninstall --purge" } else { "deploy/uninstall" };
+            self.deploy(host, line)?;
+            let files = "find /usr/local /etc /var/lib /run -xdev -iname '*tandem*' | sort";
+            let files = host.run(files, BRIEF)?;
+            let wanted =
+                if purge { "" } else { "/etc/tandem\n/etc/tandem/tandem.toml\n/var/lib/tandem\n" };
+            ensure(files == wanted, || format!("{line} left {files:?}"))?;
+            let units = host.run("systemctl list-units --all --no-legend '*tandem*'; systemctl list-unit-files --no-legend '*tandem*'; ip -br link", BRIEF)?;
+            ensure(!units.contains("tandem"), || format!("{line} left {units}"))?;
+            let left = ours(&host.run(rules, BRIEF)?);
+            ensure(left.is_empty() == purge, || format!("{line} left {left:?}"))?;
+        }
+        Ok(())
     }
 
     /// Waits until `owner` owns, says `synced`, and the other is its shadow.

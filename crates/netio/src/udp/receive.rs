@@ -1,0 +1,186 @@
+//! Receiving: recvmmsg with UDP_GRO into memory of the socket's, and dealing out what it brought.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use super::headers::{CONTROL, address_of, notes_of};
+use super::{BatchSocket, RecvMeta, Scratch};
+use crate::sys::is_transient;
+
+/// Runs of datagrams in one recvmmsg.
+const RUNS: usize = 32;
+
+/// Room for one run: the largest UDP datagram there is.
+const RUN_ROOM: usize = 1 << 16;
+
+/// One received run: datagrams of `size` bytes, the last perhaps shorter.
+#[derive(Clone, Copy)]
+struct Received {
+    meta: RecvMeta,
+    size: usize,
+}
+
+/// What one recvmmsg brought, and how far it was dealt out. Its memory is allocated once; pages that no run ever
+/// reached stay untouched.
+pub(super) struct Incoming {
+    room: Box<[u8]>,
+    runs: [Received; RUNS],
+    count: usize,
+    next: usize,
+    /// Into the run at `next`.
+    offset: usize,
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Incoming({} of {} runs dealt)", self.next, self.count)
+    }
+}
+
+impl Incoming {
+    pub(super) fn new() -> Self {
+        let none = Received { meta: RecvMeta::EMPTY, size: 0 };
+        Self {
+            room: vec![0; RUNS * RUN_ROOM].into_boxed_slice(),
+            runs: [none; RUNS],
+            count: 0,
+            next: 0,
+            offset: 0,
+        }
+    }
+
+    /// The next datagram.
+    fn next(&mut self) -> Option<(&[u8], RecvMeta)> {
+        if self.next >= self.count {
+            return None;
+        }
+        let run = self.runs.get(self.next)?;
+        let room = self.room.get(self.next * RUN_ROOM..(self.next + 1) * RUN_ROOM)?;
+        let whole = room.get(..run.meta.len)?;
+        let end = self.offset.saturating_add(run.size).min(whole.len());
+        let bytes = whole.get(self.offset..end)?;
+        let meta = run.meta;
+        if end >= whole.len() {
+            self.next += 1;
+            self.offset = 0;
+        } else {
+            self.offset = end;
+        }
+        Some((bytes, meta))
+    }
+}
+
+impl BatchSocket {
+    /// Receives up to `min(buffers, metas)` datagrams, the i-th into the i-th buffer and described by
+    /// `metas[i]`. 0 when nothing is there. Never blocks, never allocates. Pending errors of the socket are
+    /// counted, not returned. What did not find a buffer comes with the next call: see [`BatchSocket::has_more`].
+    pub fn recv<'a>(
+        &mut self,
+        buffers: impl Iterator<Item = &'a mut [u8]>,
+        metas: &mut [RecvMeta],
+    ) -> usize {
+        self.deal(buffers, metas, None::<&mut fn(RecvMeta, &[u8])>)
+    }
+
+    /// Like [`BatchSocket::recv`], but a datagram longer than the buffer that would be its own is not cut: `long` sees
+    /// it whole (in memory of the socket's), and the buffer takes the next. Long IKE messages among ESP packets.
+    pub fn recv_or_give<'a>(
+        &mut self,
+        buffers: impl Iterator<Item = &'a mut [u8]>,
+        metas: &mut [RecvMeta],
+        mut long: impl FnMut(RecvMeta, &[u8]),
+    ) -> usize {
+        self.deal(buffers, metas, Some(&mut long))
+    }
+
+    fn deal<'a>(
+        &mut self,
+        buffers: impl Iterator<Item = &'a mut [u8]>,
+        metas: &mut [RecvMeta],
+        mut long: Option<&mut impl FnMut(RecvMeta, &[u8])>,
+    ) -> usize {
+        if !self.has_more() {
+            self.receive();
+        }
+        let mut dealt = 0;
+        for (buffer, meta) in buffers.zip(metas) {
+            let mut next = self.incoming.next();
+            while let (Some((bytes, of)), Some(give)) = (next, &mut long)
+                && bytes.len() > buffer.len()
+                && !of.truncated
+            {
+                give(RecvMeta { len: bytes.len(), ..of }, bytes);
+                next = self.incoming.next();
+            }
+            let Some((bytes, of)) = next else { break };
+            let room = buffer.len().min(bytes.len());
+            if let (Some(to), Some(from)) = (buffer.get_mut(..room), bytes.get(..room)) {
+                to.copy_from_slice(from);
+            }
+            *meta = RecvMeta { len: room, truncated: of.truncated || room < bytes.len(), ..of };
+            dealt += 1;
+        }
+        dealt
+    }
+
+    /// Whether datagrams were received that no call of [`BatchSocket::recv`] has handed out yet: the descriptor
+    /// does not become readable for them.
+    #[must_use]
+    pub fn has_more(&self) -> bool {
+        self.incoming.next < self.incoming.count
+    }
+
+    /// One recvmmsg into the buffers of `incoming`.
+    fn receive(&mut self) {
+        let Scratch { names, vectors, controls, messages, .. } = &mut *self.scratch;
+        let slots = names.iter_mut().zip(vectors).zip(controls).zip(messages.iter_mut());
+        let rooms = self.incoming.room.chunks_exact_mut(RUN_ROOM);
+        for ((((name, vector), control), message), room) in slots.zip(rooms) {
+            vector.iov_base = room.as_mut_ptr().cast();
+            vector.iov_len = room.len();
+            let header = &mut message.msg_hdr;
+            header.msg_name = std::ptr::from_mut(name).cast();
+            header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+            header.msg_iov = vector;
+            header.msg_iovlen = 1;
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = CONTROL as _;
+            header.msg_flags = 0;
+            message.msg_len = 0;
+        }
+        self.incoming.count = 0;
+        self.incoming.next = 0;
+        self.incoming.offset = 0;
+        // SAFETY: the first RUNS headers were filled above with pointers into arrays of `self`; lengths match.
+        let got = unsafe {
+            libc::recvmmsg(
+                self.socket.as_raw_fd(),
+                messages.as_mut_ptr(),
+                RUNS as libc::c_uint,
+                libc::MSG_DONTWAIT as _,
+                std::ptr::null_mut(),
+            )
+        };
+        let Ok(got) = usize::try_from(got) else {
+            if !is_transient(&io::Error::last_os_error()) {
+                self.receive_errors += 1;
+            }
+            return;
+        };
+        for ((message, name), run) in
+            messages.iter().zip(names.iter()).zip(&mut self.incoming.runs).take(got)
+        {
+            let header = &message.msg_hdr;
+            let (tos, size) = notes_of(header);
+            let len = message.msg_len as usize;
+            let meta = RecvMeta {
+                from: address_of(name).unwrap_or(RecvMeta::EMPTY.from),
+                len,
+                truncated: header.msg_flags & libc::MSG_TRUNC != 0,
+                tos: if self.recv_tos { tos } else { 0 },
+            };
+            *run = Received { meta, size: if size == 0 { len } else { size } };
+        }
+        self.incoming.count = got;
+    }
+}
