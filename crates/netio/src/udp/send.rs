@@ -12,7 +12,7 @@ use super::{BatchSocket, Run, Scratch, SendCounters, SendItem};
 const MOST_SEGMENTED: usize = 65_507;
 
 impl BatchSocket {
-    /// Sends datagrams in order, in system calls of up to [`BATCH`]; gives how many the kernel
+    /// Sends datagrams in order, in system calls of up to [`BATCH`](super::BATCH); gives how many the kernel
     /// took. A datagram it refuses is counted by reason and skipped; a full socket buffer drops
     /// the rest of the batch. Never blocks, never allocates.
     pub fn send<'a>(&mut self, items: impl Iterator<Item = SendItem<'a>>) -> usize {

@@ -69,7 +69,7 @@ fn sa(ours: u8, local: &str) -> Box<Sa> {
         udp_encap: true,
         next_seq: 1,
         ceiling: INITIAL_CEILING,
-        born: Term(2),
+        born: Term(1),
     })
 }
 
