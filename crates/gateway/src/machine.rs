@@ -347,9 +347,8 @@ impl Gateway {
                     }
                 }
             }
-            // IKE follows a peer when its own messages come from elsewhere, DPD's at the latest.
             esp::Report::PeerMoved { spi_in, from, .. } => {
-                tracing::debug!(%spi_in, %from, "ESP from another address")
+                self.with_sa(now, spi_in, |ike, cx| ike.note_moved(cx, spi_in, from));
             }
             esp::Report::Snapshot(snapshot) => self.take_snapshot(now, snapshot),
         }

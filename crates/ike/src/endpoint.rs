@@ -375,6 +375,17 @@ impl Endpoint {
         }
     }
 
+    /// The newest authentic ESP packet of this Child SA came from `from`, and not from where we send to: a peer behind a
+    /// NAT whose mapping changed is followed (RFC 7296 §2.23), though IKE be silent. False if the Child SA is not here.
+    pub fn note_moved(&mut self, cx: &mut Context<'_>, spi_in: EspSpi, from: SocketAddr) -> bool {
+        let Some(sa) = self.table.of_child(spi_in).filter(|_| self.active).cloned() else {
+            return false;
+        };
+        // A connection that is gone has nobody to follow.
+        let _ = self.step(cx, |step| established::esp_from(step, sa, from));
+        true
+    }
+
     fn step(
         &mut self,
         cx: &mut Context<'_>,

@@ -189,6 +189,22 @@ pub(crate) fn follow(
     sa.path.local = to;
 }
 
+/// The newest ESP packet of a Child SA was authentic and came from elsewhere. IKE and ESP share one mapping of the NAT,
+/// so all of the IKE SA moves.
+pub(crate) fn esp_from(
+    step: &mut Step<'_, '_>,
+    mut sa: IkeSa,
+    from: SocketAddr,
+) -> Result<(), Error> {
+    let conn = step.connection(&sa)?;
+    let to = sa.path.local;
+    if sa.path.remote != from && sa.established().is_some_and(|e| !e.waits()) {
+        follow(step, conn, &mut sa, from, to);
+        step.put(sa);
+    }
+    Ok(())
+}
+
 /// Acts on the response to our outstanding request.
 pub(crate) fn on_response(
     step: &mut Step<'_, '_>,

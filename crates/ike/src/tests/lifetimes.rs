@@ -262,6 +262,28 @@ fn a_peer_behind_a_nat_is_followed() {
     assert!(w.sides[B].events.iter().any(|e| matches!(e, Event::Moved { .. })));
 }
 
+// The same, seen by ESP alone, which is all that comes from an idle peer with a chatty host behind it. Not for a peer
+// that is behind no NAT: whoever repeats its packets from elsewhere, faster than the network, moves nothing.
+#[test]
+fn esp_from_a_new_mapping_moves_the_peer() {
+    for nat in [true, false] {
+        let mut w = World::tuned(|_, c| c.connections[0].encap = Encap::Never);
+        w.nat_port = nat.then_some(20_000);
+        w.initiate(A);
+        w.settle();
+        w.assert_tunnel();
+        assert!(w.wire.is_empty());
+        let (child, before) = (w.child(B), w.sides[B].plane.sender("net").unwrap().remote);
+        let from = SocketAddr::new(before.ip(), 30_000);
+        w.with_side(B, |ike, cx| assert!(ike.note_moved(cx, child, from)));
+        let after = w.sides[B].plane.sender("net").unwrap().remote;
+        assert_eq!(after, if nat { from } else { before });
+        // And IKE goes there as well.
+        w.rekey(B, Target::Child(child));
+        assert_eq!(w.take(A).packet.to.port() == 30_000, nat);
+    }
+}
+
 // Nobody behind a NAT, nobody claims one: ESP without UDP, IKE on 500, and a
 // datagram from elsewhere moves nothing.
 #[test]
