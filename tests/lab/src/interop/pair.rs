@@ -64,7 +64,7 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "pair-link-junk", about: "junk on the pair link", play: link_junk },
     Scenario {
         name: "pair-mismatch",
-        about: "wrong pair secret, differing configurations",
+        about: "wrong pair secret, differing configurations, equal indices",
         play: mismatch,
     },
     Scenario {
@@ -601,11 +601,32 @@ for frame in frames + frames[::-1]:
 fn mismatch(lab: &Lab<'_>) -> Result<String> {
     let mut found = Vec::new();
     type Spoil = fn(&mut Config);
-    let spoils: [(&str, Spoil); 2] = [
-        ("secret", |config| config.secret = Some("f".repeat(64))),
-        ("config", |config| config.branch().children[0].local_ts.push("10.9.0.0/24".into())),
+    // What the log of the good one (left) says, and that of the other.
+    let spoils: [(&str, Spoil, [&str; 2]); 3] = [
+        (
+            "secret",
+            |config| config.secret = Some("f".repeat(64)),
+            [
+                "most likely the files of [pair] secret_file differ",
+                "pair link refused: it does not hold our pair secret",
+            ],
+        ),
+        (
+            "config",
+            |config| config.branch().children[0].local_ts.push("10.9.0.0/24".into()),
+            ["nothing is replicated until both hosts have the same file"; 2],
+        ),
+        (
+            "index",
+            |config| {
+                for (_, index, _) in &mut config.instances {
+                    *index = 1 - *index;
+                }
+            },
+            ["it has index 0 like this instance: give one of them index 0, the other 1"; 2],
+        ),
     ];
-    for (what, spoil) in spoils {
+    for (what, spoil, sentences) in spoils {
         let net = crate::net::Net::build(lab.run)?;
         let good = Config::pair();
         let mut bad = Config::pair();
@@ -619,7 +640,8 @@ fn mismatch(lab: &Lab<'_>) -> Result<String> {
         })?;
         let skip = left.log().len();
         right.start()?;
-        let line = super::stage::wait_log(&left, skip, &[what])?;
+        let line = super::stage::wait_log(&left, skip, &[sentences[0]])?;
+        super::stage::wait_log(&right, 0, &[sentences[1]])?;
         clock::sleep_until(clock::now() + Duration::from_secs(5));
         let log = left.log();
         let lines = log
