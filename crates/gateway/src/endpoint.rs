@@ -82,7 +82,7 @@ pub(crate) struct Endpoint {
     pub(crate) valid_until: Duration,
     /// Counters that a winner after a split still waits for.
     pub(crate) owes_counters: bool,
-    /// What the shards last said, for status: by our inbound SPI.
+    /// By connection: what last failed, whoever began it, for status.
     pub(crate) last_error: std::collections::BTreeMap<String, (String, Duration)>,
 }
 

@@ -446,7 +446,13 @@ impl Gateway {
                 ike::Event::Failed(failure) => {
                     tracing::warn!(endpoint = e.name, "{failure}");
                     if let Some(connection) = &failure.connection {
-                        e.last_error.insert(connection.clone(), (failure.to_string(), now));
+                        let text = failure.to_string();
+                        // What a stranger began says nothing of what an operator waits for.
+                        if failure.began == ike::Side::Us {
+                            let id = self.config.connection_named(connection).map(|c| c.ike.id);
+                            self.pending.iter_mut().for_each(|p| p.note_failure(id, &text));
+                        }
+                        e.last_error.insert(connection.clone(), (text, now));
                     }
                 }
                 event @ ike::Event::Retransmitting { .. } => {

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use ike::config::RemoteAddress;
 use wire::id::{ConnectionId, EndpointId, Term};
 
 use crate::endpoint::{Endpoint, Part};
@@ -20,8 +21,8 @@ pub(crate) enum Pending {
     Status { ticket: u64 },
     /// Waits for the other instance.
     Failover { ticket: u64, began: Duration, waiting: Vec<EndpointId>, done: Vec<Moved> },
-    /// Waits for the peer.
-    Up { ticket: u64, began: Duration, connection: ConnectionId },
+    /// Waits for the peer, or for a failure of what we asked of it.
+    Up { ticket: u64, began: Duration, connection: ConnectionId, failed: Option<String> },
 }
 
 impl Pending {
@@ -30,6 +31,16 @@ impl Pending {
         match self {
             Self::Up { began, .. } => Some(*began + UP_PATIENCE),
             Self::Status { .. } | Self::Failover { .. } => None,
+        }
+    }
+
+    /// Something that we began for a connection has failed.
+    pub(crate) fn note_failure(&mut self, of: Option<ConnectionId>, text: &str) {
+        match self {
+            Self::Up { connection, failed, .. } if of == Some(*connection) => {
+                failed.get_or_insert_with(|| text.to_owned());
+            }
+            _ => {}
         }
     }
 }
@@ -127,13 +138,28 @@ impl Gateway {
         if serving.is_empty() {
             return Some(Self::not_owner(name));
         }
+        let anywhere =
+            self.config.connection(id).is_some_and(|c| c.ike.remote_address == RemoteAddress::Any);
+        let here = |index: &usize| {
+            self.endpoints.get(*index).is_some_and(|e| {
+                e.ike.status(now).ike_sas.iter().any(|sa| sa.connection.as_deref() == Some(name))
+            })
+        };
+        if anywhere && !serving.iter().any(here) {
+            let text = format!("{name}: remote_address is \"any\", so only the peer can initiate");
+            return Some(refuse(
+                Refusal::Failed,
+                text,
+                "initiate at the peer, or give remote_address an address",
+            ));
+        }
         for index in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
             e.last_error.remove(name);
             e.ike.initiate(&mut cx, id);
         }
-        self.pending.push(Pending::Up { ticket, began: now, connection: id });
+        self.pending.push(Pending::Up { ticket, began: now, connection: id, failed: None });
         None
     }
 
@@ -218,11 +244,19 @@ impl Gateway {
                         }
                     }
                 }
-                Pending::Up { ticket, began, connection } => {
+                Pending::Up { ticket, failed: Some(text), .. } => {
+                    (ticket, Answer::Refused { why: Refusal::Failed, text, hint: None })
+                }
+                Pending::Up { ticket, began, connection, failed: None } => {
                     match self.settle_up(now, began, connection) {
                         Some(answer) => (ticket, answer),
                         None => {
-                            self.pending.push(Pending::Up { ticket, began, connection });
+                            self.pending.push(Pending::Up {
+                                ticket,
+                                began,
+                                connection,
+                                failed: None,
+                            });
                             continue;
                         }
                     }
@@ -289,13 +323,6 @@ impl Gateway {
                 sa.connection.as_deref() == Some(name)
                     && sa.children.iter().any(|child| child.state == "installed")
             };
-            if let Some((text, _)) = e.last_error.get(name).filter(|(_, at)| *at >= began) {
-                return Some(Answer::Refused {
-                    why: Refusal::Failed,
-                    text: text.clone(),
-                    hint: None,
-                });
-            }
             let up = status.ike_sas.iter().any(carries);
             if !up && !late && e.owns() {
                 return None;

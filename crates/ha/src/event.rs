@@ -186,7 +186,14 @@ pub enum Warning {
         theirs: u64,
     },
     /// No common format.
-    #[error("no common release: we speak {}..={}, the other {}..={}", ours.0, ours.1, theirs.0, theirs.1)]
+    #[error(
+        "no common release: we speak {}..={}, the other {}..={}; upgrade {}",
+        ours.0,
+        ours.1,
+        theirs.0,
+        theirs.1,
+        if ours.1 < theirs.0 { "this instance" } else { "the other instance" }
+    )]
     OldRelease {
         /// Our oldest and newest.
         ours: (u32, u32),

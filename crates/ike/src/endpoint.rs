@@ -495,8 +495,11 @@ impl Endpoint {
     /// logs.
     fn tell(&mut self, now: Duration, event: Event) {
         if let Event::Failed(failure) = &event {
-            let early = matches!(failure.what, What::Address | What::IkeProposal | What::Identity);
-            if early {
+            let early = matches!(
+                failure.what,
+                What::Address | What::IkeProposal | What::NatTraversal | What::Identity
+            );
+            if early && failure.began == crate::event::Side::Peer {
                 let key = (failure.peer.ip(), failure.what as u8);
                 self.told.retain(|_, at| *at + QUIET > now);
                 if self.told.contains_key(&key) || self.told.len() >= QUIET_MAX {

@@ -191,6 +191,8 @@ pub enum What {
     Selectors,
     /// The key exchange group.
     Group,
+    /// The peer takes no part in NAT detection, so it cannot do ESP in UDP.
+    NatTraversal,
     /// Something else the peer refused.
     Refused,
     /// No answer.
@@ -210,6 +212,8 @@ pub struct Failure {
     pub peer: SocketAddr,
     /// What did not fit.
     pub what: What,
+    /// Who began the exchange. What a peer began may come from anybody who can send us a datagram.
+    pub began: Side,
     /// Who sent what did not fit.
     pub sender: Side,
     /// What was sent.
@@ -228,6 +232,7 @@ impl fmt::Display for Failure {
             What::EspProposal => "no common ESP proposal",
             What::Selectors => "traffic selectors do not match",
             What::Group => "no common key exchange group",
+            What::NatTraversal => "no NAT traversal",
             What::Refused => "refused",
             What::Silence => "no answer",
             What::Protocol => "protocol error",
@@ -237,7 +242,11 @@ impl fmt::Display for Failure {
             (Some(connection), None) => write!(f, "{connection}: ")?,
             _ => {}
         }
-        write!(f, "{what}: {} ({}) sent {}", self.sender, self.peer.ip(), self.sent)?;
+        let peer = self.peer.ip();
+        match self.sender {
+            Side::Us => write!(f, "{what}: we sent {} to {peer}", self.sent)?,
+            Side::Peer => write!(f, "{what}: the peer ({peer}) sent {}", self.sent)?,
+        }
         if !self.expected.is_empty() {
             write!(f, "; would have matched: {}", self.expected)?;
         }

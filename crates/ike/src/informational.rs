@@ -33,6 +33,7 @@ pub(crate) fn answer(
             child: None,
             peer: sa.path.remote,
             what: What::Secret,
+            began: Side::Peer,
             sender: Side::Us,
             sent: format!("IDr {} and AUTH", conn.local_id),
             expected: "what the peer's configuration names (it only says AUTHENTICATION_FAILED)"

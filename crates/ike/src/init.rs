@@ -42,6 +42,8 @@ use crate::{
 
 /// Requests changed by COOKIE or INVALID_KE_PAYLOAD before we stop obeying.
 const MAX_ROUNDS: u8 = 6;
+/// What a peer lacks that knows no NAT traversal.
+const NAT_DETECTION: &str = "NAT_DETECTION_SOURCE_IP and NAT_DETECTION_DESTINATION_IP: encap = \"auto\" carries ESP in UDP only";
 
 /// Answers an IKE_SA_INIT request that is not a repetition.
 pub(crate) fn answer(
@@ -87,6 +89,7 @@ pub(crate) fn answer(
             child: None,
             peer: from,
             what: What::Address,
+            began: Side::Peer,
             sender: Side::Peer,
             sent: format!("IKE_SA_INIT to {} from {}", to.ip(), from.ip()),
             expected: format!("remote_address {}", known.join(" or ")),
@@ -104,6 +107,7 @@ pub(crate) fn answer(
             child: None,
             peer: from,
             what: What::IkeProposal,
+            began: Side::Peer,
             sender: Side::Peer,
             sent: format!("ike_proposals {}", proposal::describe(proposals)),
             expected: format!("any of {}", ours.join(", ")),
@@ -116,6 +120,23 @@ pub(crate) fn answer(
         return refuse(step, datagram, &header, from, to, NotifyType::INVALID_KE_PAYLOAD, &want);
     }
 
+    // Until IKE_AUTH names the connection, the best candidate decides.
+    let encap = candidates.first().map_or(crate::Encap::Auto, |c| c.encap);
+    let detected = nat::detect(payloads, header.initiator_spi, header.responder_spi, from, to);
+    if nat::mute(encap, detected) {
+        step.event(Event::Failed(Failure {
+            connection: candidates.first().map(|c| c.name.clone()),
+            child: None,
+            peer: from,
+            what: What::NatTraversal,
+            began: Side::Peer,
+            sender: Side::Peer,
+            sent: "IKE_SA_INIT".to_owned(),
+            expected: NAT_DETECTION.to_owned(),
+        }));
+        return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
+    }
+
     let eph = Ephemeral::generate(suite.group, step.cx.rng);
     let shared = eph.agree(ke.data)?;
     let spi = step.new_ike_spi();
@@ -124,9 +145,6 @@ pub(crate) fn answer(
     let (keys, auth) =
         Skeyseed::initial(suite.prf, &x, &shared).expand(suite.prf, suite.aead, &x)?;
 
-    // Until IKE_AUTH names the connection, the best candidate decides.
-    let encap = candidates.first().map_or(crate::Encap::Auto, |c| c.encap);
-    let detected = nat::detect(payloads, header.initiator_spi, header.responder_spi, from, to);
     let source = nat::source_digest(encap, header.initiator_spi, spi, to);
     let destination = nat::digest(header.initiator_spi, spi, from);
     let response_header = Header { responder_spi: spi, ..header.to_response() };
@@ -369,13 +387,17 @@ pub(crate) fn finish(
     if header.responder_spi.is_zero() {
         return Err(Error::NotExpected);
     }
+    let detected = nat::detect(payloads, sa.spi, header.responder_spi, from, to);
+    if nat::mute(conn.encap, detected) {
+        let sent_by_peer = (What::NatTraversal, Side::Peer, "IKE_SA_INIT".to_owned());
+        return complain(step, conn, sa, sent, sent_by_peer, NAT_DETECTION.to_owned());
+    }
     let eph = Ephemeral::from_secret_bytes(sent.eph.group, sent.eph.secret.expose())?;
     let shared = eph.agree(ke.data)?;
     let x = Exchange { ni: &sent.nonce, nr, spi_i: sa.spi, spi_r: header.responder_spi };
     let (keys, auth) =
         Skeyseed::initial(suite.prf, &x, &shared).expand(suite.prf, suite.aead, &x)?;
 
-    let detected = nat::detect(payloads, sa.spi, header.responder_spi, from, to);
     sa.peer_spi = header.responder_spi;
     sa.path.nat_here = detected.here;
     sa.path.nat_there = detected.there;
@@ -451,24 +473,40 @@ fn refused(
             _ => Err(Error::NotExpected),
         };
     }
-    let Some(error) = payloads.error().filter(|_| !sent.complained) else {
-        return Err(Error::NotExpected);
-    };
-    // RFC 7296 §2.21.1: not authentic, so only reported; we keep trying.
+    let error = payloads.error().ok_or(Error::NotExpected)?;
     let ours: Vec<String> = conn.ike_proposals.iter().map(IkeProposal::to_string).collect();
+    let what = match error.kind {
+        NotifyType::NO_PROPOSAL_CHOSEN => What::IkeProposal,
+        _ => What::Refused,
+    };
+    let sent_by_us = (what, Side::Us, format!("ike_proposals {}", ours.join(", ")));
+    complain(step, conn, sa, sent, sent_by_us, format!("the peer only says {}", error.kind))
+}
+
+/// A response that ends our attempt, if it is the peer's. It is not authentic (RFC 7296 §2.21.1), so it is only reported,
+/// once, and we keep trying.
+fn complain(
+    step: &mut Step<'_, '_>,
+    conn: &ConnectionConfig,
+    mut sa: IkeSa,
+    asked: InitSent,
+    (what, sender, sent): (What, Side, String),
+    expected: String,
+) -> Result<(), Error> {
+    if asked.complained {
+        return Err(Error::NotExpected);
+    }
     step.event(Event::Failed(Failure {
         connection: Some(conn.name.clone()),
         child: None,
         peer: sa.path.remote,
-        what: match error.kind {
-            NotifyType::NO_PROPOSAL_CHOSEN => What::IkeProposal,
-            _ => What::Refused,
-        },
-        sender: Side::Us,
-        sent: format!("ike_proposals {}", ours.join(", ")),
-        expected: format!("the peer only says {}", error.kind),
+        what,
+        began: Side::Us,
+        sender,
+        sent,
+        expected,
     }));
-    sa.phase = Phase::InitSent(InitSent { complained: true, ..sent });
+    sa.phase = Phase::InitSent(InitSent { complained: true, ..asked });
     step.put(sa);
     Ok(())
 }

@@ -81,6 +81,11 @@ pub(crate) fn detect(
     Detected { supported: true, here, there }
 }
 
+/// Whether there is no way for ESP: it is to go in UDP, and the peer has not said that it can.
+pub(crate) fn mute(encap: Encap, detected: Detected) -> bool {
+    encap == Encap::Auto && !detected.supported
+}
+
 /// Whether ESP goes in UDP.
 pub(crate) fn encapsulate(encap: Encap, detected: Detected) -> bool {
     match encap {

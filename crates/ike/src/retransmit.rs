@@ -144,9 +144,13 @@ pub(crate) fn give_up(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Erro
         child: None,
         peer: sa.path.remote,
         what: What::Silence,
+        began: Side::Us,
         sender: Side::Us,
-        sent: format!("{sent} from {} to {}", sa.path.local, sa.path.remote),
-        expected: "any response; is the peer up, and do ports 500 and 4500 reach it?".to_owned(),
+        sent: sent.to_owned(),
+        expected: format!(
+            "any response to {}; is the peer up, and do ports 500 and 4500 reach it?",
+            sa.path.local
+        ),
     }));
     established::drop_sa(step, &sa, DeleteReason::NotEstablished)
 }

@@ -5,6 +5,7 @@ mod bad_input;
 mod basic;
 mod ipv6;
 mod lifecycle;
+mod operator;
 mod pair;
 mod protection;
 mod stage;
@@ -49,6 +50,7 @@ pub fn all() -> Vec<Scenario> {
         basic::SCENARIOS,
         lifecycle::SCENARIOS,
         bad_input::SCENARIOS,
+        operator::SCENARIOS,
         protection::SCENARIOS,
         pair::SCENARIOS,
         uplink::SCENARIOS,

@@ -129,6 +129,7 @@ pub(crate) fn accept(
             child: child.map(str::to_owned),
             peer: sa.path.remote,
             what,
+            began: Side::Peer,
             sender: Side::Peer,
             sent,
             expected,

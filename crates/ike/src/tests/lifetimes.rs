@@ -79,7 +79,7 @@ fn a_dead_peer_is_noticed_and_called_again() {
     let dead =
         |e: &Event| matches!(e, Event::Deleted { reason: crate::DeleteReason::PeerDead, .. });
     assert_eq!(w.sides[A].events.iter().filter(|e| dead(e)).count(), 1);
-    assert!(w.failure(A).contains("we (192.0.2.2) sent IKE_SA_INIT"), "{}", w.failure(A));
+    assert!(w.failure(A).contains("we sent IKE_SA_INIT to 192.0.2.2"), "{}", w.failure(A));
     let (spis, rng) = (Spis { next: 77, ..Spis::default() }, rng(5));
     w.sides[B].ike = Endpoint::new(config(B));
     w.sides[B].shadow = Endpoint::new(config(B));

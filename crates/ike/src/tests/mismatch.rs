@@ -31,9 +31,9 @@ fn another_secret() {
         "c: authentication failed: the peer (192.0.2.1) sent an AUTH for IDi gw0.example made with \
          another pre-shared key; would have matched: the same pre-shared key on both sides"
     );
-    assert!(
-        w.failure(A).contains("we (192.0.2.2) sent IDi gw0.example asking for IDr gw1.example")
-    );
+    assert!(w.failure(A).contains(
+        "we sent IDi gw0.example asking for IDr gw1.example from 192.0.2.1 to 192.0.2.2"
+    ));
     assert!(w.failure(A).contains("AUTHENTICATION_FAILED"));
     // The half-open remains of it go away.
     w.run(Duration::from_secs(31));
@@ -185,7 +185,7 @@ fn no_common_esp_proposal() {
         "c/net: no common ESP proposal: the peer (192.0.2.1) sent esp_proposals aes256gcm16-noesn; \
          would have matched: chacha20poly1305"
     );
-    assert!(w.failure(A).contains("we (192.0.2.2) sent esp_proposals aes256gcm16-x25519"));
+    assert!(w.failure(A).contains("we sent esp_proposals aes256gcm16-x25519"));
     for n in [A, B] {
         assert_eq!(w.sides[n].ike.status(w.now).ike_sas[0].state, "established");
         assert!(w.sides[n].plane.sas.is_empty());
@@ -496,4 +496,108 @@ fn a_failed_child_rekeying_leaves_nothing() {
         assert_eq!(w.sides[n].spis.taken, old[n], "side {n}");
     }
     w.assert_tidy();
+}
+
+/// An IKE_SA_INIT message of somebody who knows no NAT detection: its notifies are of a kind that nobody knows.
+fn without_nat_detection(bytes: &mut [u8]) {
+    let kinds = [[28, 0, 0, 0x40, 0x04], [28, 0, 0, 0x40, 0x05]];
+    for kind in kinds {
+        let at = bytes.windows(5).position(|w| *w == kind).expect("a NAT detection notify");
+        bytes[at + 3] = 0x5f;
+    }
+}
+
+// ESP goes in UDP only: with who cannot do that there would be a tunnel that carries nothing.
+#[test]
+fn a_peer_without_nat_traversal_is_refused() {
+    let lacks = "sent IKE_SA_INIT; would have matched: NAT_DETECTION_SOURCE_IP and \
+                 NAT_DETECTION_DESTINATION_IP: encap = \"auto\" carries ESP in UDP only";
+    let mut w = World::new();
+    w.initiate(A);
+    let mut request = w.take(B);
+    without_nat_detection(&mut request.packet.bytes);
+    w.deliver(request);
+    assert_eq!(w.failure(B), format!("c: no NAT traversal: the peer (192.0.2.1) {lacks}"));
+    assert!(w.snapshot(B).is_empty());
+    w.pass(A);
+    assert!(w.failure(A).contains("NO_PROPOSAL_CHOSEN"));
+
+    let mut w = World::new();
+    w.initiate(A);
+    w.pass(B);
+    let mut response = w.take(A);
+    let mut bare = response.clone();
+    without_nat_detection(&mut bare.packet.bytes);
+    for _ in 0..2 {
+        w.deliver(bare.clone());
+    }
+    assert_eq!(w.failure(A), format!("c: no NAT traversal: the peer (192.0.2.2) {lacks}"));
+    let complaints = w.sides[A].events.iter().filter(|e| matches!(e, Event::Failed(_))).count();
+    assert_eq!(complaints, 1);
+    // It is not authentic: the true answer still counts.
+    response.packet.from = bare.packet.from;
+    w.deliver(response);
+    w.settle();
+    w.assert_tidy();
+
+    // Who asks for encapsulation whatever the peer says gets it.
+    let mut w = World::tuned(|_, c| c.connections[0].encap = Encap::Always);
+    w.initiate(A);
+    let mut request = w.take(B);
+    without_nat_detection(&mut request.packet.bytes);
+    w.deliver(request);
+    assert!(w.sides[B].events.iter().all(|e| !matches!(e, Event::Failed(_))));
+    assert_eq!(w.snapshot(B).len(), 1);
+}
+
+// What anybody can send is complained of once in ten seconds for each address, and for 256 addresses in all; what
+// fails of our own is said whenever it happens.
+#[test]
+fn complaints_about_strangers_are_limited() {
+    let count = |w: &World, n: usize| {
+        w.sides[n].events.iter().filter(|e| matches!(e, Event::Failed(_))).count()
+    };
+    let mut w = World::tuned(|n, c| {
+        if n == A {
+            c.connections[0].ike_proposals =
+                proposal::parse_ike(&["chacha20poly1305-prfsha256-ecp256"]).unwrap();
+        } else {
+            c.connections[0].remote_address = RemoteAddress::Any;
+        }
+    });
+    w.initiate(A);
+    let request = w.take(B);
+    let from = |w: &mut World, last: u32| {
+        let mut flight = request.clone();
+        let ip = std::net::Ipv4Addr::from(0xc633_6400 + last);
+        flight.packet.from.set_ip(ip.into());
+        w.deliver(flight);
+    };
+    for _ in 0..5 {
+        from(&mut w, 0);
+    }
+    assert_eq!(count(&w, B), 1);
+    for last in 1..600 {
+        from(&mut w, last);
+    }
+    assert_eq!(count(&w, B), 256);
+    w.wire.clear();
+    let lapse = w.now + Duration::from_secs(10);
+    w.now = lapse - Duration::from_millis(500);
+    from(&mut w, 0);
+    assert_eq!(count(&w, B), 256, "ten seconds are not over");
+    w.now = lapse + Duration::from_millis(500);
+    for _ in 0..5 {
+        from(&mut w, 0);
+    }
+    assert_eq!(count(&w, B), 257);
+
+    // Ours: each attempt is refused, and each refusal said.
+    w.wire.clear();
+    for attempt in 1..=3 {
+        w.with_side(A, |ike, cx| ike.terminate(cx, Target::Connection(ConnectionId(0))));
+        w.initiate(A);
+        w.settle();
+        assert_eq!(count(&w, A), attempt);
+    }
 }

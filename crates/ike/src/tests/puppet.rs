@@ -49,6 +49,13 @@ fn say(w: &mut World, bytes: &[u8]) -> Option<Vec<u8>> {
     answer
 }
 
+/// Digests of nobody's addresses: a NAT on both sides.
+fn claim_nat(b: &mut MessageBuilder) {
+    for kind in [NotifyType::NAT_DETECTION_SOURCE_IP, NotifyType::NAT_DETECTION_DESTINATION_IP] {
+        b.push(&Payload::Notify(Notify::new(kind, &[0; 20])));
+    }
+}
+
 fn ike_offer() -> Vec<Proposal> {
     proposal::ike_payload(
         &proposal::parse_ike(&["aes256gcm16-prfsha384-x25519"]).unwrap(),
@@ -75,6 +82,7 @@ impl Puppet {
         b.push(&Payload::Sa(ike_offer()))
             .push(&Payload::Ke(KeyExchange { group: GroupId::X25519, data: &public }))
             .push(&Payload::Nonce(&[7; 32]));
+        claim_nat(&mut b);
         let request = b.finish().unwrap();
         let answer = say(w, &request).expect("an answer to IKE_SA_INIT");
         let message = Message::parse(&answer).unwrap();
@@ -363,6 +371,7 @@ fn bad_public_values_are_refused() {
         b.push(&Payload::Sa(proposal::ike_payload(&ours, Spi::None)))
             .push(&Payload::Ke(KeyExchange { group: id, data: value }))
             .push(&Payload::Nonce(&[7; 32]));
+        claim_nat(&mut b);
         assert!(say(&mut w, &b.finish().unwrap()).is_none());
         assert!(w.snapshot(B).is_empty());
         assert_eq!(w.sides[B].ike.counters().bad_crypto, 1);
@@ -525,6 +534,7 @@ impl Responder {
         b.push(&Payload::Sa(proposal::ike_answer(1, suite, Spi::None)))
             .push(&Payload::Ke(KeyExchange { group: GroupId::X25519, data: &public }))
             .push(&Payload::Nonce(&[6; 32]));
+        claim_nat(&mut b);
         let init = b.finish().unwrap();
         let ni = message.payloads.nonce().unwrap().to_vec();
         let peer = message.header.initiator_spi;
