@@ -110,7 +110,12 @@ impl Recording {
     #[cfg(test)]
     pub(crate) fn from_frames(frames: &[Vec<u8>]) -> Recording {
         let list: Vec<_> = frames.iter().map(|frame| (Duration::ZERO, frame.clone())).collect();
-        Recording { file: pcap::write(&list), path: PathBuf::new(), lead: Duration::ZERO }
+        Self::from_timed(&list)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn from_timed(frames: &[(Duration, Vec<u8>)]) -> Recording {
+        Recording { file: pcap::write(frames), path: PathBuf::new(), lead: Duration::ZERO }
     }
 }
 

@@ -143,6 +143,24 @@ pub fn clear_text(recording: &Recording) -> u64 {
     recording.packets().filter(inner).count() as u64
 }
 
+/// Exchanges whose request was seen by `at` (CLOCK_BOOTTIME) and whose response was not: they were open then.
+pub fn open_exchanges(recording: &Recording, at: Duration) -> u64 {
+    let mut open = BTreeSet::new();
+    for packet in recording.packets().filter(|packet| recording.boot_time(packet.at) <= at) {
+        let Content::Ike { header, .. } = packet.content else { continue };
+        // A response comes from the other side than its request did.
+        let asked_by_initiator = header.from_initiator != header.is_response;
+        let key =
+            (header.initiator_spi, header.responder_spi, asked_by_initiator, header.message_id);
+        if header.is_response {
+            open.remove(&key);
+        } else {
+            open.insert(key);
+        }
+    }
+    open.len() as u64
+}
+
 /// IKE exchanges that began within `[from, to)` (CLOCK_BOOTTIME): different requests, retransmissions once.
 pub fn ike_exchanges(recording: &Recording, from: Duration, to: Duration) -> u64 {
     let mut seen = BTreeSet::new();
@@ -254,6 +272,19 @@ mod tests {
             samples::esp(0x300, 1, 10, &[1; 16]),
         ]);
         assert_eq!(clear_text(&recording), 1);
+    }
+
+    #[test]
+    fn open_exchanges_lack_their_response() {
+        // At 1 s: the initiator's request 4 and the responder's own 4; at 2 s the responder answers; at 3 s 5 is asked.
+        let frames = [(1, 4, 8), (1, 4, 0), (2, 4, 0x20), (3, 5, 8)];
+        let frames: Vec<_> = frames
+            .iter()
+            .map(|(at, id, flags)| (Duration::from_secs(*at), samples::ike(*id, *flags, *at, b"x")))
+            .collect();
+        let recording = Recording::from_timed(&frames);
+        let open = |at| open_exchanges(&recording, Duration::from_secs(at));
+        assert_eq!([0, 1, 2, 3].map(open), [0, 2, 1, 2]);
     }
 
     #[test]
