@@ -247,20 +247,25 @@ impl Spis {
         self.0.iter().map(|(_, _, children)| 2 + 2 * children.len() as u64).sum()
     }
 
+    fn flat(&self) -> std::collections::BTreeSet<u64> {
+        self.0
+            .iter()
+            .flat_map(|(i, r, children)| {
+                [*i, *r]
+                    .into_iter()
+                    .chain(children.iter().flat_map(|(a, b)| [u64::from(*a), u64::from(*b)]))
+            })
+            .collect()
+    }
+
     /// How many SPIs of `self` are not in `after` or the other way round.
     pub fn changed(&self, after: &Spis) -> u64 {
-        let flat = |spis: &Spis| -> std::collections::BTreeSet<u64> {
-            spis.0
-                .iter()
-                .flat_map(|(i, r, children)| {
-                    [*i, *r]
-                        .into_iter()
-                        .chain(children.iter().flat_map(|(a, b)| [u64::from(*a), u64::from(*b)]))
-                })
-                .collect()
-        };
-        let (before, after) = (flat(self), flat(after));
-        u64::try_from(before.symmetric_difference(&after).count()).unwrap_or(u64::MAX)
+        self.flat().symmetric_difference(&after.flat()).count() as u64
+    }
+
+    /// How many SPIs of `self` are still in `after`.
+    pub fn kept(&self, after: &Spis) -> u64 {
+        self.flat().intersection(&after.flat()).count() as u64
     }
 }
 

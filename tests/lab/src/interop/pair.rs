@@ -4,19 +4,20 @@
 use super::stage::TICK;
 use super::{Lab, Scenario};
 use crate::baseline;
-use crate::capture::Capture;
+use crate::capture::{Capture, Recording};
 use crate::check;
 use crate::clock;
 use crate::error::{Error, Result, ensure};
 use crate::faults::{self, Impairment, Saturation};
 use crate::net;
+use crate::pcap::Content;
 use crate::probe::{Measure, Way};
 use crate::scene::{self, PATIENCE, PeerKind, Scene, Setup};
 use crate::stats;
 use crate::tandem::{Config, Daemon};
 use crate::trial::{Kind, Outcome, run_trial};
 use crate::wait;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -375,35 +376,66 @@ fn endurance(lab: &Lab<'_>) -> Result<String> {
     ))
 }
 
+/// Both instances die; one of them or both come back with nothing but their term files.
 fn cold_restart(lab: &Lab<'_>) -> Result<String> {
     let mut config = Config::pair();
     config.branch().children[0].start = "initiate".into();
-    let boot_wait = Duration::from_secs(10);
+    let bar = Duration::from_secs(10) + Duration::from_secs(5);
     let setup = Setup { config, ..Setup::default() };
     let mut scene = Scene::build(lab.run, lab.bins, &setup, &mut |_| {})?;
-    let mut found = Vec::new();
     let rounds = if lab.full { 5 } else { 1 };
-    for _ in 0..rounds {
+    let (mut both, mut one) = (Vec::new(), Vec::new());
+    for round in 0..2 * rounds {
+        let alone = round % 2 == 1;
+        let before = scene.remote.spis()?;
+        scene.look(lab.run)?.discard();
         for instance in &mut scene.instances {
             instance.kill9()?;
         }
         for instance in &mut scene.instances {
             instance.bury()?;
         }
-        // Terms must survive: state folders stay. Only the memory of both is gone.
         let event = clock::now();
-        for instance in &mut scene.instances {
-            instance.spawn()?;
+        let back = if alone { vec![round / 2 % 2] } else { vec![0, 1] };
+        for index in &back {
+            scene.instances[*index].spawn()?;
         }
-        scene
-            .udp
-            .wait_arrivals_since(event, boot_wait + Duration::from_secs(5))
-            .map_err(|error| with_logs(lab, &scene, error))?;
-        found.push(format!("{:.1} s", (clock::now() - event).as_secs_f64()));
+        scene.udp.wait_arrivals_since(event, bar).map_err(|error| with_logs(lab, &scene, error))?;
+        let list = if alone { &mut one } else { &mut both };
+        list.push(format!("{:.1} s", (clock::now() - event).as_secs_f64()));
+        let same = before.kept(&scene.remote.spis()?);
+        ensure(same == 0, || format!("round {round}: {same} SPIs are those from before"))?;
+        let seen = scene.look(lab.run)?;
+        ensure(we_initiated(&seen.peer_ike, event), || {
+            format!("round {round}: no IKE_SA_INIT of ours")
+        })?;
+        seen.discard();
+        for index in [0, 1].iter().filter(|index| !back.contains(index)) {
+            scene.instances[*index].start()?;
+        }
         scene.wait_synced(PATIENCE).map_err(|error| with_logs(lab, &scene, error))?;
+        let after = scene.remote.spis()?;
+        scene.udp.wait_flowing(PATIENCE)?;
+        let changed = after.changed(&scene.remote.spis()?);
+        ensure(changed == 0, || format!("round {round}: {changed} SPIs changed afterwards"))?;
     }
     finish(lab, &mut scene)?;
-    Ok(format!("traffic again after {} (bar: boot wait 10 s + 5 s)", found.join(", ")))
+    Ok(format!(
+        "traffic again after {} (bar: boot wait 10 s + 5 s), with one instance for good after {}; new SPIs, we initiated",
+        both.join(", "),
+        one.join(", ")
+    ))
+}
+
+/// Whether we sent an IKE_SA_INIT request after `event` (RFC 7296 §3.1: exchange type 34).
+fn we_initiated(recording: &Recording, event: Duration) -> bool {
+    let ours: Option<IpAddr> = net::VIRTUAL_WAN.parse().ok();
+    recording.packets().any(|packet| {
+        packet.source == ours
+            && recording.boot_time(packet.at) >= event
+            && matches!(&packet.content, Content::Ike { header, .. }
+                if header.exchange == 34 && !header.is_response)
+    })
 }
 
 fn changes(scene: &Scene) -> Result<u64> {
