@@ -5,6 +5,7 @@ mod bad_input;
 mod basic;
 mod ipv6;
 mod lifecycle;
+mod nat;
 mod pair;
 mod protection;
 mod stage;
@@ -48,6 +49,7 @@ pub fn all() -> Vec<Scenario> {
     [
         basic::SCENARIOS,
         lifecycle::SCENARIOS,
+        nat::SCENARIOS,
         bad_input::SCENARIOS,
         protection::SCENARIOS,
         pair::SCENARIOS,
