@@ -32,6 +32,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         play: every_algorithm,
     },
     Scenario { name: "invalid-ke", about: "INVALID_KE_PAYLOAD in both roles", play: invalid_ke },
+    Scenario {
+        name: "invalid-ke-rekey",
+        about: "INVALID_KE_PAYLOAD when a Child SA is rekeyed, by both sides",
+        play: invalid_ke_rekey,
+    },
     Scenario { name: "cookie", about: "cookies in both roles", play: cookie },
     Scenario { name: "identities", about: "identities of every type", play: identities },
     Scenario {
@@ -151,20 +156,31 @@ fn every_algorithm(lab: &Lab<'_>) -> Result<String> {
                 |error| crate::Error::check(format!("{ike}, {esp}, we start: {we_start}: {error}"));
             if we_start { stage.both_up() } else { stage.peer_up() }.map_err(name)?;
             stage.ping_both().map_err(name)?;
-            // A rekey uses the group once more, for the Child SA.
-            let before = stage.peer.spis()?;
-            stage.peer.rekey_child("net")?;
-            wait::until("a rekeyed child", PATIENCE, TICK, || {
-                Ok((before.changed(&stage.peer.spis()?) >= 2).then_some(()))
-            })
-            .map_err(name)?;
-            stage.ping_both().map_err(name)?;
+            // A rekey uses the group once more: for the Child SA by both sides, and for the IKE SA by us.
+            let rekey = |start: &dyn Fn() -> Result<()>| {
+                let before = stage.peer.spis()?;
+                start()?;
+                wait::until("a rekeyed SA", PATIENCE, TICK, || {
+                    let after = stage.peer.spis()?;
+                    Ok((after.count() == before.count() && before.changed(&after) >= 4)
+                        .then_some(()))
+                })
+                .map_err(|error| stage.with_log(error))?;
+                stage.ping_both()
+            };
+            let by_us = |what| stage.daemon.tandem(&["rekey", "branch", what]).map(drop);
+            rekey(&|| stage.peer.rekey_child("net")).map_err(name)?;
+            rekey(&|| by_us("--child")).map_err(name)?;
+            rekey(&|| by_us("--ike")).map_err(name)?;
             stage.check_clean()?;
             drop(stage);
             lab.run.clear_namespaces();
         }
     }
-    Ok(format!("{} suites, each initiated by both sides and rekeyed", list.len()))
+    Ok(format!(
+        "{} suites, each initiated by both sides; Child SA rekeyed by both, IKE SA by us",
+        list.len()
+    ))
 }
 
 fn invalid_ke(lab: &Lab<'_>) -> Result<String> {
@@ -193,6 +209,43 @@ fn invalid_ke(lab: &Lab<'_>) -> Result<String> {
         lab.run.clear_namespaces();
     }
     Ok("the other group was taken in both roles".into())
+}
+
+/// RFC 7296 §1.2: the first Child SA has no exchange of its own, so that the guess of a group (§2.17) comes with its rekey.
+fn invalid_ke_rekey(lab: &Lab<'_>) -> Result<String> {
+    let both = "aes256gcm16-x25519-ecp256";
+    let only = "aes256gcm16-ecp256";
+    for we_start in [false, true] {
+        let (mut config, mut peer) = (Config::single(), conn());
+        let (first, second) = if we_start { (both, only) } else { (only, both) };
+        config.branch().children[0].esp_proposals = vec![first.into()];
+        peer.children[0].esp_proposals = vec![second.into()];
+        let mut stage = single(lab, &config, &[peer])?;
+        stage.peer_up()?;
+        let (before, skip) = (stage.peer.spis()?, stage.peer.log().len());
+        if we_start {
+            stage.daemon.tandem(&["rekey", "branch", "--child"])?;
+        } else {
+            stage.peer.rekey_child("net")?;
+        }
+        wait::until("a rekeyed child", PATIENCE, TICK, || {
+            Ok((before.changed(&stage.peer.spis()?) == 4).then_some(()))
+        })
+        .map_err(|error| stage.with_log(error))?;
+        let log = stage.peer.log();
+        let verb = if we_start { "generating" } else { "parsed" };
+        ensure(
+            log.get(skip..).unwrap_or_default().lines().any(|line| {
+                line.contains(verb) && line.contains("CREATE_CHILD_SA") && line.contains("INVAL_KE")
+            }),
+            || "no INVALID_KE_PAYLOAD was seen".into(),
+        )?;
+        stage.ping_both()?;
+        stage.check_clean()?;
+        drop(stage);
+        lab.run.clear_namespaces();
+    }
+    Ok("the Child SA was rekeyed with the other group, by both sides".into())
 }
 
 /// An IKE_SA_INIT that goes nowhere: it leaves the responder with a half-open IKE SA.
@@ -268,6 +321,10 @@ fn cookie(lab: &Lab<'_>) -> Result<String> {
 const OUR_NAME: &str = "asn1dn:#300d310b300906035504030c026777";
 const THEIR_NAME: &str = "asn1dn:#3011310f300d06035504030c066272616e6368";
 
+/// ID_DER_ASN1_GN: the general names "DNS:gw" and "DNS:branch" in DER.
+const OUR_GENERAL_NAME: &str = "asn1gn:#82026777";
+const THEIR_GENERAL_NAME: &str = "asn1gn:#82066272616e6368";
+
 fn identities(lab: &Lab<'_>) -> Result<String> {
     let list = [
         ("gw.example", "branch.example"),
@@ -276,24 +333,30 @@ fn identities(lab: &Lab<'_>) -> Result<String> {
         ("@#6777206f6e65", "@#6272616e6368"),
         ("fd00::1", "fd00::2"),
         (OUR_NAME, THEIR_NAME),
+        (OUR_GENERAL_NAME, THEIR_GENERAL_NAME),
     ];
-    for (ours, theirs) in list {
-        let mut config = Config::single();
+    for (ours, theirs, we_start) in
+        list.into_iter().flat_map(|(ours, theirs)| [(ours, theirs, false), (ours, theirs, true)])
+    {
+        let mut config = if we_start { initiating() } else { Config::single() };
         config.branch().local_id = ours.into();
         config.branch().remote_id = theirs.into();
         let mut peer = conn();
         peer.local_id = theirs.into();
         peer.remote_id = ours.into();
         let mut stage = single(lab, &config, &[peer])?;
-        stage
-            .peer_up()
-            .map_err(|error| crate::Error::check(format!("{ours} and {theirs}: {error}")))?;
+        if we_start { stage.both_up() } else { stage.peer_up() }.map_err(|error| {
+            crate::Error::check(format!("{ours} and {theirs}, we start: {we_start}: {error}"))
+        })?;
         stage.ping_both()?;
         stage.check_clean()?;
         drop(stage);
         lab.run.clear_namespaces();
     }
-    Ok(format!("{} kinds: name, IPv4, e-mail, key id, IPv6, distinguished name", list.len()))
+    Ok(format!(
+        "{} kinds, each initiated by both sides: name, IPv4, e-mail, key id, IPv6, distinguished name, general name",
+        list.len()
+    ))
 }
 
 fn mobike_peer(lab: &Lab<'_>) -> Result<String> {
