@@ -47,6 +47,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario { name: "two-children", about: "two Child SAs in one IKE SA", play: two_children },
     Scenario { name: "narrowing", about: "selectors narrowed in both roles", play: narrowing },
     Scenario {
+        name: "port-selectors",
+        about: "selectors of one UDP port: nothing else is carried, nor sent in clear",
+        play: port_selectors,
+    },
+    Scenario {
         name: "large-packets",
         about: "TCP and full-size packets pass",
         play: large_packets,
@@ -425,6 +430,85 @@ fn narrowing(lab: &Lab<'_>) -> Result<String> {
     stage.ping_both()?;
     stage.check_clean()?;
     Ok("10.0.0.0/8 to 10.1.0.0/24 as responder, 10.2.0.0/16 to 10.2.0.0/24 as initiator".into())
+}
+
+/// Answers UDP at two ports; says when it listens.
+const ECHO: &str = r#"
+import select, socket, sys
+sockets = []
+for port in (5001, 5002):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], port)); sockets.append(s)
+print('listening', flush=True)
+while True:
+    for s in select.select(sockets, [], [])[0]:
+        data, source = s.recvfrom(100); s.sendto(data, source)
+"#;
+
+/// Asks each of the two ports, from port 5001, ten times; prints how many were answered.
+const ASK: &str = r#"
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], 5001)); s.settimeout(0.3)
+for port in (5001, 5002):
+    count = 0
+    for i in range(10):
+        s.sendto(b'%d %d' % (port, i), (sys.argv[2], port))
+        try: count += s.recv(100) == b'%d %d' % (port, i)
+        except socket.timeout: pass
+    print(count)
+"#;
+
+fn port_selectors(lab: &Lab<'_>) -> Result<String> {
+    // Whole networks first, where everything passes: else the zeros would prove nothing.
+    for (upper, other_pass) in [("", true), ("[udp/5001]", false)] {
+        let (mut config, mut peer) = (Config::single(), conn());
+        let (left, right) =
+            (format!("{}{upper}", net::LOCAL_TS), format!("{}{upper}", net::REMOTE_TS));
+        let ours = &mut config.branch().children[0];
+        (ours.local_ts, ours.remote_ts) = (vec![left.clone()], vec![right.clone()]);
+        let theirs = &mut peer.children[0];
+        (theirs.local_ts, theirs.remote_ts) = (vec![right], vec![left]);
+        let mut stage = single(lab, &config, &[peer])?;
+        stage.peer_up()?;
+        let log = lab.run.dir().join("echo.log");
+        let mut echo = stage.net.rhost.cmd("python3").args(["-c", ECHO, net::RHOST]).spawn(&log)?;
+        wait::until("the echo to listen", PATIENCE, TICK, || {
+            echo.check_alive()?;
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            Ok(text.contains("listening").then_some(()))
+        })?;
+        let wan = Capture::start(lab.run, &stage.net.wan, "br0", "", 256)?;
+        let before = stage.daemon.status()?.counters.packets_out;
+        let printed = stage
+            .net
+            .lhost
+            .cmd("python3")
+            .args(["-c", ASK, net::LHOST, net::RHOST])
+            .run(PATIENCE)?;
+        let ping = stage.net.lhost.ping(net::RHOST, 3, Duration::from_millis(300));
+        let carried = stage.daemon.status()?.counters.packets_out - before;
+        let answers: Vec<u32> =
+            printed.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let wan = wan.stop()?;
+        let clear = check::clear_text(&wan);
+        wan.discard();
+        ensure(clear == 0, || format!("{clear} packets in clear on the WAN"))?;
+        // A first packet may go while the neighbour is still being looked for.
+        let expected = matches!(answers[..], [chosen, other]
+            if chosen >= 8 && other == if other_pass { 10 } else { 0 })
+            && ping.is_ok() == other_pass
+            && (carried > 10) == other_pass;
+        ensure(expected, || {
+            stage
+                .with_log(crate::Error::check(format!(
+                    "{upper:?}: answers from ports 5001 and 5002 {answers:?}, ping {ping:?}, {carried} packets carried"
+                )))
+                .to_string()
+        })?;
+        stage.check_clean()?;
+        drop(stage);
+        lab.run.clear_namespaces();
+    }
+    Ok("only udp/5001 was carried; udp/5002 and pings neither carried nor sent in clear, and both pass without the selector".into())
 }
 
 fn large_packets(lab: &Lab<'_>) -> Result<String> {
