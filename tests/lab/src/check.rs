@@ -181,6 +181,50 @@ pub fn ike_exchanges(recording: &Recording, from: Duration, to: Duration) -> u64
     seen.len() as u64
 }
 
+/// A request: the IKE SA's SPIs, whether its original initiator asks, and the message id.
+pub type Request = (u64, u64, bool, u32);
+
+/// Requests of CREATE_CHILD_SA (RFC 7296 §1.3: rekeys, too), and those of them whose response was seen.
+fn rekeys(recording: &Recording) -> (BTreeSet<Request>, BTreeSet<Request>) {
+    const CREATE_CHILD_SA: u8 = 36;
+    let (mut asked, mut answered) = (BTreeSet::new(), BTreeSet::new());
+    for packet in recording.packets() {
+        let Content::Ike { header, .. } = packet.content else { continue };
+        if header.exchange == CREATE_CHILD_SA {
+            // A response comes from the other side than its request did.
+            let initiator_asks = header.from_initiator != header.is_response;
+            let list = if header.is_response { &mut answered } else { &mut asked };
+            list.insert((
+                header.initiator_spi,
+                header.responder_spi,
+                initiator_asks,
+                header.message_id,
+            ));
+        }
+    }
+    (asked, answered)
+}
+
+/// The requests of CREATE_CHILD_SA.
+pub fn asked_rekeys(recording: &Recording) -> BTreeSet<Request> {
+    rekeys(recording).0
+}
+
+/// The requests of CREATE_CHILD_SA without a response.
+pub fn open_rekeys(recording: &Recording) -> BTreeSet<Request> {
+    let (asked, answered) = rekeys(recording);
+    asked.difference(&answered).copied().collect()
+}
+
+/// Whether both sides of one IKE SA have a request among these.
+pub fn crossed(open: &BTreeSet<Request>) -> bool {
+    open.iter().any(|(i, r, asks, _)| {
+        open.iter().any(|(other_i, other_r, other_asks, _)| {
+            (i, r) == (other_i, other_r) && asks != other_asks
+        })
+    })
+}
+
 /// ARP packets that claim `address` from hardware address `mac` within `[from, to)`: replies, and announcements.
 pub fn arp_claims(
     recording: &Recording,
@@ -272,6 +316,31 @@ mod tests {
             samples::esp(0x300, 1, 10, &[1; 16]),
         ]);
         assert_eq!(clear_text(&recording), 1);
+    }
+
+    /// A CREATE_CHILD_SA message: `flags` 8 from the initiator, 0x20 a response.
+    fn rekey(message_id: u32, flags: u8) -> Vec<u8> {
+        let mut frame = samples::ike(message_id, flags, 99, b"rekey");
+        // Ethernet, IPv4, UDP, non-ESP marker, then the exchange type after 18 bytes.
+        frame[14 + 20 + 8 + 4 + 18] = 36;
+        frame
+    }
+
+    #[test]
+    fn crossing_requests_are_told_from_a_sequence() {
+        let open = |frames: &[Vec<u8>]| open_rekeys(&Recording::from_frames(frames));
+        // Both out, one of them twice; the responder's has the same message id, which is its own count.
+        let both = open(&[rekey(4, 8), rekey(4, 0), rekey(4, 8)]);
+        assert_eq!(both, BTreeSet::from([(1, 2, true, 4), (1, 2, false, 4)]));
+        assert!(crossed(&both));
+        // One after the other: each response comes from the side that was asked.
+        let first = open(&[rekey(4, 8), rekey(4, 0x20), rekey(4, 0)]);
+        assert_eq!(first, BTreeSet::from([(1, 2, false, 4)]));
+        assert!(!crossed(&first));
+        assert!(open(&[rekey(4, 8), rekey(4, 0), rekey(4, 0x28), rekey(4, 0x20)]).is_empty());
+        // Two of one side do not cross, and other exchanges are none.
+        assert!(!crossed(&open(&[rekey(4, 8), rekey(5, 8)])));
+        assert!(open(&[samples::ike(4, 8, 99, b"else")]).is_empty());
     }
 
     #[test]

@@ -122,6 +122,32 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Whether the trial kept every bar that holds for one trial of its kind.
+    pub fn judge(&self) -> Result<()> {
+        let gap = clock::millis(self.gap());
+        let bar = match self.kind {
+            Kind::Kill => 150.0,
+            Kind::Stop => 400.0,
+            _ => f64::INFINITY,
+        };
+        ensure(gap <= bar, || format!("{}: gap {gap:.1} ms, bar {bar} ms", self.kind.title()))?;
+        let may_lose = matches!(self.kind, Kind::Kill | Kind::Stop);
+        let zeros = [
+            ("packets lost", if may_lose { 0 } else { self.lost() }),
+            ("packets reordered", if self.kind == Kind::Switchover { self.reordered() } else { 0 }),
+            ("SPIs changed", self.spis_changed),
+            ("IKE exchanges", self.ike_exchanges),
+            ("TCP connections broken", self.tcp_broken),
+            ("packets in clear", self.clear_text),
+            ("ARP claims of the hurt host", self.arp_claims),
+            ("packets sent after SIGCONT", self.sent_after_thaw),
+        ];
+        for (what, count) in zeros {
+            ensure(count == 0, || format!("{}: {count} {what}", self.kind.title()))?;
+        }
+        Ok(())
+    }
+
     /// The longest silence, in the worse direction.
     pub fn gap(&self) -> Duration {
         self.out.gap.max(self.back.gap)

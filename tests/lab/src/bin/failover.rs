@@ -203,6 +203,7 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
         let mut failed = 0;
         let mut outcomes: Vec<Outcome> = Vec::new();
         for trial in 1..=args.trials {
+            let logged = scene.instances.each_ref().map(|instance| instance.log().len());
             let outcome = match run_trial(run, &mut scene, *kind, random_phase(), &mut |_, _| {}) {
                 Ok(outcome) => outcome,
                 Err(error) => {
@@ -235,6 +236,10 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
             if outcome.lost() > 0 {
                 eprintln!("      lost: {}; dropped: {:?}", outcome.losses, outcome.drops);
             }
+            if let Err(problem) = outcome.judge() {
+                eprintln!("      FAILED: {problem}");
+                keep_evidence(run, &scene, &format!("{}-{trial}", kind.key()), logged)?;
+            }
             scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
             outcomes.push(outcome);
         }
@@ -252,6 +257,22 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
         table(kinds, &summaries);
     }
     Ok(summaries.values().map(Summary::faults).fold(0, u64::saturating_add))
+}
+
+/// What the daemons logged in a trial that kept not every bar: shown, and saved, since the next trial goes on with them.
+fn keep_evidence(run: &Run, scene: &Scene, name: &str, logged: [usize; 2]) -> lab::Result<()> {
+    run.keep_files();
+    for (instance, skip) in scene.instances.iter().zip(logged) {
+        let log = instance.log();
+        let new = log.get(skip..).unwrap_or_default();
+        let path = run.dir().join(format!("{name}-{}.log", instance.name));
+        lab::error::write_file(&path, new)?;
+        eprintln!("      {}, saved in {}:", instance.name, path.display());
+        for line in new.lines().take(15) {
+            eprintln!("        {line}");
+        }
+    }
+    Ok(())
 }
 
 /// What a scene's IV checker had counted at one moment.

@@ -32,6 +32,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         play: every_algorithm,
     },
     Scenario { name: "invalid-ke", about: "INVALID_KE_PAYLOAD in both roles", play: invalid_ke },
+    Scenario {
+        name: "invalid-ke-rekey",
+        about: "INVALID_KE_PAYLOAD when a Child SA is rekeyed, by both sides",
+        play: invalid_ke_rekey,
+    },
     Scenario { name: "cookie", about: "cookies in both roles", play: cookie },
     Scenario { name: "identities", about: "identities of every type", play: identities },
     Scenario {
@@ -41,6 +46,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
     Scenario { name: "two-children", about: "two Child SAs in one IKE SA", play: two_children },
     Scenario { name: "narrowing", about: "selectors narrowed in both roles", play: narrowing },
+    Scenario {
+        name: "port-selectors",
+        about: "selectors of one UDP port: nothing else is carried, nor sent in clear",
+        play: port_selectors,
+    },
     Scenario {
         name: "large-packets",
         about: "TCP and full-size packets pass",
@@ -151,20 +161,31 @@ fn every_algorithm(lab: &Lab<'_>) -> Result<String> {
                 |error| crate::Error::check(format!("{ike}, {esp}, we start: {we_start}: {error}"));
             if we_start { stage.both_up() } else { stage.peer_up() }.map_err(name)?;
             stage.ping_both().map_err(name)?;
-            // A rekey uses the group once more, for the Child SA.
-            let before = stage.peer.spis()?;
-            stage.peer.rekey_child("net")?;
-            wait::until("a rekeyed child", PATIENCE, TICK, || {
-                Ok((before.changed(&stage.peer.spis()?) >= 2).then_some(()))
-            })
-            .map_err(name)?;
-            stage.ping_both().map_err(name)?;
+            // A rekey uses the group once more: for the Child SA by both sides, and for the IKE SA by us.
+            let rekey = |start: &dyn Fn() -> Result<()>| {
+                let before = stage.peer.spis()?;
+                start()?;
+                wait::until("a rekeyed SA", PATIENCE, TICK, || {
+                    let after = stage.peer.spis()?;
+                    Ok((after.count() == before.count() && before.changed(&after) >= 4)
+                        .then_some(()))
+                })
+                .map_err(|error| stage.with_log(error))?;
+                stage.ping_both()
+            };
+            let by_us = |what| stage.daemon.tandem(&["rekey", "branch", what]).map(drop);
+            rekey(&|| stage.peer.rekey_child("net")).map_err(name)?;
+            rekey(&|| by_us("--child")).map_err(name)?;
+            rekey(&|| by_us("--ike")).map_err(name)?;
             stage.check_clean()?;
             drop(stage);
             lab.run.clear_namespaces();
         }
     }
-    Ok(format!("{} suites, each initiated by both sides and rekeyed", list.len()))
+    Ok(format!(
+        "{} suites, each initiated by both sides; Child SA rekeyed by both, IKE SA by us",
+        list.len()
+    ))
 }
 
 fn invalid_ke(lab: &Lab<'_>) -> Result<String> {
@@ -193,6 +214,43 @@ fn invalid_ke(lab: &Lab<'_>) -> Result<String> {
         lab.run.clear_namespaces();
     }
     Ok("the other group was taken in both roles".into())
+}
+
+/// RFC 7296 §1.2: the first Child SA has no exchange of its own, so that the guess of a group (§2.17) comes with its rekey.
+fn invalid_ke_rekey(lab: &Lab<'_>) -> Result<String> {
+    let both = "aes256gcm16-x25519-ecp256";
+    let only = "aes256gcm16-ecp256";
+    for we_start in [false, true] {
+        let (mut config, mut peer) = (Config::single(), conn());
+        let (first, second) = if we_start { (both, only) } else { (only, both) };
+        config.branch().children[0].esp_proposals = vec![first.into()];
+        peer.children[0].esp_proposals = vec![second.into()];
+        let mut stage = single(lab, &config, &[peer])?;
+        stage.peer_up()?;
+        let (before, skip) = (stage.peer.spis()?, stage.peer.log().len());
+        if we_start {
+            stage.daemon.tandem(&["rekey", "branch", "--child"])?;
+        } else {
+            stage.peer.rekey_child("net")?;
+        }
+        wait::until("a rekeyed child", PATIENCE, TICK, || {
+            Ok((before.changed(&stage.peer.spis()?) == 4).then_some(()))
+        })
+        .map_err(|error| stage.with_log(error))?;
+        let log = stage.peer.log();
+        let verb = if we_start { "generating" } else { "parsed" };
+        ensure(
+            log.get(skip..).unwrap_or_default().lines().any(|line| {
+                line.contains(verb) && line.contains("CREATE_CHILD_SA") && line.contains("INVAL_KE")
+            }),
+            || "no INVALID_KE_PAYLOAD was seen".into(),
+        )?;
+        stage.ping_both()?;
+        stage.check_clean()?;
+        drop(stage);
+        lab.run.clear_namespaces();
+    }
+    Ok("the Child SA was rekeyed with the other group, by both sides".into())
 }
 
 /// An IKE_SA_INIT that goes nowhere: it leaves the responder with a half-open IKE SA.
@@ -268,6 +326,10 @@ fn cookie(lab: &Lab<'_>) -> Result<String> {
 const OUR_NAME: &str = "asn1dn:#300d310b300906035504030c026777";
 const THEIR_NAME: &str = "asn1dn:#3011310f300d06035504030c066272616e6368";
 
+/// ID_DER_ASN1_GN: the general names "DNS:gw" and "DNS:branch" in DER.
+const OUR_GENERAL_NAME: &str = "asn1gn:#82026777";
+const THEIR_GENERAL_NAME: &str = "asn1gn:#82066272616e6368";
+
 fn identities(lab: &Lab<'_>) -> Result<String> {
     let list = [
         ("gw.example", "branch.example"),
@@ -276,24 +338,30 @@ fn identities(lab: &Lab<'_>) -> Result<String> {
         ("@#6777206f6e65", "@#6272616e6368"),
         ("fd00::1", "fd00::2"),
         (OUR_NAME, THEIR_NAME),
+        (OUR_GENERAL_NAME, THEIR_GENERAL_NAME),
     ];
-    for (ours, theirs) in list {
-        let mut config = Config::single();
+    for (ours, theirs, we_start) in
+        list.into_iter().flat_map(|(ours, theirs)| [(ours, theirs, false), (ours, theirs, true)])
+    {
+        let mut config = if we_start { initiating() } else { Config::single() };
         config.branch().local_id = ours.into();
         config.branch().remote_id = theirs.into();
         let mut peer = conn();
         peer.local_id = theirs.into();
         peer.remote_id = ours.into();
         let mut stage = single(lab, &config, &[peer])?;
-        stage
-            .peer_up()
-            .map_err(|error| crate::Error::check(format!("{ours} and {theirs}: {error}")))?;
+        if we_start { stage.both_up() } else { stage.peer_up() }.map_err(|error| {
+            crate::Error::check(format!("{ours} and {theirs}, we start: {we_start}: {error}"))
+        })?;
         stage.ping_both()?;
         stage.check_clean()?;
         drop(stage);
         lab.run.clear_namespaces();
     }
-    Ok(format!("{} kinds: name, IPv4, e-mail, key id, IPv6, distinguished name", list.len()))
+    Ok(format!(
+        "{} kinds, each initiated by both sides: name, IPv4, e-mail, key id, IPv6, distinguished name, general name",
+        list.len()
+    ))
 }
 
 fn mobike_peer(lab: &Lab<'_>) -> Result<String> {
@@ -362,6 +430,85 @@ fn narrowing(lab: &Lab<'_>) -> Result<String> {
     stage.ping_both()?;
     stage.check_clean()?;
     Ok("10.0.0.0/8 to 10.1.0.0/24 as responder, 10.2.0.0/16 to 10.2.0.0/24 as initiator".into())
+}
+
+/// Answers UDP at two ports; says when it listens.
+const ECHO: &str = r#"
+import select, socket, sys
+sockets = []
+for port in (5001, 5002):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], port)); sockets.append(s)
+print('listening', flush=True)
+while True:
+    for s in select.select(sockets, [], [])[0]:
+        data, source = s.recvfrom(100); s.sendto(data, source)
+"#;
+
+/// Asks each of the two ports, from port 5001, ten times; prints how many were answered.
+const ASK: &str = r#"
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind((sys.argv[1], 5001)); s.settimeout(0.3)
+for port in (5001, 5002):
+    count = 0
+    for i in range(10):
+        s.sendto(b'%d %d' % (port, i), (sys.argv[2], port))
+        try: count += s.recv(100) == b'%d %d' % (port, i)
+        except socket.timeout: pass
+    print(count)
+"#;
+
+fn port_selectors(lab: &Lab<'_>) -> Result<String> {
+    // Whole networks first, where everything passes: else the zeros would prove nothing.
+    for (upper, other_pass) in [("", true), ("[udp/5001]", false)] {
+        let (mut config, mut peer) = (Config::single(), conn());
+        let (left, right) =
+            (format!("{}{upper}", net::LOCAL_TS), format!("{}{upper}", net::REMOTE_TS));
+        let ours = &mut config.branch().children[0];
+        (ours.local_ts, ours.remote_ts) = (vec![left.clone()], vec![right.clone()]);
+        let theirs = &mut peer.children[0];
+        (theirs.local_ts, theirs.remote_ts) = (vec![right], vec![left]);
+        let mut stage = single(lab, &config, &[peer])?;
+        stage.peer_up()?;
+        let log = lab.run.dir().join("echo.log");
+        let mut echo = stage.net.rhost.cmd("python3").args(["-c", ECHO, net::RHOST]).spawn(&log)?;
+        wait::until("the echo to listen", PATIENCE, TICK, || {
+            echo.check_alive()?;
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            Ok(text.contains("listening").then_some(()))
+        })?;
+        let wan = Capture::start(lab.run, &stage.net.wan, "br0", "", 256)?;
+        let before = stage.daemon.status()?.counters.packets_out;
+        let printed = stage
+            .net
+            .lhost
+            .cmd("python3")
+            .args(["-c", ASK, net::LHOST, net::RHOST])
+            .run(PATIENCE)?;
+        let ping = stage.net.lhost.ping(net::RHOST, 3, Duration::from_millis(300));
+        let carried = stage.daemon.status()?.counters.packets_out - before;
+        let answers: Vec<u32> =
+            printed.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let wan = wan.stop()?;
+        let clear = check::clear_text(&wan);
+        wan.discard();
+        ensure(clear == 0, || format!("{clear} packets in clear on the WAN"))?;
+        // A first packet may go while the neighbour is still being looked for.
+        let expected = matches!(answers[..], [chosen, other]
+            if chosen >= 8 && other == if other_pass { 10 } else { 0 })
+            && ping.is_ok() == other_pass
+            && (carried > 10) == other_pass;
+        ensure(expected, || {
+            stage
+                .with_log(crate::Error::check(format!(
+                    "{upper:?}: answers from ports 5001 and 5002 {answers:?}, ping {ping:?}, {carried} packets carried"
+                )))
+                .to_string()
+        })?;
+        stage.check_clean()?;
+        drop(stage);
+        lab.run.clear_namespaces();
+    }
+    Ok("only udp/5001 was carried; udp/5002 and pings neither carried nor sent in clear, and both pass without the selector".into())
 }
 
 fn large_packets(lab: &Lab<'_>) -> Result<String> {

@@ -84,39 +84,10 @@ fn stage(lab: &Lab<'_>) -> Result<Scene> {
     Scene::build(lab.run, lab.bins, &Setup::default(), &mut |_| {})
 }
 
-/// The bars of issue 2 for one trial.
-fn judge(outcome: &Outcome) -> Result<()> {
-    let gap = clock::millis(outcome.gap());
-    let bar = match outcome.kind {
-        Kind::Kill => 150.0,
-        Kind::Stop => 400.0,
-        _ => f64::INFINITY,
-    };
-    ensure(gap <= bar, || format!("{}: gap {gap:.1} ms, bar {bar} ms", outcome.kind.title()))?;
-    let may_lose = matches!(outcome.kind, Kind::Kill | Kind::Stop);
-    let zeros = [
-        ("packets lost", if may_lose { 0 } else { outcome.lost() }),
-        (
-            "packets reordered",
-            if outcome.kind == Kind::Switchover { outcome.reordered() } else { 0 },
-        ),
-        ("SPIs changed", outcome.spis_changed),
-        ("IKE exchanges", outcome.ike_exchanges),
-        ("TCP connections broken", outcome.tcp_broken),
-        ("packets in clear", outcome.clear_text),
-        ("ARP claims of the hurt host", outcome.arp_claims),
-        ("packets sent after SIGCONT", outcome.sent_after_thaw),
-    ];
-    for (what, count) in zeros {
-        ensure(count == 0, || format!("{}: {count} {what}", outcome.kind.title()))?;
-    }
-    Ok(())
-}
-
 fn once(lab: &Lab<'_>, scene: &mut Scene, kind: Kind) -> Result<Outcome> {
     let outcome = run_trial(lab.run, scene, kind, 0.3, &mut |_, _| {})
         .map_err(|error| with_logs(lab, scene, error))?;
-    judge(&outcome)?;
+    outcome.judge()?;
     Ok(outcome)
 }
 
