@@ -254,7 +254,7 @@ fn invalid_ke_rekey(lab: &Lab<'_>) -> Result<String> {
 }
 
 /// An IKE_SA_INIT that goes nowhere: it leaves the responder with a half-open IKE SA.
-/// RFC 7296 §3.1 header, then SA, KE, Nonce.
+/// RFC 7296 §3.1 header, then SA, KE, Nonce, NAT detection.
 pub(super) const HALF_OPEN: &str = r#"
 import os, socket, struct, sys
 def payload(next_type, body): return struct.pack('>BBH', next_type, 0, 4 + len(body)) + body
@@ -263,7 +263,9 @@ def transform(last, kind, number, attribute=b''):
 def init():
     transforms = transform(False, 1, 20, struct.pack('>HH', 0x800e, 256)) + transform(False, 2, 6) + transform(True, 4, 31)
     proposal = struct.pack('>BBHBBBB', 0, 0, 8 + len(transforms), 1, 1, 0, 3) + transforms
-    body = payload(34, proposal) + payload(40, struct.pack('>HH', 31, 0) + os.urandom(32)) + payload(0, os.urandom(32))
+    body = payload(34, proposal) + payload(40, struct.pack('>HH', 31, 0) + os.urandom(32)) + payload(41, os.urandom(32))
+    # NAT_DETECTION_SOURCE_IP and _DESTINATION_IP
+    body += payload(41, struct.pack('>BBH', 0, 0, 16388) + bytes(20)) + payload(0, struct.pack('>BBH', 0, 0, 16389) + bytes(20))
     return os.urandom(8) + bytes(8) + struct.pack('>BBBBII', 33, 0x20, 34, 8, 0, 28 + len(body)) + body
 target, count = sys.argv[1], int(sys.argv[2])
 cookies = answers = 0
