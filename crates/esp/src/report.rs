@@ -169,7 +169,8 @@ pub enum Report {
         child: u16,
     },
     /// The newest authentic packet of the SA came from another address than we
-    /// send to (RFC 7296 §2.23).
+    /// send to (RFC 7296 §2.23). Repeated while it is so, at most once a
+    /// second.
     PeerMoved {
         /// The SA.
         spi_in: EspSpi,

@@ -44,6 +44,9 @@ const TERMS_EXPIRING: u64 = 1 << 14;
 const LEASE_RETRY: Duration = Duration::from_millis(50);
 /// The same, while nobody waits for it.
 const LEASE_RETRY_SOLO: Duration = Duration::from_secs(1);
+/// A peer that is seen elsewhere is reported at most this often: whoever outruns its packets, or a translator that
+/// alternates, costs no more.
+const MOVED_INTERVAL: Duration = Duration::from_secs(1);
 /// Span over which the packet rate is taken.
 const RATE_SPAN: Duration = Duration::from_millis(500);
 
@@ -112,8 +115,8 @@ pub(crate) struct SaState {
     verdict: Verdict,
     peer: SocketAddr,
     follow_peer: bool,
-    /// The other address that was reported last.
-    told_peer: Option<SocketAddr>,
+    /// When another address was reported last.
+    told_peer_at: Option<Duration>,
     born: Term,
     /// Hash of endpoint, SPIs, algorithm and keys, to know a repeated installation.
     fingerprint: [u8; 32],
@@ -185,7 +188,7 @@ impl SaState {
             key_in,
             window: Window::new(),
             notes: Notes::default(),
-            told_peer: None,
+            told_peer_at: None,
             used: false,
             listed: false,
             moved: false,
@@ -241,7 +244,7 @@ impl SaState {
             Verdict::Send { endpoint: self.endpoint, from: local, to: remote, udp_encap };
         self.peer = remote;
         self.follow_peer = udp_encap;
-        self.told_peer = None;
+        self.notes.peer_moved = None;
     }
 
     /// Brings the counters into the owner's term; see the drawing at the top.
@@ -466,12 +469,13 @@ impl SaState {
         let newest = seq > self.window.top();
         self.window.commit(seq);
         self.stats.last_in = Some(now);
-        if newest && self.follow_peer {
-            let moved_to = from.filter(|from| *from != self.peer);
-            if moved_to != self.told_peer {
-                self.told_peer = moved_to;
-                self.notes.peer_moved = moved_to;
-            }
+        if newest
+            && self.follow_peer
+            && let Some(from) = from.filter(|from| *from != self.peer)
+            && self.told_peer_at.is_none_or(|at| now >= at + MOVED_INTERVAL)
+        {
+            self.told_peer_at = Some(now);
+            self.notes.peer_moved = Some(from);
         }
 
         let (inner_len, next_header) = esp::read_trailer(plain).ok_or(Reason::BadPadding)?;

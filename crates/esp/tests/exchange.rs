@@ -554,15 +554,15 @@ fn tops_are_streamed_for_moved_windows_alone_and_not_too_often() {
 
 // RFC 7296 §2.23: follow a peer behind a NAT, by its newest authentic packet.
 #[test]
-fn a_peer_that_moved_is_reported_once() {
-    let (mut left, mut right, left_sa, _) = pair(AeadAlg::Aes128Gcm16);
-    let esp: Vec<Vec<u8>> = (0..6).map(|n| sealed(&mut left, ms(1), &numbered(n))).collect();
-    let elsewhere = sock("198.51.100.99:1234");
-    let mut arrive = |packet: &[u8], from| {
+fn a_peer_that_moved_is_reported_once_a_second() {
+    let (mut left, mut right, left_sa, right_sa) = pair(AeadAlg::Aes128Gcm16);
+    let esp: Vec<Vec<u8>> = (0..9).map(|n| sealed(&mut left, ms(1), &numbered(n))).collect();
+    let (elsewhere, third) = (sock("198.51.100.99:1234"), sock("198.51.100.98:1"));
+    let arrive = |right: &mut esp::Shard, at, packet: &[u8], from| {
         let mut batch = batch_of(&[packet]);
         batch.slots_mut()[0].peer = Some(from);
-        right.inbound(ms(1), OPEN, &mut batch);
-        reports(&mut right, ms(1))
+        right.inbound(ms(at), OPEN, &mut batch);
+        reports(right, ms(at))
             .into_iter()
             .filter_map(|r| match r {
                 Report::PeerMoved { from, .. } => Some(from),
@@ -570,15 +570,22 @@ fn a_peer_that_moved_is_reported_once() {
             })
             .collect::<Vec<_>>()
     };
-    assert_eq!(arrive(&esp[0], left_sa.local), []);
+    assert_eq!(arrive(&mut right, 1, &esp[0], left_sa.local), []);
     let mut forged = esp[1].clone();
     forged[30] ^= 1;
-    assert_eq!(arrive(&forged, elsewhere), [], "not authentic");
-    assert_eq!(arrive(&esp[2], elsewhere), [elsewhere]);
-    assert_eq!(arrive(&esp[1], sock("198.51.100.98:1")), [], "not the newest");
-    assert_eq!(arrive(&esp[3], elsewhere), [], "said already");
-    assert_eq!(arrive(&esp[4], left_sa.local), []);
-    assert_eq!(arrive(&esp[5], elsewhere), [elsewhere]);
+    assert_eq!(arrive(&mut right, 1, &forged, elsewhere), [], "not authentic");
+    assert_eq!(arrive(&mut right, 1, &esp[2], elsewhere), [elsewhere]);
+    assert_eq!(arrive(&mut right, 2000, &esp[1], third), [], "not the newest");
+    // Whatever comes within a second; then what is still so.
+    assert_eq!(arrive(&mut right, 1000, &esp[3], third), []);
+    assert_eq!(arrive(&mut right, 1001, &esp[4], elsewhere), [elsewhere]);
+    assert_eq!(arrive(&mut right, 2001, &esp[5], left_sa.local), []);
+    // Once it is followed, it is elsewhere no more.
+    let (spi_in, local) = (right_sa.spi_in, right_sa.local);
+    let command = Command::Move { spi_in, local, remote: elsewhere, udp_encap: true };
+    right.apply(command).unwrap();
+    assert_eq!(arrive(&mut right, 4000, &esp[6], elsewhere), []);
+    assert_eq!(arrive(&mut right, 4000, &esp[7], left_sa.local), [left_sa.local]);
 }
 
 #[test]

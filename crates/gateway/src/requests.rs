@@ -3,9 +3,10 @@
 
 use std::time::Duration;
 
-use ike::config::RemoteAddress;
+use ike::config::{ChildConfig, RemoteAddress, Start};
 use wire::id::{ConnectionId, EndpointId, Term};
 
+use crate::config::Connection;
 use crate::endpoint::{Endpoint, Part};
 use crate::face::{Answer, Moved, Output, Refusal, Request};
 use crate::machine::Gateway;
@@ -138,26 +139,21 @@ impl Gateway {
         if serving.is_empty() {
             return Some(Self::not_owner(name));
         }
-        let anywhere =
-            self.config.connection(id).is_some_and(|c| c.ike.remote_address == RemoteAddress::Any);
-        let here = |index: &usize| {
-            self.endpoints.get(*index).is_some_and(|e| {
-                e.ike.status(now).ike_sas.iter().any(|sa| sa.connection.as_deref() == Some(name))
-            })
-        };
-        if anywhere && !serving.iter().any(here) {
+        let mut begun = false;
+        for index in serving {
+            let (mut cx, endpoints) = self.context(now);
+            let Some(e) = endpoints.get_mut(index) else { continue };
+            e.last_error.remove(name);
+            begun |= e.ike.initiate(&mut cx, id);
+        }
+        let anywhere = |c: &Connection| c.ike.remote_address == RemoteAddress::Any;
+        if !begun && self.config.connection(id).is_some_and(anywhere) {
             let text = format!("{name}: remote_address is \"any\", so only the peer can initiate");
             return Some(refuse(
                 Refusal::Failed,
                 text,
                 "initiate at the peer, or give remote_address an address",
             ));
-        }
-        for index in serving {
-            let (mut cx, endpoints) = self.context(now);
-            let Some(e) = endpoints.get_mut(index) else { continue };
-            e.last_error.remove(name);
-            e.ike.initiate(&mut cx, id);
         }
         self.pending.push(Pending::Up { ticket, began: now, connection: id, failed: None });
         None
@@ -313,17 +309,26 @@ impl Gateway {
         began: Duration,
         connection: ConnectionId,
     ) -> Option<Answer> {
-        let name = &self.config.connection(connection)?.ike.name;
+        let spec = &self.config.connection(connection)?.ike;
+        let name = &spec.name;
+        // Those that [`ike::Endpoint::initiate`] asks for.
+        let ours = |child: &&ChildConfig| child.start == Start::Initiate;
+        let some = spec.children.iter().any(|child| ours(&child));
+        let wanted = spec.children.iter().filter(move |child| !some || ours(child));
         let late = now >= began + UP_PATIENCE;
         let mut states = Vec::new();
         for endpoint in &self.config.connection(connection)?.endpoints {
             let Some(e) = self.endpoints.get(usize::from(endpoint.0)) else { continue };
             let status = e.ike.status(now);
-            let carries = |sa: &ike::IkeStatus| {
-                sa.connection.as_deref() == Some(name)
-                    && sa.children.iter().any(|child| child.state == "installed")
-            };
-            let up = status.ike_sas.iter().any(carries);
+            let installed: Vec<&str> = status
+                .ike_sas
+                .iter()
+                .filter(|sa| sa.connection.as_deref() == Some(name))
+                .flat_map(|sa| &sa.children)
+                .filter(|child| child.state == "installed")
+                .map(|child| child.name.as_str())
+                .collect();
+            let up = wanted.clone().all(|child| installed.contains(&child.name.as_str()));
             if !up && !late && e.owns() {
                 return None;
             }

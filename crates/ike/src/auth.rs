@@ -22,6 +22,7 @@ use crate::{
     event::{DeleteReason, Event, Failure, Side, What},
     init,
     keys::{AuthKeys, IkeKeys, Signed},
+    nat,
     record::Bytes,
     state::{
         Answered, AuthSent, Closed, Established, Fate, IkeSa, InitAnswered, InitSent, NewChild,
@@ -221,6 +222,11 @@ fn accept(
     if !suite.is_in(&conn.ike_proposals) {
         let ours: Vec<String> = conn.ike_proposals.iter().map(ToString::to_string).collect();
         fail(step, What::IkeProposal, format!("{suite}"), ours.join(", "));
+        return Err(failed());
+    }
+    // The best candidate for the address may have been another one.
+    if conn.encap == crate::Encap::Auto && !state.natt {
+        fail(step, What::NatTraversal, "IKE_SA_INIT".to_owned(), nat::DETECTION.to_owned());
         return Err(failed());
     }
     let Some(auth) = payloads.auth() else {

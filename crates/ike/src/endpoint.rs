@@ -340,7 +340,9 @@ impl Endpoint {
                 out.sent = sent;
             }
         });
-        if count {
+        // Whoever answers with a refusal is not silent, though nobody vouches for the answer.
+        let refused = matches!(&sa.phase, Phase::InitSent(sent) if sent.complained);
+        if count && !refused {
             self.events.push_back(Event::Retransmitting {
                 connection: sa.connection.clone(),
                 spi: sa.spi,
@@ -497,7 +499,11 @@ impl Endpoint {
         if let Event::Failed(failure) = &event {
             let early = matches!(
                 failure.what,
-                What::Address | What::IkeProposal | What::NatTraversal | What::Identity
+                What::Address
+                    | What::IkeProposal
+                    | What::NatTraversal
+                    | What::Identity
+                    | What::Secret
             );
             if early && failure.began == crate::event::Side::Peer {
                 let key = (failure.peer.ip(), failure.what as u8);

@@ -174,7 +174,10 @@ pub(crate) fn follow(
     from: SocketAddr,
     to: SocketAddr,
 ) {
-    if (sa.path.remote, sa.path.local) == (from, to) || sa.path.nat_here || !sa.path.nat_there {
+    // A peer that is configured at one address has its translator there: only the port can change.
+    let known = conn.remote_address.matches(from.ip());
+    let same = (sa.path.remote, sa.path.local) == (from, to);
+    if same || !known || sa.path.nat_here || !sa.path.nat_there {
         return;
     }
     if sa.path.remote != from {
@@ -197,9 +200,10 @@ pub(crate) fn esp_from(
     from: SocketAddr,
 ) -> Result<(), Error> {
     let conn = step.connection(&sa)?;
-    let to = sa.path.local;
-    if sa.path.remote != from && sa.established().is_some_and(|e| !e.waits()) {
-        follow(step, conn, &mut sa, from, to);
+    let (before, to) = (sa.path.remote, sa.path.local);
+    // Also in doubt: a path needs no message id, and what is to end the doubt must reach the peer.
+    follow(step, conn, &mut sa, from, to);
+    if sa.path.remote != before {
         step.put(sa);
     }
     Ok(())

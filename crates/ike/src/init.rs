@@ -42,8 +42,6 @@ use crate::{
 
 /// Requests changed by COOKIE or INVALID_KE_PAYLOAD before we stop obeying.
 const MAX_ROUNDS: u8 = 6;
-/// What a peer lacks that knows no NAT traversal.
-const NAT_DETECTION: &str = "NAT_DETECTION_SOURCE_IP and NAT_DETECTION_DESTINATION_IP: encap = \"auto\" carries ESP in UDP only";
 
 /// Answers an IKE_SA_INIT request that is not a repetition.
 pub(crate) fn answer(
@@ -123,7 +121,7 @@ pub(crate) fn answer(
     // Until IKE_AUTH names the connection, the best candidate decides.
     let encap = candidates.first().map_or(crate::Encap::Auto, |c| c.encap);
     let detected = nat::detect(payloads, header.initiator_spi, header.responder_spi, from, to);
-    if nat::mute(encap, detected) {
+    if candidates.iter().all(|c| nat::mute(c.encap, detected)) {
         step.event(Event::Failed(Failure {
             connection: candidates.first().map(|c| c.name.clone()),
             child: None,
@@ -132,7 +130,7 @@ pub(crate) fn answer(
             began: Side::Peer,
             sender: Side::Peer,
             sent: "IKE_SA_INIT".to_owned(),
-            expected: NAT_DETECTION.to_owned(),
+            expected: nat::DETECTION.to_owned(),
         }));
         return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
     }
@@ -390,7 +388,7 @@ pub(crate) fn finish(
     let detected = nat::detect(payloads, sa.spi, header.responder_spi, from, to);
     if nat::mute(conn.encap, detected) {
         let sent_by_peer = (What::NatTraversal, Side::Peer, "IKE_SA_INIT".to_owned());
-        return complain(step, conn, sa, sent, sent_by_peer, NAT_DETECTION.to_owned());
+        return complain(step, conn, sa, sent, sent_by_peer, nat::DETECTION.to_owned());
     }
     let eph = Ephemeral::from_secret_bytes(sent.eph.group, sent.eph.secret.expose())?;
     let shared = eph.agree(ke.data)?;

@@ -122,8 +122,19 @@ pub fn run(lab: &Lab<'_>, names: &[String]) -> Option<usize> {
 /// Whether a failure says what no slow machine explains: a repeated IV or number, clear text, SPIs that changed, an ERROR
 /// in a log.
 fn is_final(error: &str) -> bool {
-    const WORDS: [&str; 7] =
-        ["repeat", "reused", "in clear", "clear text", "SPIs changed", "logged: ", "ERROR"];
+    const WORDS: [&str; 11] = [
+        "repeat",
+        "reused",
+        "in clear",
+        "clear text",
+        "SPIs changed",
+        "SAs changed",
+        "ARP claims",
+        "ARP replies from the stopped host",
+        "after SIGCONT",
+        "logged: ",
+        "ERROR",
+    ];
     // What follows is the log's tail, which may hold any word.
     let error = error.split("; daemon: ").next().unwrap_or_default();
     WORDS.iter().any(|word| error.contains(word))

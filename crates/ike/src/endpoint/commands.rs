@@ -31,6 +31,12 @@ impl Endpoint {
         if names.is_empty() {
             names = conn.children.iter().map(|c| c.name.clone()).collect();
         }
+        // An attempt that was refused goes on asking, and has said why; whoever asks again wants to be told again.
+        let name = conn.name.clone();
+        let refused = |sa: &&IkeSa| matches!(&sa.phase, Phase::InitSent(sent) if sent.complained);
+        if let Some(sa) = self.table.of_connection(&name).find(refused).cloned() {
+            let _ = self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::Command));
+        }
         self.bring_up(cx, id, names)
     }
 
@@ -53,13 +59,16 @@ impl Endpoint {
         let Some(conn) = self.registry.by_id(id) else { return false };
         let name = conn.name.clone();
         let remote = match conn.remote_address {
-            RemoteAddress::Ip(ip) => ip,
-            RemoteAddress::Any => return false,
+            RemoteAddress::Ip(ip) => Some(ip),
+            RemoteAddress::Any => None,
         };
         if self.table.of_connection(&name).any(IkeSa::is_initiating) {
             return true;
         }
         let live = self.table.of_connection(&name).find(|sa| is_live(sa)).cloned();
+        if live.is_none() && remote.is_none() {
+            return false;
+        }
         let fresh =
             !self.doubted.contains(&id) && !self.table.of_connection(&name).any(IkeSa::in_doubt);
         self.due
@@ -70,6 +79,7 @@ impl Endpoint {
             Some(sa) => self.step(cx, |step| want_children(step, sa, &names)),
             None => self.step(cx, |step| {
                 let conn = step.registry.by_id(id).ok_or(Error::NotExpected)?;
+                let remote = remote.ok_or(Error::NotExpected)?;
                 init::start(step, conn, remote, names, fresh).map(|_| ())
             }),
         };

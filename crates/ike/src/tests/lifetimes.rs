@@ -263,7 +263,8 @@ fn a_peer_behind_a_nat_is_followed() {
 }
 
 // The same, seen by ESP alone, which is all that comes from an idle peer with a chatty host behind it. Not for a peer
-// that is behind no NAT: whoever repeats its packets from elsewhere, faster than the network, moves nothing.
+// that is behind no NAT, nor to another address than the configured one: whoever repeats its packets from elsewhere,
+// faster than the network, moves nothing.
 #[test]
 fn esp_from_a_new_mapping_moves_the_peer() {
     for nat in [true, false] {
@@ -275,6 +276,11 @@ fn esp_from_a_new_mapping_moves_the_peer() {
         assert!(w.wire.is_empty());
         let (child, before) = (w.child(B), w.sides[B].plane.sender("net").unwrap().remote);
         let from = SocketAddr::new(before.ip(), 30_000);
+        let foreign = SocketAddr::new("198.51.100.66".parse().unwrap(), 30_000);
+        let records = w.sides[B].records;
+        w.with_side(B, |ike, cx| assert!(ike.note_moved(cx, child, foreign)));
+        assert_eq!(w.sides[B].plane.sender("net").unwrap().remote, before);
+        assert_eq!(w.sides[B].records, records, "nothing to replicate");
         w.with_side(B, |ike, cx| assert!(ike.note_moved(cx, child, from)));
         let after = w.sides[B].plane.sender("net").unwrap().remote;
         assert_eq!(after, if nat { from } else { before });

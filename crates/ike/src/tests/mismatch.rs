@@ -140,7 +140,7 @@ fn another_secret_on_the_way_back() {
 
 #[test]
 fn no_common_ike_proposal() {
-    let w = play(|n, c| {
+    let mut w = play(|n, c| {
         if n == A {
             c.ike_proposals = proposal::parse_ike(&["chacha20poly1305-prfsha256-ecp256"]).unwrap();
         }
@@ -155,6 +155,23 @@ fn no_common_ike_proposal() {
     // RFC 7296 §2.21.1: not authentic, so we go on asking.
     assert_eq!(w.sides[A].ike.status(w.now).ike_sas.len(), 1);
     assert!(w.snapshot(B).is_empty(), "no state for a refused request");
+    // Which is no silence. Who asks again is told again, while the attempt goes on and afterwards.
+    let told = |w: &World| {
+        let silent = |e: &Event| matches!(e, Event::Retransmitting { .. });
+        assert!(!w.sides[A].events.iter().any(silent));
+        assert!(w.failure(A).contains("NO_PROPOSAL_CHOSEN"), "{}", w.failure(A));
+        w.sides[A].events.iter().filter(|e| matches!(e, Event::Failed(_))).count()
+    };
+    w.run(Duration::from_secs(3));
+    assert_eq!(told(&w), 1);
+    for count in [2, 3] {
+        w.initiate(A);
+        w.settle();
+        assert_eq!(told(&w), count);
+    }
+    w.run(Duration::from_secs(120));
+    assert_eq!(told(&w), 3);
+    assert!(w.sides[A].ike.status(w.now).ike_sas.is_empty());
 }
 
 #[test]

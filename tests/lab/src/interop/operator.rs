@@ -50,9 +50,14 @@ fn up_refused(lab: &Lab<'_>) -> Result<String> {
     let mut stage = single(lab, &config, &[conn()])?;
     let anywhere = refusal(&stage.daemon.tandem_cmd(&["up", "branch"]))?;
     ensure(anywhere.contains("only the peer can initiate"), || anywhere.clone())?;
-    // Once it has, there is something to bring up.
+    // Once it has, there is something to bring up: the Child SA alone.
     stage.peer_up()?;
+    stage.peer.terminate_child("net")?;
+    wait::until("the Child SA to be gone", PATIENCE, TICK, || {
+        Ok((!stage.daemon.status()?.is_up("branch", 1)).then_some(()))
+    })?;
     stage.daemon.tandem(&["up", "branch"])?;
+    stage.both_up()?;
     stage.check_clean()?;
     drop(stage);
     lab.run.clear_namespaces();
@@ -64,8 +69,13 @@ fn up_refused(lab: &Lab<'_>) -> Result<String> {
     for attempt in 1..=2 {
         let text = refusal(&stage.daemon.tandem_cmd(&["up", "branch"]))?;
         ensure(text.contains("NO_PROPOSAL_CHOSEN"), || format!("attempt {attempt}: {text}"))?;
-        stage.daemon.tandem(&["down", "branch"])?;
     }
+    // The attempt goes on asking, which is no silence, and the reason stays.
+    clock::sleep_until(clock::now() + Duration::from_secs(5));
+    let log = stage.daemon.log();
+    ensure(!log.contains("no answer"), || format!("an answer is called silence: {log}"))?;
+    let status = stage.daemon.tandem(&["status"])?;
+    ensure(status.contains("NO_PROPOSAL_CHOSEN"), || format!("status: {status}"))?;
     stage.check_clean()?;
     drop(stage);
     lab.run.clear_namespaces();

@@ -472,7 +472,8 @@ fn saturated(lab: &Lab<'_>) -> Result<String> {
         scene.instances[owner].tandem(&["rekey", "branch", kind])?;
         rekeys += 1;
         wait::until("a rekey", PATIENCE, TICK, || {
-            Ok((before.changed(&scene.remote.spis()?) >= 2).then_some(()))
+            // Two came and two went.
+            Ok((before.changed(&scene.remote.spis()?) >= 4).then_some(()))
         })
     };
     // The same processes from here to the end: what leaks must show.
