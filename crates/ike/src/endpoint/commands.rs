@@ -34,7 +34,8 @@ impl Endpoint {
         // An attempt that was refused goes on asking, and has said why; whoever asks again wants to be told again.
         let name = conn.name.clone();
         let refused = |sa: &&IkeSa| matches!(&sa.phase, Phase::InitSent(sent) if sent.complained);
-        if let Some(sa) = self.table.of_connection(&name).find(refused).cloned() {
+        let refused = self.table.of_connection(&name).find(refused).cloned();
+        if let Some(sa) = refused {
             let _ = self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::Command));
         }
         self.bring_up(cx, id, names)
