@@ -98,9 +98,16 @@ struct Outbound {
 /// What is remembered of an SA that was removed, should it come back.
 #[derive(Debug)]
 pub(crate) struct Ended {
+    pub(crate) endpoint: EndpointId,
     fingerprint: [u8; 32],
-    next_seq: u64,
-    window: Window,
+    counters: Counters,
+}
+
+impl Ended {
+    /// What it had used when it was removed.
+    pub(crate) fn counters(&self) -> Counters {
+        self.counters.clone()
+    }
 }
 
 /// An installed pair of SAs.
@@ -210,16 +217,16 @@ impl SaState {
 
     /// What to remember of it.
     pub(crate) fn ended(&self) -> Ended {
-        Ended { fingerprint: self.fingerprint, next_seq: self.out.next_seq, window: self.window }
+        Ended { endpoint: self.endpoint, fingerprint: self.fingerprint, counters: self.counters() }
     }
 
     /// Goes on above what was sent, and refuses what was received, before it was removed. False if that was another SA.
     pub(crate) fn recall(&mut self, ended: &Ended) -> bool {
         let same = crypto::ct_eq(&self.fingerprint, &ended.fingerprint);
         if same {
-            self.out.next_seq = self.out.next_seq.max(ended.next_seq);
+            self.out.next_seq = self.out.next_seq.max(ended.counters.next_seq);
             self.out.new_lease();
-            self.window.merge(&ended.window);
+            self.window.merge(&ended.counters.window);
         }
         same
     }

@@ -208,7 +208,12 @@ impl Shard {
             }
             Command::Disown { endpoint, steer } => {
                 self.endpoint(endpoint)?;
-                let counters = self.counters(endpoint);
+                let mut counters = self.counters(endpoint);
+                if !steer && self.endpoint(endpoint)?.ownership().is_some() {
+                    // Whoever goes on after a split may still have what was removed here meanwhile.
+                    let ended = self.ended.iter().filter(|ended| ended.endpoint == endpoint);
+                    counters.extend(ended.map(Ended::counters));
+                }
                 let e = self.endpoint(endpoint)?;
                 e.role = if steer { Role::Steering } else { Role::Idle };
                 e.direct_until = Duration::ZERO;

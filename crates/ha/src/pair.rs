@@ -344,6 +344,15 @@ impl Pair {
                 if heard == Heard::Claims {
                     self.each(now, Endpoint::handle_claims);
                 }
+                // A shadow takes its state for exact as long as its newest echo is younger than `fence_after` when our
+                // death is proven: an echo that waited for our next interval would leave little time for the proof.
+                let spoke = Duration::from_nanos(self.contact.mark());
+                if heard != Heard::Nothing
+                    && now >= spoke + self.config.heartbeat / 2
+                    && self.endpoints.iter().any(|e| matches!(e.role, Role::Owner(_)))
+                {
+                    self.out.hurry = true;
+                }
             }
             Err(what) => {
                 self.malformed += 1;
