@@ -13,6 +13,7 @@
 
 pub mod arp;
 pub mod clock;
+pub mod descriptor;
 pub mod host;
 pub mod netns;
 pub mod route;

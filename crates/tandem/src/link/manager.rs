@@ -379,7 +379,9 @@ async fn accept_loop(
     let Some(remote) = shared.port(link).map(|port| port.remote.ip()) else { return };
     let mut handshakes = JoinSet::new();
     loop {
-        let (stream, from) = match listener.accept().await {
+        let accepted = listener.accept().await;
+        let accepted = accepted.and_then(|(stream, from)| Ok((stream::sudden(stream)?, from)));
+        let (stream, from) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 // Out of descriptors or memory: that passes or shows elsewhere.

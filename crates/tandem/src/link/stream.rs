@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use netio::descriptor::close_first;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -33,7 +34,13 @@ pub(super) fn listen(local: SocketAddr) -> io::Result<TcpListener> {
     // Connections of a process killed a moment ago linger in TIME_WAIT.
     socket.set_reuseaddr(true)?;
     socket.bind(local)?;
-    socket.listen(32)
+    let listener = socket.listen(32)?.into_std()?;
+    TcpListener::from_std(close_first(listener.into())?.into())
+}
+
+/// A stream that ends at once when this process is killed, as `ha`'s proof of a death wants it.
+pub(super) fn sudden(stream: TcpStream) -> io::Result<TcpStream> {
+    TcpStream::from_std(close_first(stream.into_std()?.into())?.into())
 }
 
 fn tcp_socket(local: SocketAddr) -> io::Result<TcpSocket> {
@@ -44,7 +51,7 @@ fn tcp_socket(local: SocketAddr) -> io::Result<TcpSocket> {
 pub(super) async fn connect_from(local: SocketAddr, remote: SocketAddr) -> io::Result<TcpStream> {
     let socket = tcp_socket(local)?;
     socket.bind(SocketAddr::new(local.ip(), 0))?;
-    let stream = socket.connect(remote).await?;
+    let stream = sudden(socket.connect(remote).await?)?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
