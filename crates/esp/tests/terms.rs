@@ -309,6 +309,30 @@ fn healing_goes_on_above_the_larger_of_the_two() {
     }
 }
 
+// The winner of a split may still have an SA that the loser removed meanwhile: its numbers are told as well. A grant has
+// none of them, since the other shard removed what was removed.
+#[test]
+fn a_loser_tells_what_it_removed() {
+    for steer in [false, true] {
+        let (mut shard, sa) = single(1, INITIAL_CEILING, 4, false);
+        for _ in 0..3 {
+            sealed(&mut shard, ms(1), &numbered(0));
+        }
+        shard.apply(Command::Remove { spi_in: sa.spi_in }).unwrap();
+        shard.apply(Command::Disown { endpoint: MAIN, steer }).unwrap();
+        let told: Vec<_> = reports(&mut shard, ms(1))
+            .into_iter()
+            .filter_map(|report| match report {
+                Report::Disowned { counters, .. } => Some(counters),
+                _ => None,
+            })
+            .flatten()
+            .map(|counters| (counters.spi_in, counters.next_seq))
+            .collect();
+        assert_eq!(told, if steer { vec![] } else { vec![(sa.spi_in, 4)] });
+    }
+}
+
 // An SA without traffic since the heal keeps its own window and its own counters beside the loser's.
 #[test]
 fn healing_merges_also_where_nothing_moved_in_the_term_yet() {

@@ -340,9 +340,8 @@ impl Endpoint {
                 out.sent = sent;
             }
         });
-        // Whoever answers with a refusal is not silent, though nobody vouches for the answer.
-        let refused = matches!(&sa.phase, Phase::InitSent(sent) if sent.complained);
-        if count && !refused {
+        // Whoever answers with a refusal is not silent.
+        if count && !sa.is_refused() {
             self.events.push_back(Event::Retransmitting {
                 connection: sa.connection.clone(),
                 spi: sa.spi,

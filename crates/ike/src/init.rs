@@ -82,16 +82,9 @@ pub(crate) fn answer(
     if candidates.is_empty() {
         let known: Vec<String> =
             step.registry.config.connections.iter().map(|c| c.remote_address.to_string()).collect();
-        step.event(Event::Failed(Failure {
-            connection: None,
-            child: None,
-            peer: from,
-            what: What::Address,
-            began: Side::Peer,
-            sender: Side::Peer,
-            sent: format!("IKE_SA_INIT to {} from {}", to.ip(), from.ip()),
-            expected: format!("remote_address {}", known.join(" or ")),
-        }));
+        let sent = format!("IKE_SA_INIT to {} from {}", to.ip(), from.ip());
+        let expected = format!("remote_address {}", known.join(" or "));
+        step.event(unfit(&candidates, from, What::Address, sent, expected));
         return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
     }
     let theirs = offers(proposals, ProtocolId::IKE);
@@ -100,16 +93,9 @@ pub(crate) fn answer(
     let Some((offer, suite)) = choice else {
         let ours: Vec<String> =
             candidates.iter().flat_map(|c| &c.ike_proposals).map(IkeProposal::to_string).collect();
-        step.event(Event::Failed(Failure {
-            connection: candidates.first().map(|c| c.name.clone()),
-            child: None,
-            peer: from,
-            what: What::IkeProposal,
-            began: Side::Peer,
-            sender: Side::Peer,
-            sent: format!("ike_proposals {}", proposal::describe(proposals)),
-            expected: format!("any of {}", ours.join(", ")),
-        }));
+        let sent = format!("ike_proposals {}", proposal::describe(proposals));
+        let expected = format!("any of {}", ours.join(", "));
+        step.event(unfit(&candidates, from, What::IkeProposal, sent, expected));
         return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
     };
     if sent != Some(suite.group) {
@@ -122,16 +108,8 @@ pub(crate) fn answer(
     let encap = candidates.first().map_or(crate::Encap::Auto, |c| c.encap);
     let detected = nat::detect(payloads, header.initiator_spi, header.responder_spi, from, to);
     if candidates.iter().all(|c| nat::mute(c.encap, detected)) {
-        step.event(Event::Failed(Failure {
-            connection: candidates.first().map(|c| c.name.clone()),
-            child: None,
-            peer: from,
-            what: What::NatTraversal,
-            began: Side::Peer,
-            sender: Side::Peer,
-            sent: "IKE_SA_INIT".to_owned(),
-            expected: nat::DETECTION.to_owned(),
-        }));
+        let (sent, expected) = ("IKE_SA_INIT".to_owned(), nat::DETECTION.to_owned());
+        step.event(unfit(&candidates, from, What::NatTraversal, sent, expected));
         return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
     }
 
@@ -189,6 +167,19 @@ pub(crate) fn answer(
     step.put(sa);
     step.transmit(to, from, response);
     Ok(())
+}
+
+/// A peer's IKE_SA_INIT fits none of the connections that it may mean.
+fn unfit(
+    candidates: &[&ConnectionConfig],
+    peer: SocketAddr,
+    what: What,
+    sent: String,
+    expected: String,
+) -> Event {
+    let connection = candidates.first().map(|c| c.name.clone());
+    let (began, sender) = (Side::Peer, Side::Peer);
+    Event::Failed(Failure { connection, child: None, peer, what, began, sender, sent, expected })
 }
 
 /// Connections that a peer at `remote` may mean, the most exact first.

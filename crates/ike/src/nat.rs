@@ -82,7 +82,8 @@ pub(crate) fn detect(
 }
 
 /// What a peer lacks that knows no NAT traversal.
-pub(crate) const DETECTION: &str = "NAT_DETECTION_SOURCE_IP and NAT_DETECTION_DESTINATION_IP: encap = \"auto\" carries ESP in UDP only";
+pub(crate) const DETECTION: &str = "NAT_DETECTION_SOURCE_IP and NAT_DETECTION_DESTINATION_IP: \
+    encap = \"auto\" carries ESP in UDP only";
 
 /// Whether there is no way for ESP: it is to go in UDP, and the peer has not said that it can.
 pub(crate) fn mute(encap: Encap, detected: Detected) -> bool {

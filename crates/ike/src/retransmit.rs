@@ -113,8 +113,8 @@ pub(crate) fn tick(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Error> 
 pub(crate) fn give_up(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Error> {
     let connection = sa.connection.clone();
     let sent = match &sa.phase {
-        // The refusal was told when it came.
-        Phase::InitSent(sent) if sent.complained => {
+        // That was told when it came.
+        Phase::InitSent(_) if sa.is_refused() => {
             return established::drop_sa(step, &sa, DeleteReason::NotEstablished);
         }
         Phase::InitSent(_) => "IKE_SA_INIT",

@@ -549,6 +549,11 @@ impl IkeSa {
         matches!(self.phase, Phase::InitSent(_) | Phase::AuthSent(_))
     }
 
+    /// Begun by us, and refused by an answer for which nobody vouches: we go on asking.
+    pub(crate) fn is_refused(&self) -> bool {
+        matches!(&self.phase, Phase::InitSent(sent) if sent.complained)
+    }
+
     /// Every inbound ESP SPI that is in use or reserved here.
     pub(crate) fn esp_spis(&self) -> impl Iterator<Item = EspSpi> + '_ {
         let asked = match &self.phase {

@@ -145,6 +145,19 @@ impl Wire {
     }
 }
 
+// A shadow's word on its own state is good for `fence_after` from its newest echo: the owner does not keep that waiting.
+#[test]
+fn an_owner_echoes_at_once() {
+    let mut wire = Wire::synced();
+    let heartbeat = config(1).heartbeat;
+    let mut oldest = Duration::ZERO;
+    for _ in 0..200 {
+        wire.run(1);
+        oldest = oldest.max(wire.pairs[1].status(wire.now).echo_ago.unwrap());
+    }
+    assert!(oldest <= heartbeat + Duration::from_millis(2), "{oldest:?}");
+}
+
 #[test]
 fn a_record_is_acknowledged_only_when_installed() {
     let mut wire = Wire::synced();

@@ -33,8 +33,7 @@ impl Endpoint {
         }
         // An attempt that was refused goes on asking, and has said why; whoever asks again wants to be told again.
         let name = conn.name.clone();
-        let refused = |sa: &&IkeSa| matches!(&sa.phase, Phase::InitSent(sent) if sent.complained);
-        let refused = self.table.of_connection(&name).find(refused).cloned();
+        let refused = self.table.of_connection(&name).find(|sa| sa.is_refused()).cloned();
         if let Some(sa) = refused {
             let _ = self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::Command));
         }

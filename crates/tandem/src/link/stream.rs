@@ -35,12 +35,12 @@ pub(super) fn listen(local: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     socket.bind(local)?;
     let listener = socket.listen(32)?.into_std()?;
-    TcpListener::from_std(close_first(listener.into())?.into())
+    TcpListener::from_std(close_first(listener.into()).into())
 }
 
 /// A stream that ends at once when this process is killed, as `ha`'s proof of a death wants it.
 pub(super) fn sudden(stream: TcpStream) -> io::Result<TcpStream> {
-    TcpStream::from_std(close_first(stream.into_std()?.into())?.into())
+    TcpStream::from_std(close_first(stream.into_std()?.into()).into())
 }
 
 fn tcp_socket(local: SocketAddr) -> io::Result<TcpSocket> {
@@ -315,6 +315,26 @@ async fn read_loop(
         match read.read_buf(&mut buffer).await {
             Ok(0) | Err(_) => return End::Closed,
             Ok(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    // ha.md, proven death: whatever else a killed process has open is closed after these.
+    #[tokio::test(flavor = "current_thread")]
+    async fn sockets_of_the_pair_are_closed_first() {
+        let local = "127.0.0.1:0".parse().unwrap();
+        let listener = listen(local).unwrap();
+        let lowest = std::fs::File::open("/dev/null").unwrap();
+        let at = listener.local_addr().unwrap();
+        let (ours, theirs) = tokio::join!(connect_from(local, at), listener.accept());
+        let theirs = sudden(theirs.unwrap().0).unwrap();
+        for fd in [listener.as_raw_fd(), ours.unwrap().as_raw_fd(), theirs.as_raw_fd()] {
+            assert!(fd > lowest.as_raw_fd() + 100, "{fd}");
         }
     }
 }
