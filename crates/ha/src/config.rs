@@ -133,6 +133,13 @@ impl Config {
         }
     }
 
+    /// How long an instance that knows every process of the other to be dead may rely on that: a
+    /// new one, at most [`REJOIN`] old without being known, owns nothing before `boot_wait`, by a
+    /// clock that may be faster. Half of it, to be far from the edge.
+    pub(crate) fn alone(&self) -> Duration {
+        (self.boot_wait * 4 / 5).saturating_sub(REJOIN) / 2
+    }
+
     /// Checks what [`crate::Pair::new`] relies on; `tandem check` calls it too.
     ///
     /// # Errors

@@ -195,6 +195,11 @@ impl Contact {
         self.proven_at.filter(|_| self.death == Some(Death::Proven))
     }
 
+    /// Whether a process that existed [`REJOIN`] ago is one that we know of.
+    pub(crate) fn steady(&self) -> bool {
+        self.absent.is_zero()
+    }
+
     /// Whether an owner that stopped counting on us would have told us so. Else it may have gone
     /// on alone while we knew nothing, and its last word that we are in sync is void.
     pub(crate) fn in_step(&self) -> bool {

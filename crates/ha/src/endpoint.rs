@@ -241,6 +241,7 @@ impl Endpoint {
             dead: !contact.alive,
             proven_at: contact.proven_at(),
             spoke_at: contact.spoke_at(),
+            steady: contact.steady(),
             rejoin_until: if contact.stranger() { contact.rejoin_until } else { Duration::ZERO },
             other_cannot_take: contact
                 .claim(self.hash)
@@ -250,6 +251,7 @@ impl Endpoint {
             heartbeat: cx.config.heartbeat,
             dead_after: cx.config.dead_after,
             fence_after: cx.config.fence_after,
+            alone: cx.config.alone(),
         };
         let valid_until = match cx.bug {
             Bug::FenceByTurnAlone => cx.now + times.fence_after,

@@ -18,6 +18,8 @@
 //! turn and may go down: whoever hears the other again without being echoed falls back to rule 1,
 //! though only after as long as a first echo may take, so that a return closes nothing: neither
 //! that of a new contact nor that of an instance that was late and therefore listens afresh.
+//! While the other's death stands proven and no process has shown itself since, rule 2 reaches far ahead: a new process
+//! owns nothing before it has listened for `boot_wait`, so a host that stops for a moment need not fall silent.
 //! Rule 5 (a higher term ends ownership) is in `ownership`.
 
 use core::time::Duration;
@@ -42,6 +44,9 @@ pub(crate) struct View {
     pub(crate) proven_at: Option<Duration>,
     /// Send time of our newest heartbeat, if there is anybody to send it to.
     pub(crate) spoke_at: Option<Duration>,
+    /// We have been on time for so long ([`crate::config::REJOIN`]) that we know of every process
+    /// that was there before.
+    pub(crate) steady: bool,
     /// A process of the other that we know nothing of may own, and would be heard by then.
     pub(crate) rejoin_until: Duration,
     /// The other reports a dead uplink for this endpoint and does not own it (as after a full
@@ -55,6 +60,8 @@ pub(crate) struct Times {
     pub(crate) heartbeat: Duration,
     pub(crate) dead_after: Duration,
     pub(crate) fence_after: Duration,
+    /// How far rule 2 reaches while no process of the other exists that we know of.
+    pub(crate) alone: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -84,6 +91,7 @@ impl Fence {
             view.echoed_at.is_none_or(|sent| now >= sent + times.fence_after - times.heartbeat);
         let out_of_contact = view.dead || (!hears && echo_ageing);
         let by_turn_applies = out_of_contact || (hears && echo_ageing && view.other_cannot_take);
+        let alone = view.proven_at.is_some() && view.spoke_at.is_none() && view.steady;
         let listened = match self.closed_at {
             None => true,
             Some(_) if view.lone => true,
@@ -99,6 +107,8 @@ impl Fence {
         };
         let by_turn = if view.lone {
             now + times.fence_after
+        } else if by_turn_applies && listened && alone {
+            now + times.alone.max(times.fence_after)
         } else if by_turn_applies && listened {
             view.spoke_at.map_or(now, |spoke| spoke.min(now)) + times.fence_after
         } else {
@@ -127,6 +137,7 @@ mod tests {
         heartbeat: Duration::from_millis(20),
         dead_after: Duration::from_millis(100),
         fence_after: Duration::from_millis(80),
+        alone: Duration::from_secs(3),
     };
 
     fn ms(ms: u64) -> Duration {
@@ -143,6 +154,7 @@ mod tests {
             dead: false,
             proven_at: None,
             spoke_at: Some(ms(now)),
+            steady: true,
             rejoin_until: Duration::ZERO,
             other_cannot_take: false,
         }
@@ -223,6 +235,28 @@ mod tests {
         let spoke = |at| View { spoke_at: at, ..view(1100, 1000, 1000) };
         assert_eq!(fence.turn(spoke(Some(ms(1085))), TIMES), ms(1165));
         assert_eq!(fence.turn(spoke(None), TIMES), ms(1180), "nobody to hear us");
+    }
+
+    #[test]
+    fn rule_2_reaches_far_while_the_other_is_proven_dead_and_nobody_else_came() {
+        let alone = View {
+            dead: true,
+            proven_at: Some(ms(1000)),
+            spoke_at: None,
+            ..view(2000, 990, 980)
+        };
+        let mut fence = Fence::default();
+        assert_eq!(fence.turn(alone, TIMES), ms(5000));
+        // A turn that comes late but before that finds it open.
+        assert_eq!(fence.turn(View { now: ms(4999), steady: false, ..alone }, TIMES), ms(5079));
+        assert_eq!(fence.turn(View { now: ms(5000), ..alone }, TIMES), ms(8000));
+        // A new process said hello: it counts from our heartbeats.
+        let greeted = View { now: ms(5010), spoke_at: Some(ms(5005)), heard_at: None, ..alone };
+        assert_eq!(fence.turn(greeted, TIMES), ms(5085));
+        // Silence proves no death.
+        let mut fence = Fence::default();
+        let silent = View { proven_at: None, spoke_at: Some(ms(1995)), ..alone };
+        assert_eq!(fence.turn(silent, TIMES), ms(2075));
     }
 
     #[test]

@@ -271,6 +271,8 @@ impl Pair {
             stream.compatible = compatible;
         }
         self.out.hurry = true;
+        // Before it hears a heartbeat of ours, which the fence counts from as soon as there is somebody to hear it.
+        self.each(now, Endpoint::fence_turn);
         if restarted {
             tracing::info!("the other instance has restarted");
             self.each(now, Endpoint::peer_restarted);

@@ -60,6 +60,7 @@ const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
 fn log_writer() -> std::io::Result<(NonBlocking, WorkerGuard)> {
     let start = std::thread::Builder::new().name("log-start".to_owned()).spawn(|| {
         netio::sched::drop_all_privileges()?;
+        netio::descriptor::own_table()?;
         Ok(NonBlockingBuilder::default().buffered_lines_limit(8_192).finish(std::io::stderr()))
     })?;
     start.join().map_err(|_| std::io::Error::other("its thread panicked"))?
@@ -108,7 +109,15 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_start(|| {
+            if let Err(problem) = netio::descriptor::own_table() {
+                error!(%problem, "a thread holds the pair link's sockets: a death may be noticed late");
+            }
+        })
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(problem) => {
             error!(%problem, "the runtime could not be started");

@@ -143,6 +143,10 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
         // A worker that panicked would leave the endpoint owned and silent: the process must
         // die, so that the other instance takes over.
         let _guard = AbortOnPanic;
+        // All its descriptors exist by now. Without the pair link's, its death never delays the proof of ours.
+        if let Err(error) = netio::descriptor::own_table() {
+            tracing::error!(%error, "the worker holds the pair link's sockets: a death may be noticed late");
+        }
         if let Err(error) = state.run() {
             tracing::error!(%error, "the worker cannot go on");
         }
