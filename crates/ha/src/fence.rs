@@ -239,12 +239,8 @@ mod tests {
 
     #[test]
     fn rule_2_reaches_far_while_the_other_is_proven_dead_and_nobody_else_came() {
-        let alone = View {
-            dead: true,
-            proven_at: Some(ms(1000)),
-            spoke_at: None,
-            ..view(2000, 990, 980)
-        };
+        let alone =
+            View { dead: true, proven_at: Some(ms(1000)), spoke_at: None, ..view(2000, 990, 980) };
         let mut fence = Fence::default();
         assert_eq!(fence.turn(alone, TIMES), ms(5000));
         // A turn that comes late but before that finds it open.

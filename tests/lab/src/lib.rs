@@ -11,6 +11,7 @@
 //! * [`probe`]: numbered UDP packets, TCP streams; gaps, losses.
 //! * [`capture`], [`pcap`], [`check`]: tcpdump, and what must never be seen in its files.
 //! * [`faults`]: SIGSTOP, cuts, losses, saturated cores.
+//! * [`stall`]: whether the machine itself stood still.
 //! * [`scene`]: a pair that serves a peer, ready to be hurt; [`trial`]: one fault, measured.
 //! * [`report`]: the demo's page. [`interop`]: the named real-peer scenarios.
 
@@ -32,6 +33,7 @@ pub mod proc;
 pub mod report;
 pub mod run;
 pub mod scene;
+pub mod stall;
 pub mod stats;
 pub mod tandem;
 pub mod trial;

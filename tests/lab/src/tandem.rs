@@ -573,6 +573,27 @@ impl Daemon {
             .map_err(|error| Error::parse("tandem status --json", error.to_string()))
     }
 
+    /// The ids of the threads that would have to end before the pair link's TCP sockets close: those in whose table
+    /// `netio::descriptor::close_first` has put some.
+    pub fn holders_of_the_link(&mut self) -> Result<Vec<u32>> {
+        let tasks = format!("/proc/{}/task", self.proc()?.pid());
+        let mut holders = Vec::new();
+        for task in std::fs::read_dir(&tasks).doing(tasks.as_str())? {
+            let task = task.doing(tasks.as_str())?;
+            let open = std::fs::read_dir(task.path().join("fd")).doing(tasks.as_str())?;
+            let number = |name: std::ffi::OsString| name.to_string_lossy().parse::<u32>().ok();
+            if open.flatten().filter_map(|fd| number(fd.file_name())).any(|fd| fd >= 512) {
+                holders.extend(number(task.file_name()));
+            }
+        }
+        Ok(holders)
+    }
+
+    /// Its process.
+    pub fn pid(&mut self) -> Result<u32> {
+        Ok(self.proc()?.pid())
+    }
+
     /// Resident memory, bytes.
     pub fn resident_bytes(&mut self) -> Result<u64> {
         let pid = self.proc()?.pid();

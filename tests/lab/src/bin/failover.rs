@@ -8,17 +8,19 @@
 //!          "spis_changed":0,"tcp_broken":0,"packets_checked":2300000,"iv_repeats":0,
 //!          "reordered_max":0,"ike_exchanges":0,"tcp_connections":100,"clear_text":0,"arp_claims":0,
 //!          "sent_after_thaw":0,"frames_checked":4600000,
-//!          "failed":0,"spis_compared":200,"marks_seen":50}}
+//!          "failed":0,"stood_still":0,"spis_compared":200,"marks_seen":50}}
 //! ```
 //! Numbers ending in `_ms` are milliseconds, percentiles are nearest-rank, everything else counts over all
 //! trials of the kind (`…_max`: the worst trial). `trials` counts the measured ones and `failed` those that did not recover within
-//! 10 s, after which the network is built anew. `marks_seen` proves the capture that `ike_exchanges` is counted in.
+//! 10 s, after which the network is built anew. `stood_still` are trials that broke a bar while the machine itself stood still
+//! for a heartbeat interval or longer (`lab::stall`): played again and not counted, at most one in ten. `marks_seen` proves the capture that `ike_exchanges` is counted in.
 //! Exit code 0: every trial recovered and nothing was seen that
 //! must never be (IV repeats, clear text, ARP claims of a dead host, changed SPIs, broken connections).
 
 use clap::Parser;
 use lab::run::Run;
 use lab::scene::{PeerKind, Scene, Setup};
+use lab::stall::StallWatch;
 use lab::stats::{maximum, nearest_rank};
 use lab::tandem::Bins;
 use lab::trial::{Kind, Outcome, run_trial};
@@ -28,6 +30,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+
+/// A machine that stood still for this long, a heartbeat interval, is no ground to judge a pair on.
+const STOOD_STILL: Duration = Duration::from_millis(20);
 
 #[derive(Parser)]
 #[command(
@@ -105,6 +110,7 @@ struct Summary {
     sent_after_thaw: u64,
     frames_checked: u64,
     failed: u64,
+    stood_still: u64,
     spis_compared: u64,
     marks_seen: u64,
 }
@@ -135,6 +141,7 @@ impl Summary {
             sent_after_thaw: sum(|outcome| outcome.sent_after_thaw),
             frames_checked: sum(|outcome| outcome.frames),
             failed,
+            stood_still: 0,
             spis_compared: sum(|outcome| outcome.spis_compared),
             marks_seen: sum(|outcome| outcome.marks_seen),
         }
@@ -196,13 +203,17 @@ fn measure(args: &Args) -> lab::Result<u64> {
 
 fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) -> lab::Result<u64> {
     let mut scene = Scene::build(run, bins, setup, &mut |line| eprintln!("  {line}"))?;
+    let stalls = StallWatch::start()?;
     let mut summaries = BTreeMap::new();
     for kind in kinds {
         let mut seen = IvCount::of(&scene);
         let mut counted = (0, 0);
         let mut failed = 0;
+        let mut stood_still = 0;
         let mut outcomes: Vec<Outcome> = Vec::new();
-        for trial in 1..=args.trials {
+        let mut trial = 0;
+        while trial < args.trials {
+            trial += 1;
             let logged = scene.instances.each_ref().map(|instance| instance.log().len());
             let outcome = match run_trial(run, &mut scene, *kind, random_phase(), &mut |_, _| {}) {
                 Ok(outcome) => outcome,
@@ -239,13 +250,25 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
             if let Err(problem) = outcome.judge() {
                 eprintln!("      FAILED: {problem}");
                 keep_evidence(run, &scene, &format!("{}-{trial}", kind.key()), logged)?;
+                let pause = stalls.longest(outcome.event, outcome.end);
+                if pause >= STOOD_STILL && stood_still < args.trials.div_ceil(10) {
+                    eprintln!(
+                        "      not counted, played again: the machine stood still for {:.0} ms",
+                        clock::millis(pause)
+                    );
+                    stood_still += 1;
+                    trial -= 1;
+                    scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
+                    continue;
+                }
             }
             scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
             outcomes.push(outcome);
         }
         scene.look(run)?.discard();
         seen.add_to(&scene, &mut counted);
-        let summary = Summary::of(&outcomes, failed, counted);
+        let summary =
+            Summary { stood_still: stood_still.into(), ..Summary::of(&outcomes, failed, counted) };
         summaries.insert(kind.key(), summary);
     }
     scene.check_clean()?;

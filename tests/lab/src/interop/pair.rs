@@ -115,6 +115,16 @@ fn each_fault(lab: &Lab<'_>) -> Result<String> {
             outcome.lost()
         ));
     }
+    for instance in &mut scene.instances {
+        // The control thread has the process's id.
+        let (holders, control) = (instance.holders_of_the_link()?, instance.pid()?);
+        ensure(holders == [control], || {
+            format!(
+                "{}: threads {holders:?} hold the pair link, control is {control}",
+                instance.name
+            )
+        })?;
+    }
     finish(lab, &mut scene)?;
     Ok(format!("{}; {} IVs checked", found.join(", "), scene.ivs.checked))
 }
