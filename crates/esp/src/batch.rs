@@ -58,7 +58,7 @@ pub enum Verdict {
         endpoint: EndpointId,
     },
     /// [`Slot::packet`] is as it was read: hand it to the instance that owns
-    /// the endpoint, with [`Slot::direction`].
+    /// the endpoint, with [`Slot::direction`]; back, if it is [`Slot::steered`].
     Steer {
         /// The endpoint that it belongs to.
         endpoint: EndpointId,
@@ -69,13 +69,22 @@ pub enum Verdict {
     Drop(Reason),
 }
 
+/// How a packet came over the pair link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Steered {
+    /// The endpoint that the other instance chose for it.
+    pub endpoint: EndpointId,
+    /// It had come from here, but the endpoint had left meanwhile.
+    pub back: bool,
+}
+
 /// One packet's buffer, with what is known about the packet.
 pub struct Slot {
     buf: Box<[u8]>,
     start: usize,
     len: usize,
     /// Came from the other instance over the pair link. Set by the worker.
-    pub steered: bool,
+    pub steered: Option<Steered>,
     /// ECN field of the outer header, if the socket tells it. Set by the
     /// worker for inbound packets.
     pub ecn: Ecn,
@@ -96,7 +105,7 @@ impl Slot {
             buf: vec![0; slot_len].into_boxed_slice(),
             start: HEADROOM,
             len: 0,
-            steered: false,
+            steered: None,
             ecn: Ecn::NotEct,
             peer: None,
             direction: Direction::Outbound,
@@ -109,7 +118,7 @@ impl Slot {
     pub fn clear(&mut self) {
         self.start = HEADROOM;
         self.len = 0;
-        self.steered = false;
+        self.steered = None;
         self.ecn = Ecn::NotEct;
         self.peer = None;
         self.verdict = Verdict::Pending;

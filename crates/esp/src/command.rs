@@ -9,6 +9,7 @@ use crypto::aead::AeadAlg;
 use wire::id::{ConnectionId, EndpointId, EspSpi, Term};
 use wire::ts::TrafficSelector;
 
+use crate::pin::Pin;
 use crate::replay::Window;
 
 /// Least size of a lease of sequence numbers (ha.md, "ESP counters").
@@ -81,6 +82,8 @@ pub struct Policy {
     pub local_ts: Vec<TrafficSelector>,
     /// The peer's side.
     pub remote_ts: Vec<TrafficSelector>,
+    /// What decides which flows the tunnel of `connection` at `endpoint` gets.
+    pub pin: Pin,
 }
 
 /// Exact counters of one SA at one moment.
@@ -171,6 +174,23 @@ pub enum Command {
         /// otherwise drop them.
         steer: bool,
     },
+    /// Whether the other instance lives and owns the endpoint: while it is not
+    /// owned here, its packets are handed over.
+    Steer {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// On or off.
+        on: bool,
+    },
+    /// Hands packets that the other instance handed over back to it until
+    /// then, once, if the endpoint is not owned here any more: they left when
+    /// it was.
+    HandBack {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// End, on the clock of `now`.
+        until: Duration,
+    },
     /// Queues what arrives directly for the endpoint until then, while steered
     /// packets pass, so that order within a flow is kept after a switchover.
     HoldDirect {
@@ -207,6 +227,13 @@ pub enum Command {
     Query {
         /// Given back in the answer.
         token: u64,
+    },
+    /// Asks for [`Report::Flows`](crate::Report::Flows).
+    Flows {
+        /// Given back in the answer.
+        token: u64,
+        /// On the clock of the packets.
+        now: Duration,
     },
 }
 

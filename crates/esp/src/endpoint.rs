@@ -18,6 +18,7 @@ use core::time::Duration;
 use crypto::aead::IvSequence;
 use wire::id::Term;
 
+use crate::batch::Steered;
 use crate::queue::Queue;
 use crate::reason::Reason;
 use crate::sa::Ownership;
@@ -38,9 +39,9 @@ pub(crate) enum Obey {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// Not ours; nobody to steer to.
+    /// Not ours.
     Idle,
-    /// Not ours; the other instance's.
+    /// Ours a moment ago, now the other instance's; the queue goes there, too.
     Steering,
     /// Ours.
     Owner {
@@ -67,7 +68,7 @@ pub(crate) enum Admission {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Arrival {
     /// Over the pair link.
-    pub(crate) steered: bool,
+    pub(crate) steered: Option<Steered>,
     /// Out of the endpoint's own queue.
     pub(crate) released: bool,
 }
@@ -82,13 +83,26 @@ pub(crate) struct Endpoint {
     pub(crate) ivs: IvSequence,
     pub(crate) seq_jump: u64,
     pub(crate) direct_until: Duration,
+    /// The other instance lives and owns it.
+    pub(crate) others: bool,
+    /// Until then, packets that were handed over to us are handed back.
+    pub(crate) back_until: Duration,
     pub(crate) queue: Queue,
 }
 
 impl Endpoint {
     pub(crate) fn new(queue: Queue) -> Self {
         let ivs = IvSequence::new(0);
-        Self { role: Role::Idle, term: None, ivs, seq_jump: 0, direct_until: Duration::ZERO, queue }
+        Self {
+            role: Role::Idle,
+            term: None,
+            ivs,
+            seq_jump: 0,
+            direct_until: Duration::ZERO,
+            others: false,
+            back_until: Duration::ZERO,
+            queue,
+        }
     }
 
     /// The ownership, if it is ours, held or not.
@@ -111,7 +125,7 @@ impl Endpoint {
             Role::Owner { held: false, .. } => {
                 // Steered packets are older than what arrives directly: they
                 // pass, the others wait for them.
-                let direct = !arrival.steered && !arrival.released;
+                let direct = arrival.steered.is_none() && !arrival.released;
                 if direct && (in_line || now < self.direct_until) {
                     return Admission::Queue;
                 }
@@ -120,11 +134,18 @@ impl Endpoint {
                     None => Admission::Drop(Reason::NotOwner),
                 }
             }
-            // ha.md: steered packets are never steered again.
-            Role::Steering if arrival.steered => Admission::Drop(Reason::SteeredTwice),
+            // ha.md: steered packets are never steered again. Those that met a switchover under way are handed back,
+            // once, and whoever gets them back keeps or drops them.
+            Role::Steering
+                if arrival.steered.is_some_and(|steered| steered.back || now >= self.back_until) =>
+            {
+                Admission::Drop(Reason::SteeredTwice)
+            }
             Role::Steering if in_line => Admission::Queue,
             Role::Steering => Admission::Steer,
-            Role::Idle => Admission::Drop(Reason::NotOwner),
+            Role::Idle if !self.others => Admission::Drop(Reason::NotOwner),
+            Role::Idle if arrival.steered.is_some() => Admission::Drop(Reason::SteeredTwice),
+            Role::Idle => Admission::Steer,
         }
     }
 

@@ -24,6 +24,7 @@
 //! | `sa` | sequence numbers, IVs, leases and terms of one SA; seal and open |
 //! | [`replay`] | the inbound window (RFC 6479) |
 //! | `policy` | which SA an outbound packet belongs to |
+//! | [`pin`] | which of several tunnels a flow takes |
 //! | `endpoint` | owner, held, steering, idle |
 //! | `table`, `queue`, `ecn` | SAs by SPI; held packets; RFC 6040 |
 //! | [`reason`] | why packets are dropped, and counters |
@@ -36,6 +37,7 @@ pub mod coalesce;
 pub mod command;
 mod ecn;
 mod endpoint;
+pub mod pin;
 mod policy;
 mod queue;
 pub mod reason;
@@ -45,13 +47,13 @@ mod sa;
 pub mod shard;
 mod table;
 
-pub use batch::{Batch, Direction, HEADROOM, SLOT_LEN, Slot, TAILROOM, Verdict};
+pub use batch::{Batch, Direction, HEADROOM, SLOT_LEN, Slot, Steered, TAILROOM, Verdict};
 pub use command::{
     Command, CommandError, Counters, INITIAL_CEILING, LEASE_MIN, Policy, Sa, ceiling_for,
 };
 pub use reason::{Reason, Stats};
 pub use replay::Window;
-pub use report::{Expiry, Report, SaStats, Snapshot, Tops};
+pub use report::{Expiry, Flow, Report, SaStats, Snapshot, Tops};
 pub use shard::{Config, Shard};
 
 #[cfg(test)]

@@ -1,6 +1,14 @@
 //! Which SA an outbound packet belongs to: the selectors of the SAs in
-//! outbound use, most specific first, newest first among equals; behind them
-//! the configured policies, which tell "no SA yet" from "not ours to protect".
+//! outbound use, most specific first; behind them the configured policies,
+//! which tell "no SA yet" from "not ours to protect".
+//!
+//! ```text
+//!  packet ─► most specific selectors that match ─► their connection ─► its live tunnels that match
+//!                                                             pin ─► one of them ─► its newest SA
+//! ```
+//! Both instances hold the SAs of all endpoints, so both choose alike; nothing
+//! that differs between them (the age of an SA) has a say before the tunnel is
+//! chosen.
 //!
 //! A direct-mapped cache of flows stands in front; any change of the table
 //! empties it by raising the epoch.
@@ -10,17 +18,30 @@ use core::net::IpAddr;
 use core::slice;
 use core::time::Duration;
 
-use wire::id::{EndpointId, EspSpi};
-use wire::ip::{L4, Packet};
+use wire::id::{ConnectionId, EndpointId, EspSpi};
+use wire::ip::{Fragment, L4, Packet};
 use wire::ts::{AddrRange, TrafficSelector};
 
 use crate::command::Policy;
-use crate::report::Report;
+use crate::pin::{self, Lot, Pin};
+use crate::report::{Flow, Report};
 
 /// Lines of the flow cache; a power of two.
-const CACHE_LINES: usize = 512;
+const CACHE_LINES: usize = 4096;
 /// A policy without an SA is reported at most this often.
 const NO_SA_INTERVAL: Duration = Duration::from_secs(1);
+/// The same while another tunnel of the connection carries its packets.
+const MISSING_INTERVAL: Duration = Duration::from_secs(10);
+/// A flow that sent nothing for this long is not shown any more.
+const SHOWN_FOR: Duration = Duration::from_secs(60);
+
+/// A tunnel whose SA is to be used.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tunnel {
+    pub(crate) endpoint: EndpointId,
+    pub(crate) connection: ConnectionId,
+    pub(crate) spi_in: EspSpi,
+}
 
 /// Small is specific: fewer addresses, then a protocol, then fewer ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,7 +82,18 @@ struct Entry {
     age: Reverse<u64>,
     local: TrafficSelector,
     remote: TrafficSelector,
-    spi_in: EspSpi,
+    tunnel: Tunnel,
+    pin: Pin,
+}
+
+impl Entry {
+    fn order(&self) -> (Rank, ConnectionId, Reverse<u64>) {
+        (self.rank, self.tunnel.connection, self.age)
+    }
+
+    fn covers(&self, packet: &Packet) -> bool {
+        packet.matches(slice::from_ref(&self.local), slice::from_ref(&self.remote))
+    }
 }
 
 #[derive(Debug)]
@@ -71,17 +103,42 @@ struct Configured {
     ask: bool,
 }
 
+impl Configured {
+    /// Which child of which connection: the same at all its endpoints.
+    fn tunnel_child(&self) -> (ConnectionId, u16) {
+        (self.policy.connection, self.policy.child)
+    }
+
+    /// Asks for an SA; whether that is news.
+    fn want(&mut self, now: Duration, interval: Duration) -> bool {
+        let due = self.asked.is_none_or(|asked| now >= asked + interval);
+        if due {
+            self.asked = Some(now);
+            self.ask = true;
+        }
+        due
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Key {
     src: IpAddr,
     dst: IpAddr,
     protocol: u8,
     l4: L4,
+    /// Fragments are pinned without their ports.
+    whole: bool,
 }
 
 impl Key {
     fn of(packet: &Packet) -> Self {
-        Self { src: packet.src, dst: packet.dst, protocol: packet.protocol, l4: packet.l4 }
+        Self {
+            src: packet.src,
+            dst: packet.dst,
+            protocol: packet.protocol,
+            l4: packet.l4,
+            whole: packet.fragment == Fragment::Whole,
+        }
     }
 
     /// Where it sits in the cache. Only spread matters: a collision costs a
@@ -112,6 +169,8 @@ struct Line {
     epoch: u64,
     key: Key,
     spi_in: EspSpi,
+    endpoint: EndpointId,
+    seen: Duration,
 }
 
 /// Where a packet belongs.
@@ -133,6 +192,8 @@ pub(crate) struct Policies {
     epoch: u64,
     uses: u64,
     asking: bool,
+    /// When tunnels were last looked for that are not up.
+    missed_at: Duration,
 }
 
 impl Policies {
@@ -144,6 +205,7 @@ impl Policies {
             epoch: 0,
             uses: 0,
             asking: false,
+            missed_at: Duration::ZERO,
         }
     }
 
@@ -152,44 +214,62 @@ impl Policies {
             .into_iter()
             .map(|policy| Configured { policy, asked: None, ask: false })
             .collect();
+        for at in 0..self.entries.len() {
+            let pin = self.entries.get(at).map(|entry| self.pin(entry.tunnel));
+            if let (Some(entry), Some(pin)) = (self.entries.get_mut(at), pin) {
+                entry.pin = pin;
+            }
+        }
+        self.epoch += 1;
     }
 
-    /// Puts an SA into outbound use, in front of others that match alike.
+    /// The pin of a tunnel. One that is configured no more has its endpoint's number for a name.
+    fn pin(&self, tunnel: Tunnel) -> Pin {
+        let of_it = |c: &&Configured| {
+            (c.policy.connection, c.policy.endpoint) == (tunnel.connection, tunnel.endpoint)
+        };
+        let found = self.configured.iter().find(of_it).map(|c| c.policy.pin);
+        found.unwrap_or(Pin { id: tunnel.endpoint.0.into(), weight: 1 })
+    }
+
+    /// Puts an SA into outbound use, in front of others of its tunnel that match alike.
     pub(crate) fn use_sa(
         &mut self,
-        spi_in: EspSpi,
+        tunnel: Tunnel,
         local: &[TrafficSelector],
         remote: &[TrafficSelector],
     ) {
         self.uses += 1;
-        self.insert(spi_in, Reverse(self.uses), local, remote);
+        self.insert(tunnel, Reverse(self.uses), local, remote);
     }
 
     /// Replaces the selectors of an SA in outbound use; its age stays.
     pub(crate) fn refresh(
         &mut self,
-        spi_in: EspSpi,
+        tunnel: Tunnel,
         local: &[TrafficSelector],
         remote: &[TrafficSelector],
     ) {
-        if let Some(age) = self.entries.iter().find(|e| e.spi_in == spi_in).map(|e| e.age) {
-            self.insert(spi_in, age, local, remote);
+        let known = self.entries.iter().find(|e| e.tunnel.spi_in == tunnel.spi_in);
+        if let Some(age) = known.map(|e| e.age) {
+            self.insert(tunnel, age, local, remote);
         }
     }
 
     fn insert(
         &mut self,
-        spi_in: EspSpi,
+        tunnel: Tunnel,
         age: Reverse<u64>,
         local: &[TrafficSelector],
         remote: &[TrafficSelector],
     ) {
-        self.remove(spi_in);
+        self.remove(tunnel.spi_in);
+        let pin = self.pin(tunnel);
         for local in local {
             for remote in remote {
                 let rank = Rank::of(local, remote);
-                let at = self.entries.partition_point(|e| (e.rank, e.age) < (rank, age));
-                let entry = Entry { rank, age, local: *local, remote: *remote, spi_in };
+                let entry = Entry { rank, age, local: *local, remote: *remote, tunnel, pin };
+                let at = self.entries.partition_point(|e| e.order() < entry.order());
                 self.entries.insert(at, entry);
             }
         }
@@ -197,51 +277,134 @@ impl Policies {
 
     /// Takes an SA out of outbound use.
     pub(crate) fn remove(&mut self, spi_in: EspSpi) {
-        self.entries.retain(|entry| entry.spi_in != spi_in);
+        self.entries.retain(|entry| entry.tunnel.spi_in != spi_in);
         self.epoch += 1;
     }
 
-    /// Where an outbound packet belongs.
+    /// Where an outbound packet belongs; `bytes` are those it was parsed from. One that the other
+    /// instance has pinned and handed over brings the endpoint it was `chosen` for.
     #[inline]
-    pub(crate) fn lookup(&mut self, packet: &Packet) -> Match {
+    pub(crate) fn lookup(
+        &mut self,
+        now: Duration,
+        packet: &Packet,
+        bytes: &[u8],
+        chosen: Option<EndpointId>,
+    ) -> Match {
         let key = Key::of(packet);
         let at = key.line();
-        if let Some(Some(line)) = self.cache.get(at)
+        if let Some(Some(line)) = self.cache.get_mut(at)
             && line.epoch == self.epoch
             && line.key == key
+            && chosen.is_none_or(|chosen| chosen == line.endpoint)
         {
+            line.seen = now;
             return Match::Sa(line.spi_in);
         }
-        self.search(packet, key, at)
+        match self.search(packet, bytes, chosen) {
+            Some(tunnel) => {
+                self.want_missing(now, tunnel.connection, packet);
+                // Errors about different flows have one key.
+                if !packet.is_icmp_error()
+                    && let Some(line) = self.cache.get_mut(at)
+                {
+                    let Tunnel { endpoint, spi_in, .. } = tunnel;
+                    *line = Some(Line { epoch: self.epoch, key, spi_in, endpoint, seen: now });
+                }
+                Match::Sa(tunnel.spi_in)
+            }
+            None => self.search_configured(packet, chosen),
+        }
     }
 
-    fn search(&mut self, packet: &Packet, key: Key, at: usize) -> Match {
-        let covers = |local, remote| {
-            packet.matches(slice::from_ref::<TrafficSelector>(local), slice::from_ref(remote))
-        };
-        if let Some(entry) = self.entries.iter().find(|e| covers(&e.local, &e.remote)) {
-            if let Some(line) = self.cache.get_mut(at) {
-                *line = Some(Line { epoch: self.epoch, key, spi_in: entry.spi_in });
-            }
-            return Match::Sa(entry.spi_in);
-        }
-        let found = self
-            .configured
+    fn search(
+        &self,
+        packet: &Packet,
+        bytes: &[u8],
+        chosen: Option<EndpointId>,
+    ) -> Option<Tunnel> {
+        let first = self.entries.iter().position(|entry| entry.covers(packet))?;
+        let rest = self.entries.get(first..)?;
+        let (rank, connection) = rest.first().map(|e| (e.rank, e.tunnel.connection))?;
+        let alike = rest
             .iter()
-            .position(|c| packet.matches(&c.policy.local_ts, &c.policy.remote_ts));
-        match found.and_then(|at| Some((at, self.configured.get(at)?.policy.endpoint))) {
-            Some((at, endpoint)) => Match::NoSa(at, endpoint),
+            .take_while(|e| (e.rank, e.tunnel.connection) == (rank, connection))
+            .filter(|e| e.covers(packet));
+        // The other instance may know of a tunnel a moment before it is in use here.
+        if let Some(chosen) = chosen
+            && let Some(entry) = alike.clone().find(|e| e.tunnel.endpoint == chosen)
+        {
+            return Some(entry.tunnel);
+        }
+        let hash = pin::flow_hash(&packet.pinned_flow(bytes));
+        let mut best: Option<(Lot, Tunnel)> = None;
+        for entry in alike {
+            // Older SAs of a tunnel draw what the newest drew, and do not beat it.
+            let lot = entry.pin.draw(hash);
+            if best.is_none_or(|(best, _)| lot.beats(&best)) {
+                best = Some((lot, entry.tunnel));
+            }
+        }
+        best.map(|(_, tunnel)| tunnel)
+    }
+
+    fn search_configured(&self, packet: &Packet, chosen: Option<EndpointId>) -> Match {
+        let matching = self.configured.iter().enumerate().filter(|(_, c)| {
+            packet.matches(&c.policy.local_ts, &c.policy.remote_ts)
+        });
+        let chosen = matching.clone().find(|(_, c)| Some(c.policy.endpoint) == chosen);
+        match chosen.or_else(|| matching.clone().next()) {
+            Some((at, configured)) => Match::NoSa(at, configured.policy.endpoint),
             None => Match::None,
         }
     }
 
-    /// Notes that a packet wanted an SA of a configured policy.
+    /// Flows of the last minute, from the cache: those that shared a line with a later one are missing.
+    pub(crate) fn flows(&self, now: Duration) -> Vec<Flow> {
+        let lines = self.cache.iter().flatten();
+        let shown = lines.filter(|l| l.epoch == self.epoch && now < l.seen + SHOWN_FOR);
+        shown
+            .map(|line| Flow {
+                src: line.key.src,
+                dst: line.key.dst,
+                protocol: line.key.protocol,
+                ports: match line.key.l4 {
+                    L4::Ports { src, dst } => Some((src, dst)),
+                    L4::Single(_) | L4::Hidden => None,
+                },
+                endpoint: line.endpoint,
+                spi_in: line.spi_in,
+                idle: now.saturating_sub(line.seen),
+            })
+            .collect()
+    }
+
+    /// Notes that a packet wanted an SA of a configured policy, or of its like at other endpoints.
     pub(crate) fn want_sa(&mut self, at: usize, now: Duration) {
-        let Some(configured) = self.configured.get_mut(at) else { return };
-        if configured.asked.is_none_or(|asked| now >= asked + NO_SA_INTERVAL) {
-            configured.asked = Some(now);
-            configured.ask = true;
-            self.asking = true;
+        let Some(wanted) = self.configured.get(at).map(|c| c.tunnel_child()) else { return };
+        for configured in self.configured.iter_mut().filter(|c| c.tunnel_child() == wanted) {
+            self.asking |= configured.want(now, NO_SA_INTERVAL);
+        }
+    }
+
+    /// Notes that a tunnel carries a packet which others of its connection would carry, too.
+    fn want_missing(&mut self, now: Duration, connection: ConnectionId, packet: &Packet) {
+        if now < self.missed_at + NO_SA_INTERVAL {
+            return;
+        }
+        self.missed_at = now;
+        let entries = &self.entries;
+        let is_up = |endpoint| {
+            let at_it = |e: &Entry| (e.tunnel.connection, e.tunnel.endpoint) == (connection, endpoint);
+            entries.iter().any(|e| at_it(e) && e.covers(packet))
+        };
+        let missing = self.configured.iter_mut().filter(|c| {
+            c.policy.connection == connection
+                && packet.matches(&c.policy.local_ts, &c.policy.remote_ts)
+                && !is_up(c.policy.endpoint)
+        });
+        for configured in missing {
+            self.asking |= configured.want(now, MISSING_INTERVAL);
         }
     }
 

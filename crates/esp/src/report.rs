@@ -1,6 +1,6 @@
 //! What a shard tells the control thread.
 
-use core::net::SocketAddr;
+use core::net::{IpAddr, SocketAddr};
 use core::time::Duration;
 
 use wire::id::{ConnectionId, EndpointId, EspSpi, Term};
@@ -102,6 +102,25 @@ pub struct Snapshot {
     pub sas: Vec<SaStats>,
 }
 
+/// A flow that sent something lately, and where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow {
+    /// Source of the inner packets.
+    pub src: IpAddr,
+    /// Destination.
+    pub dst: IpAddr,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Source and destination port, where the protocol has them.
+    pub ports: Option<(u16, u16)>,
+    /// The endpoint of its tunnel.
+    pub endpoint: EndpointId,
+    /// The SA that it leaves by, or that its owner lets it leave by.
+    pub spi_in: EspSpi,
+    /// Since its last packet here.
+    pub idle: Duration,
+}
+
 /// Something the control thread should know. Reports about one SA or policy
 /// coalesce until they are polled.
 #[allow(
@@ -181,4 +200,11 @@ pub enum Report {
     },
     /// Answer to `Query`.
     Snapshot(Box<Snapshot>),
+    /// Answer to `Flows`.
+    Flows {
+        /// From the command.
+        token: u64,
+        /// What is in the cache.
+        flows: Vec<Flow>,
+    },
 }

@@ -12,7 +12,7 @@ use wire::ip::Packet;
 use crate::batch::{Batch, Direction, SLOT_LEN, Slot, Verdict};
 use crate::command::{Command, CommandError, Counters, Sa};
 use crate::endpoint::{Admission, Arrival, Endpoint, Obey, Role};
-use crate::policy::{Match, Policies};
+use crate::policy::{Match, Policies, Tunnel};
 use crate::queue::Queue;
 use crate::reason::{Reason, Stats};
 use crate::report::{Report, Snapshot, Tops};
@@ -160,7 +160,7 @@ impl Shard {
             Command::UseOutbound { spi_in } => {
                 let sa = self.table.get_mut(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
                 sa.used = true;
-                self.policies.use_sa(spi_in, &sa.local_ts, &sa.remote_ts);
+                self.policies.use_sa(tunnel_of(sa), &sa.local_ts, &sa.remote_ts);
             }
             Command::Move { spi_in, local, remote, udp_encap } => {
                 let sa = self.table.get_mut(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
@@ -217,9 +217,12 @@ impl Shard {
                 let e = self.endpoint(endpoint)?;
                 e.role = if steer { Role::Steering } else { Role::Idle };
                 e.direct_until = Duration::ZERO;
+                e.back_until = Duration::ZERO;
                 let term = e.term;
                 self.answers.push_back(Report::Disowned { endpoint, term, counters });
             }
+            Command::Steer { endpoint, on } => self.endpoint(endpoint)?.others = on,
+            Command::HandBack { endpoint, until } => self.endpoint(endpoint)?.back_until = until,
             Command::HoldDirect { endpoint, until } => {
                 self.endpoint(endpoint)?.direct_until = until;
             }
@@ -266,6 +269,10 @@ impl Shard {
                 let sas = self.table.iter().map(SaState::stats);
                 let snapshot = Snapshot { token, stats: self.stats, sas: sas.collect() };
                 self.answers.push_back(Report::Snapshot(Box::new(snapshot)));
+            }
+            Command::Flows { token, now } => {
+                let flows = self.policies.flows(now);
+                self.answers.push_back(Report::Flows { token, flows });
             }
         }
         Ok(())
@@ -380,7 +387,7 @@ impl Shard {
             old.update(sa);
             note(old, &mut self.noted);
             if old.used {
-                self.policies.refresh(spi_in, &old.local_ts, &old.remote_ts);
+                self.policies.refresh(tunnel_of(old), &old.local_ts, &old.remote_ts);
             }
             return Ok(());
         }
@@ -482,7 +489,8 @@ impl Shard {
     ) -> Result<Verdict, Reason> {
         let packet = Packet::parse(slot.packet()).map_err(|_| Reason::MalformedInner)?;
         let arrival = Arrival { steered: slot.steered, released };
-        let spi_in = match self.policies.lookup(&packet) {
+        let chosen = slot.steered.map(|steered| steered.endpoint);
+        let spi_in = match self.policies.lookup(now, &packet, slot.packet(), chosen) {
             Match::Sa(spi_in) => spi_in,
             Match::NoSa(at, endpoint) => {
                 return match self.endpoint(endpoint).map(|e| e.admit(now, arrival)) {
@@ -562,6 +570,10 @@ fn is_inside_fence(fences: &[Duration], endpoint: EndpointId, now: Duration) -> 
 
 fn hold(queue: &mut Queue, slot: &mut Slot) -> Result<Verdict, Reason> {
     if queue.push(slot) { Ok(Verdict::Held) } else { Err(Reason::QueueFull) }
+}
+
+fn tunnel_of(sa: &SaState) -> Tunnel {
+    Tunnel { endpoint: sa.endpoint, connection: sa.connection, spi_in: sa.spi_in }
 }
 
 /// Lists an SA that has something to report.

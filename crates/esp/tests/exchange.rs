@@ -137,6 +137,7 @@ fn policy(connection: u16, child: u16, local: &str, remote: &str) -> Policy {
         child,
         local_ts: vec![ts(local)],
         remote_ts: vec![ts(remote)],
+        pin: Pin { id: 1, weight: 1 },
     }
 }
 
@@ -260,7 +261,7 @@ fn not_owned_is_dropped_or_steered_but_never_twice() {
         [(Direction::Outbound, numbered(1)), (Direction::Inbound, esp.clone())]
     {
         let mut batch = batch_of(&[packet]);
-        batch.slots_mut()[0].steered = true;
+        batch.slots_mut()[0].steered = Some(Steered { endpoint: MAIN, back: false });
         match direction {
             Direction::Outbound => shard.outbound(ms(1), OPEN, &mut batch),
             Direction::Inbound => shard.inbound(ms(1), OPEN, &mut batch),
@@ -359,7 +360,7 @@ fn switchover_loses_and_reorders_nothing() {
     let mut delivered = Vec::new();
     for (direction, _, packet) in steered {
         let mut batch = batch_of(&[packet]);
-        batch.slots_mut()[0].steered = true;
+        batch.slots_mut()[0].steered = Some(Steered { endpoint: MAIN, back: false });
         match direction {
             Direction::Outbound => new.outbound(ms(13), OPEN, &mut batch),
             Direction::Inbound => new.inbound(ms(13), OPEN, &mut batch),

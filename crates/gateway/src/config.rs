@@ -77,6 +77,25 @@ pub struct EndpointParts {
     pub lan: Option<LanParts>,
     /// What becomes of it when its owner dies.
     pub on_failure: OnFailure,
+    /// Its tunnels' share of their connections' flows.
+    pub weight: u32,
+    /// How it comes home.
+    pub home_coming: HomeComing,
+}
+
+/// How an endpoint that the other instance owns comes back to its home.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HomeComing {
+    /// By itself, or only when an operator asks.
+    pub preempt: bool,
+    /// How long its home must have been ready before.
+    pub hold_down: Duration,
+}
+
+impl Default for HomeComing {
+    fn default() -> Self {
+        Self { preempt: true, hold_down: Duration::from_secs(30) }
+    }
 }
 
 /// WAN side of an endpoint by names.
@@ -202,6 +221,10 @@ pub struct Endpoint {
     pub lan: Option<Lan>,
     /// What becomes of it when its owner dies.
     pub on_failure: OnFailure,
+    /// Its tunnels' share of their connections' flows.
+    pub weight: u32,
+    /// How it comes home.
+    pub home_coming: HomeComing,
 }
 
 /// WAN side of an endpoint.
@@ -331,6 +354,8 @@ impl Config {
                 },
                 lan,
                 on_failure: part.on_failure,
+                weight: part.weight,
+                home_coming: part.home_coming,
             });
         }
         // peers.md 7: INITIAL_CONTACT deletes every SA of an identity pair, at any address.

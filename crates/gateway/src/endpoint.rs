@@ -82,6 +82,12 @@ pub(crate) struct Endpoint {
     pub(crate) valid_until: Duration,
     /// Counters that a winner after a split still waits for.
     pub(crate) owes_counters: bool,
+    /// Since when the other instance could take it, and should.
+    pub(crate) welcome_since: Option<Duration>,
+    /// When it was last offered by our own plan.
+    pub(crate) offered_at: Option<Duration>,
+    /// What the shards were last told of who else owns it.
+    pub(crate) others: bool,
     /// By connection: what last failed, whoever began it, for status.
     pub(crate) last_error: std::collections::BTreeMap<String, (String, Duration)>,
 }
@@ -101,6 +107,9 @@ impl Endpoint {
             mode: ha::Mode::Solo,
             valid_until: Duration::ZERO,
             owes_counters: false,
+            welcome_since: None,
+            offered_at: None,
+            others: false,
             last_error: std::collections::BTreeMap::new(),
         }
     }

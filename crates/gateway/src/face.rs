@@ -6,7 +6,7 @@ use core::time::Duration;
 
 use wire::id::{EndpointId, Term};
 
-use crate::status::{Status, TunnelState};
+use crate::status::{FlowStatus, Status, TunnelState};
 
 /// Something for the runtime to do, in this order. The runtime does it before its next input.
 pub enum Output {
@@ -119,6 +119,12 @@ pub enum Request {
         /// Name of one endpoint.
         endpoint: Option<String>,
     },
+    /// Give all endpoints to the other instance, and take none back unasked.
+    Drain,
+    /// Take endpoints back.
+    Undrain,
+    /// The flows that the shards know of.
+    Flows,
     /// Bring a connection up.
     Up {
         /// Its name.
@@ -145,8 +151,12 @@ pub enum Request {
 pub enum Answer {
     /// To [`Request::Status`].
     Status(Box<Status>),
-    /// To [`Request::Failover`]: every move is complete.
+    /// To [`Request::Failover`] and [`Request::Drain`]: every move is complete.
     Moved(Vec<Moved>),
+    /// To [`Request::Undrain`].
+    Undrained,
+    /// To [`Request::Flows`].
+    Flows(Vec<FlowStatus>),
     /// To [`Request::Up`]: how far the tunnel is at each endpoint, by name.
     Up(Vec<(String, TunnelState)>),
     /// To [`Request::Down`].

@@ -27,6 +27,7 @@ mod machine;
 mod pair_config;
 mod pair_events;
 pub mod peer_message;
+mod planned;
 mod requests;
 mod spi;
 pub mod status;

@@ -64,6 +64,10 @@ pub struct Gateway {
     /// Requests whose answer is not known yet.
     pub(crate) pending: Vec<Pending>,
     pub(crate) counters: Counts,
+    /// Endpoints are to leave, and not to come back.
+    pub(crate) draining: bool,
+    /// SAs that a shadow's shards will use, and from when on.
+    pub(crate) soon: VecDeque<(Duration, EndpointId, EspSpi)>,
     pub(crate) bug: Bug,
     /// So many records are damaged before they are applied; zero but in the simulation.
     pub(crate) spoil: u32,
@@ -117,6 +121,8 @@ impl Gateway {
             snapshot: None,
             pending: Vec::new(),
             counters: Counts::default(),
+            draining: false,
+            soon: VecDeque::new(),
             bug: Bug::None,
             spoil: 0,
         };
@@ -134,7 +140,8 @@ impl Gateway {
     /// When [`Gateway::handle_turn`] must be called at the latest.
     pub fn poll_timeout(&self) -> Duration {
         let mut next = self.pair.poll_timeout().min(self.next_query);
-        if let Some(deadline) = self.pending.iter().filter_map(Pending::deadline).min() {
+        let deadlines = self.pending.iter().filter_map(Pending::deadline);
+        if let Some(deadline) = deadlines.chain(self.soon.front().map(|soon| soon.0)).min() {
             next = next.min(deadline);
         }
         for endpoint in &self.endpoints {
@@ -253,6 +260,8 @@ impl Gateway {
                 self.outputs.push_back(Output::Addresses { endpoint, present: false });
             }
         }
+        self.use_soon(now, None);
+        self.plan(now);
         if now >= self.next_query {
             self.next_query = now + QUERY_EVERY;
             self.outputs.push_back(Output::Shard(esp::Command::Query { token: ROUTINE }));
@@ -351,6 +360,7 @@ impl Gateway {
                 self.with_sa(now, spi_in, |ike, cx| ike.note_moved(cx, spi_in, from));
             }
             esp::Report::Snapshot(snapshot) => self.take_snapshot(now, snapshot),
+            esp::Report::Flows { token, flows } => self.answer_flows(token, &flows),
         }
         self.pump(now);
     }
@@ -402,6 +412,13 @@ impl Gateway {
                 break;
             }
         }
+        for e in &mut self.endpoints {
+            let on = self.pair.others(e.ha_id());
+            if on != e.others {
+                e.others = on;
+                self.outputs.push_back(Output::Shard(esp::Command::Steer { endpoint: e.id, on }));
+            }
+        }
         self.settle_requests(now);
         while let Some(transmit) = self.pair.poll_transmit() {
             self.outputs.push_back(Output::Pair(transmit));
@@ -417,7 +434,7 @@ impl Gateway {
             let ike::Transition { puts, deletes, children, transmits } = transition;
             let mut release = Release { transmits, use_outbound: Vec::new() };
             for op in children {
-                install(&mut self.outputs, &mut self.spis, e, op, Some(&mut release.use_outbound));
+                install(&mut self.outputs, &mut self.spis, e, op, &mut release.use_outbound);
             }
             if !puts.is_empty() || !deletes.is_empty() {
                 let batch = ha::Batch {
@@ -523,12 +540,37 @@ impl Gateway {
     }
 
     /// Child SAs that came in a record: into the shards of a shadow.
-    pub(crate) fn install_shadow(&mut self, index: usize, mut ops: Vec<ike::ChildOp>) {
+    ///
+    /// The owner begins to use an SA when we have acknowledged it, and flows are pinned to a tunnel by who uses it: so a
+    /// shadow waits a moment, lest it hand over packets that the owner would pin elsewhere.
+    pub(crate) fn install_shadow(
+        &mut self,
+        now: Duration,
+        index: usize,
+        mut ops: Vec<ike::ChildOp>,
+    ) {
         let Some(e) = self.endpoints.get_mut(index) else { return };
         // A snapshot may bring SAs of another lineage into the slots of those that it removes.
         ops.sort_by_key(|op| !matches!(op, ike::ChildOp::Remove { .. }));
+        let mut later = Vec::new();
         for op in ops {
-            install(&mut self.outputs, &mut self.spis, e, op, None);
+            if let ike::ChildOp::Remove { spi_in } = &op {
+                self.soon.retain(|(_, _, soon)| soon != spi_in);
+            }
+            install(&mut self.outputs, &mut self.spis, e, op, &mut later);
+        }
+        let due = now + SHADOW_USE;
+        self.soon.extend(later.into_iter().map(|spi_in| (due, e.id, spi_in)));
+    }
+
+    /// Has the shards use what is due, or all of one endpoint.
+    pub(crate) fn use_soon(&mut self, now: Duration, endpoint: Option<EndpointId>) {
+        for (due, of, spi_in) in std::mem::take(&mut self.soon) {
+            if now >= due || endpoint == Some(of) {
+                self.outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in }));
+            } else {
+                self.soon.push_back((due, of, spi_in));
+            }
         }
     }
 
@@ -537,14 +579,13 @@ impl Gateway {
     }
 }
 
-/// One change of what the shards hold. With `later`, outbound use waits there for commitment; a shadow needs no wait,
-/// since its shard seals nothing.
+/// One change of what the shards hold. Outbound use waits in `later`, for commitment.
 fn install(
     outputs: &mut VecDeque<Output>,
     spis: &mut SpiPool,
     e: &mut Endpoint,
     op: ike::ChildOp,
-    later: Option<&mut Vec<EspSpi>>,
+    later: &mut Vec<EspSpi>,
 ) {
     match op {
         ike::ChildOp::Install(child) => {
@@ -570,10 +611,7 @@ fn install(
             };
             outputs.push_back(Output::Shard(esp::Command::Install(Box::new(sa))));
         }
-        ike::ChildOp::UseOutbound { spi_in } => match later {
-            Some(later) => later.push(spi_in),
-            None => outputs.push_back(Output::Shard(esp::Command::UseOutbound { spi_in })),
-        },
+        ike::ChildOp::UseOutbound { spi_in } => later.push(spi_in),
         ike::ChildOp::Move { spi_in, local, remote, udp_encap } => {
             outputs.push_back(Output::Shard(esp::Command::Move {
                 spi_in,

@@ -1,8 +1,11 @@
 //! The validated configuration in the words of `ha` and `esp`.
 
-use wire::id::ConnectionId;
+use std::net::Ipv4Addr;
 
-use crate::config::Config;
+use ike::config::RemoteAddress;
+use wire::id::{ConnectionId, EndpointId};
+
+use crate::config::{Config, Connection};
 
 /// What `ha` is told.
 pub(crate) fn of(config: &Config) -> ha::Config {
@@ -32,6 +35,17 @@ pub(crate) fn of(config: &Config) -> ha::Config {
     out
 }
 
+/// What flows are pinned by: the addresses of the tunnel as both sides configure them.
+fn pin(config: &Config, endpoint: EndpointId, connection: &Connection) -> esp::pin::Pin {
+    let endpoint = config.endpoint(endpoint);
+    let local = endpoint.map_or(Ipv4Addr::UNSPECIFIED.into(), |e| e.wan.address);
+    let remote = match connection.ike.remote_address {
+        RemoteAddress::Ip(address) => address,
+        RemoteAddress::Any => Ipv4Addr::UNSPECIFIED.into(),
+    };
+    esp::pin::Pin::of(local, remote, endpoint.map_or(1, |e| e.weight))
+}
+
 /// What must never leave in clear, whether a tunnel is up or not: every child of every connection at its endpoints.
 pub(crate) fn policies(config: &Config) -> Vec<esp::Policy> {
     let mut policies = Vec::new();
@@ -44,6 +58,7 @@ pub(crate) fn policies(config: &Config) -> Vec<esp::Policy> {
                     child: child as u16,
                     local_ts: spec.local_ts.clone(),
                     remote_ts: spec.remote_ts.clone(),
+                    pin: pin(config, *endpoint, connection),
                 });
             }
         }

@@ -17,6 +17,9 @@ use crate::peer_message::{self, Counters, ExactSa, Side};
 /// Direct arrivals wait at least this long after a switchover while steered packets pass (ha.md).
 const HOLD_DIRECT: Duration = Duration::from_millis(2);
 
+/// Packets that the other instance handed over while it still took us for the owner go back to it for so long.
+const HAND_BACK: Duration = Duration::from_millis(100);
+
 /// Above the sequence numbers of an SA that another instance made and did not tell the counters of: an unsynced takeover's
 /// jump (ha.md), more than can be sent in the seconds of a split.
 const UNKNOWN_JUMP: u64 = 1 << 28;
@@ -174,7 +177,13 @@ impl Gateway {
         for datagram in inbox {
             e.ike.handle_datagram(&mut cx, datagram.from, datagram.to, &datagram.bytes);
         }
+        e.welcome_since = None;
         let endpoint = e.id;
+        self.use_soon(now, Some(endpoint));
+        // Home again, or needed here after all: an earlier wish of the operator is served.
+        if !self.draining {
+            self.decline(now, index, false);
+        }
         self.outputs.push_back(Output::Shard(esp::Command::Own {
             endpoint,
             term,
@@ -248,6 +257,8 @@ impl Gateway {
         };
         self.outputs.push_back(Output::Shard(esp::Command::Disown { endpoint, steer }));
         if steer {
+            let until = now + HAND_BACK;
+            self.outputs.push_back(Output::Shard(esp::Command::HandBack { endpoint, until }));
             for d in inbox {
                 self.outputs.push_back(Output::SteerIke {
                     endpoint,
@@ -303,7 +314,7 @@ impl Gateway {
             Ok(ops) => {
                 e.position = position.0;
                 e.committed = position.0;
-                self.install_shadow(index, ops);
+                self.install_shadow(now, index, ops);
                 // The shards' queue is ordered, so an `Own` that follows finds these SAs: they count as installed.
                 self.pair.applied(now, endpoint, id);
             }

@@ -10,6 +10,7 @@ use crate::config::Connection;
 use crate::endpoint::{Endpoint, Part};
 use crate::face::{Answer, Moved, Output, Refusal, Request};
 use crate::machine::Gateway;
+use crate::planned::Draining;
 use crate::status::TunnelState;
 
 /// `up` is answered at the latest after this long.
@@ -22,6 +23,8 @@ pub(crate) enum Pending {
     Status { ticket: u64 },
     /// Waits for the other instance.
     Failover { ticket: u64, began: Duration, waiting: Vec<EndpointId>, done: Vec<Moved> },
+    /// Waits for the other instance to have taken all.
+    Drain(Draining),
     /// Waits for the peer, or for a failure of what we asked of it.
     Up { ticket: u64, began: Duration, connection: ConnectionId, failed: Option<String> },
 }
@@ -31,6 +34,7 @@ impl Pending {
     pub(crate) fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Up { began, .. } => Some(*began + UP_PATIENCE),
+            Self::Drain(draining) => Some(draining.deadline()),
             Self::Status { .. } | Self::Failover { .. } => None,
         }
     }
@@ -60,6 +64,18 @@ impl Gateway {
                 None
             }
             Request::Failover { endpoint } => self.failover(now, ticket, endpoint.as_deref()),
+            Request::Drain => match self.drain(now, ticket) {
+                Ok(draining) => {
+                    self.pending.push(Pending::Drain(draining));
+                    None
+                }
+                Err(answer) => Some(answer),
+            },
+            Request::Undrain => Some(self.undrain(now)),
+            Request::Flows => {
+                self.outputs.push_back(Output::Shard(esp::Command::Flows { token: ticket, now }));
+                None
+            }
             Request::Up { connection } => self.up(now, ticket, connection),
             Request::Down { connection } => Some(self.down(now, connection)),
             Request::Rekey { connection, ike, children } => {
@@ -97,8 +113,18 @@ impl Gateway {
                 ));
             }
         }
+        // Away from home it stays until it is moved back.
+        for index in waiting.iter().map(|id| usize::from(id.0)) {
+            self.decline(now, index, true);
+        }
         self.pending.push(Pending::Failover { ticket, began: now, waiting, done: Vec::new() });
         None
+    }
+
+    /// Flows of the shards, by name.
+    pub(crate) fn answer_flows(&mut self, ticket: u64, flows: &[esp::Flow]) {
+        let flows = crate::view::flows(self, flows);
+        self.outputs.push_back(Output::Answer { ticket, answer: Answer::Flows(flows) });
     }
 
     /// The connection of a name, or the answer that there is none.
@@ -236,6 +262,16 @@ impl Gateway {
                         Ok(answer) => (ticket, answer),
                         Err((waiting, done)) => {
                             self.pending.push(Pending::Failover { ticket, began, waiting, done });
+                            continue;
+                        }
+                    }
+                }
+                Pending::Drain(draining) => {
+                    let ticket = draining.ticket;
+                    match self.settle_drain(now, draining) {
+                        Ok(answer) => (ticket, answer),
+                        Err(draining) => {
+                            self.pending.push(Pending::Drain(draining));
                             continue;
                         }
                     }

@@ -22,6 +22,9 @@ pub struct Status {
     pub release: String,
     /// Seconds since the daemon started.
     pub uptime_s: u64,
+    /// Its endpoints leave, and do not come back before `tandem undrain`.
+    #[serde(default)]
+    pub draining: bool,
     /// First 16 hexadecimal digits of the configuration's digest: equal on both hosts.
     pub config_digest: String,
     /// The other instance, or `null` for a lone gateway.
@@ -134,6 +137,37 @@ pub struct EndpointStatus {
     pub fence_ms_left: Option<u64>,
     /// The WAN interface of this instance is up and its gateway answers; `null` when not watched.
     pub uplink: Option<bool>,
+    /// Seconds until this instance hands it to its home, if nothing changes; owner only.
+    #[serde(default)]
+    pub home_in_s: Option<u64>,
+}
+
+/// A flow that sent something through this instance within the last minute, as `tandem flows` lists
+/// it. The list comes from a cache: of many flows some may be missing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FlowStatus {
+    /// Source address of the inner packets.
+    pub source: String,
+    /// Destination address.
+    pub destination: String,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Source port, where the protocol has one.
+    pub source_port: Option<u16>,
+    /// Destination port.
+    pub destination_port: Option<u16>,
+    /// Name of its connection.
+    pub connection: Option<String>,
+    /// Name of the child.
+    pub child: Option<String>,
+    /// Name of the endpoint whose tunnel it is pinned to.
+    pub endpoint: String,
+    /// The other instance owns that endpoint: its packets cross the pair link.
+    pub steered: bool,
+    /// SPI of the SA it leaves by, 8 hexadecimal digits.
+    pub spi_out: Option<String>,
+    /// Milliseconds since its last packet here.
+    pub idle_ms: u64,
 }
 
 /// How far a tunnel is.

@@ -1,5 +1,6 @@
 //! `tandem status`: what the machines know, in the stable shape of [`crate::status`].
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use wire::id::EspSpi;
@@ -7,7 +8,7 @@ use wire::id::EspSpi;
 use crate::endpoint::{Endpoint, Part};
 use crate::machine::Gateway;
 use crate::status::{
-    ChildState, ChildStatus, Contact, Counters, EndpointStatus, IkeStatus, LastError, LinkStatus,
+    ChildState, ChildStatus, Contact, Counters, EndpointStatus, FlowStatus, IkeStatus, LastError, LinkStatus,
     Mode, Nat, PairStatus, Role, Status, TunnelState, TunnelStatus,
 };
 
@@ -20,6 +21,7 @@ pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
         index: config.local,
         release: gateway.release.clone(),
         uptime_s: now.saturating_sub(gateway.started).as_secs(),
+        draining: gateway.draining,
         config_digest: digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
         pair: config.pair.as_ref().map(|_| pair_status(gateway, &pair)),
         endpoints: gateway
@@ -117,7 +119,52 @@ fn endpoint_status(
         acked_position: seen.filter(|_| role == Role::Owner).map(|seen| seen.acked.0),
         fence_ms_left: (role == Role::Owner).then(|| millis(e.valid_until.saturating_sub(now))),
         uplink: seen.map(|seen| seen.uplink),
+        home_in_s: gateway.home_in(now, usize::from(e.id.0)).map(|left| left.as_secs()),
     }
+}
+
+/// What the shards know of flows, by names.
+pub(crate) fn flows(gateway: &Gateway, flows: &[esp::Flow]) -> Vec<FlowStatus> {
+    let now = Duration::ZERO;
+    let mut children = BTreeMap::new();
+    for e in &gateway.endpoints {
+        for sa in e.ike.status(now).ike_sas {
+            for child in &sa.children {
+                let connection = sa.connection.clone().unwrap_or_default();
+                children.insert(child.spi_in, (connection, child.name.clone(), child.spi_out));
+            }
+        }
+    }
+    let mut out: Vec<FlowStatus> = flows
+        .iter()
+        .map(|flow| {
+            let child = children.get(&flow.spi_in).cloned();
+            let (connection, child, spi_out) = child.map_or((None, None, None), |(a, b, c)| {
+                (Some(a), Some(b), Some(format!("{:08x}", c.0)))
+            });
+            let e = gateway.endpoints.get(usize::from(flow.endpoint.0));
+            FlowStatus {
+                source: flow.src.to_string(),
+                destination: flow.dst.to_string(),
+                protocol: flow.protocol,
+                source_port: flow.ports.map(|ports| ports.0),
+                destination_port: flow.ports.map(|ports| ports.1),
+                connection,
+                child,
+                endpoint: e.map(|e| e.name.clone()).unwrap_or_default(),
+                steered: e.is_some_and(|e| !e.owns()),
+                spi_out,
+                idle_ms: millis(flow.idle),
+            }
+        })
+        .collect();
+    out.sort_by(|a, b| {
+        let key = |f: &FlowStatus| {
+            (f.source.clone(), f.destination.clone(), f.protocol, f.source_port, f.destination_port)
+        };
+        key(a).cmp(&key(b))
+    });
+    out
 }
 
 fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {

@@ -80,6 +80,10 @@ pub(crate) struct Claim {
     /// number that the other was about to grant.)
     #[n(12)]
     pub(crate) taken: Term,
+    /// Not to be handed to this instance unasked: it drains, or an operator moved it away. Absent
+    /// in older releases, and for false.
+    #[n(13)]
+    pub(crate) declines: Option<bool>,
 }
 
 /// A heartbeat. Times are nanoseconds on the clock of whoever sent them first.

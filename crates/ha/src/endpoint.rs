@@ -108,6 +108,8 @@ pub(crate) struct Endpoint {
     /// The rival (boot, term) above which we have already taken a new term.
     pub(crate) healed: Option<(u64, Term)>,
     pub(crate) incoming: Option<HandoverIn>,
+    /// Not to be handed back unasked.
+    pub(crate) declines: bool,
     pub(crate) uplink_switch_at: Option<Duration>,
     /// When the other last said, while we owned, that its uplink was dead.
     pub(crate) other_uplink_down_at: Option<Duration>,
@@ -142,6 +144,7 @@ impl Endpoint {
             taken: Term::NONE,
             healed: None,
             incoming: None,
+            declines: false,
             uplink_switch_at: None,
             other_uplink_down_at: None,
             serial: 0,
@@ -185,6 +188,7 @@ impl Endpoint {
             top: self.terms.known(),
             floor: self.terms.top(),
             taken: self.taken,
+            declines: self.declines.then_some(true),
         }
     }
 
@@ -275,6 +279,26 @@ impl Endpoint {
         }
     }
 
+    /// Whether the other lives and owns it.
+    pub(crate) fn others(&self, contact: &Contact) -> bool {
+        let claim = contact.claim(self.hash).filter(|_| contact.alive);
+        claim.is_some_and(|claim| claim.role == ClaimRole::Owner)
+    }
+
+    /// Whether the other could take it from us at any moment, and would.
+    pub(crate) fn is_welcome(&self, contact: &Contact) -> bool {
+        let Role::Owner(owner) = &self.role else { return false };
+        let claim = contact.claim(self.hash).filter(|_| contact.alive);
+        owner.offer.is_none()
+            && matches!(owner.stage, Stage::Synced { .. })
+            && claim.is_some_and(|claim| {
+                claim.role == ClaimRole::Shadow
+                    && claim.synced
+                    && claim.uplink
+                    && claim.declines != Some(true)
+            })
+    }
+
     pub(crate) fn told(&self) -> Duration {
         self.told
     }
@@ -344,7 +368,7 @@ impl Endpoint {
             keys: self.store.len(),
             uplink: self.uplink,
             valid_until: self.told,
-            peer_owns: claim.is_some_and(|claim| claim.role == ClaimRole::Owner),
+            peer_owns: self.others(contact),
             peer_uplink: claim.map(|claim| claim.uplink),
         }
     }

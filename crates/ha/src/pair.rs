@@ -559,6 +559,28 @@ impl Pair {
         self.endpoints.get(usize::from(endpoint.0)).map_or(Duration::ZERO, Endpoint::told)
     }
 
+    /// Whether the other lives and owns the endpoint, as last heard.
+    #[must_use]
+    pub fn others(&self, endpoint: EndpointId) -> bool {
+        self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.others(&self.contact))
+    }
+
+    /// Whether an endpoint of ours could move to the other at any moment, and the other does not
+    /// [decline](Pair::decline) it.
+    #[must_use]
+    pub fn is_welcome(&self, endpoint: EndpointId) -> bool {
+        self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.is_welcome(&self.contact))
+    }
+
+    /// Tells the other whether it is to keep the endpoint, should it own it, until it is asked: this
+    /// instance drains, or an operator moved the endpoint away. Changes nothing about takeovers.
+    pub fn decline(&mut self, now: Duration, endpoint: EndpointId, declines: bool) {
+        if let Some(endpoint) = self.endpoints.get_mut(usize::from(endpoint.0)) {
+            endpoint.declines = declines;
+        }
+        self.finish(now);
+    }
+
     /// The value of one key, in whatever role.
     #[must_use]
     pub fn value(&self, endpoint: EndpointId, key: u64) -> Option<&Value> {

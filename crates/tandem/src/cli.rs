@@ -1,13 +1,13 @@
 //! The `tandem` command: what an operator types.
 //!
-//! `status`, `failover`, `up`, `down` and `rekey` ask the running daemon ([`crate::control_socket`]); `check`,
+//! `status`, `flows`, `failover`, `drain`, `undrain`, `up`, `down` and `rekey` ask the running daemon ([`crate::control_socket`]); `check`,
 //! `genkey` and `peer-config` need none. Every command takes `--json` and then prints exactly one JSON object
 //! on standard output, with exit code 0 when it did what was asked and 1 when not:
 //!
 //! | command | object |
 //! | --- | --- |
 //! | `status` | the document of [`gateway::status::Status`] |
-//! | `failover`, `up`, `down`, `rekey` | [`Response`]: `{"result":"failover","moves":[…]}` … |
+//! | `flows`, `failover`, `drain`, `undrain`, `up`, `down`, `rekey` | [`Response`]: `{"result":"failover","moves":[…]}` … |
 //! | `check` | [`CheckAnswer`]: `{"result":"check","ok":false,"problems":[{"line":7,…}],…}` |
 //! | `protect` | `{"result":"protect","text":"…"}` |
 //! | `genkey` | `{"result":"genkey","file":"…"}`, without a file `{"result":"genkey","key":"…"}` |
@@ -31,7 +31,7 @@ use serde::Serialize;
 use crate::config_file::{self, LoadError, Options, ProblemRow};
 use crate::control_socket::{self, Failure, Fault, Request, Response, TunnelUp};
 use gateway::config::Config;
-use gateway::status::TunnelState;
+use gateway::status::{FlowStatus, TunnelState};
 
 pub use swanctl::peer_config;
 pub use table::render as render_status;
@@ -67,6 +67,30 @@ enum Command {
     /// Hand an endpoint, or all this instance owns, to the other instance without losing a packet
     Failover {
         /// Name of the endpoint [default: all that this instance owns]
+        endpoint: Option<String>,
+    },
+    /// Hand everything to the other instance and take nothing back unasked: before an upgrade or a reboot
+    ///
+    /// Answers when this instance serves nothing any more. A new start ends it, and so does `tandem undrain`. Should the
+    /// other instance die meanwhile, this one takes over all the same.
+    Drain,
+    /// End a drain: endpoints whose home this is come back after their hold-down
+    Undrain,
+    /// List the flows that this instance saw lately, and which tunnel each is pinned to
+    ///
+    /// The list comes from the workers' cache: of very many flows some may be missing.
+    Flows {
+        /// Only flows from or to this address
+        #[arg(long)]
+        address: Option<std::net::IpAddr>,
+        /// Only flows from or to this port
+        #[arg(long)]
+        port: Option<u16>,
+        /// Only flows of this connection
+        #[arg(long)]
+        connection: Option<String>,
+        /// Only flows that are pinned to this endpoint
+        #[arg(long)]
         endpoint: Option<String>,
     },
     /// Bring a connection's tunnels up and say how far they came
@@ -246,6 +270,23 @@ fn run(args: Args, colour: bool) -> Result<Answer, Failure> {
             Answer::new(render_status(status, colour), status)
         }
         Command::Failover { endpoint } => daemon.tell(Request::Failover { endpoint }),
+        Command::Drain => daemon.tell(Request::Drain {}),
+        Command::Undrain => daemon.tell(Request::Undrain {}),
+        Command::Flows { address, port, connection, endpoint } => {
+            let mut response = daemon.ask(Request::Flows {}, QUICK)?;
+            let Response::Flows { flows } = &mut response else {
+                return Err(unexpected(&response));
+            };
+            let address = address.map(|address| address.to_string());
+            flows.retain(|flow| {
+                let FlowStatus { source, destination, source_port, destination_port, .. } = flow;
+                address.as_ref().is_none_or(|a| a == source || a == destination)
+                    && port.is_none_or(|p| [*source_port, *destination_port].contains(&Some(p)))
+                    && connection.as_ref().is_none_or(|c| flow.connection.as_ref() == Some(c))
+                    && endpoint.as_ref().is_none_or(|e| flow.endpoint == *e)
+            });
+            Answer::new(table::flows(flows, colour), &response)
+        }
         Command::Up { connection } => daemon.tell(Request::Up { connection }),
         Command::Down { connection, purge } => daemon.tell(Request::Down { connection, purge }),
         Command::Rekey { connection, ike, child } => {
@@ -370,13 +411,17 @@ fn sentence(response: &Response) -> String {
         Response::Failover { moves } if moves.is_empty() => {
             "nothing to move: this instance owns no endpoint".to_owned()
         }
-        Response::Failover { moves } => {
-            let line = |m: &control_socket::Move| {
-                let control_socket::Move { endpoint, from, to, term, took_ms } = m;
-                format!("{endpoint}: {from} → {to}, term {term}, in {took_ms} ms")
-            };
-            moves.iter().map(line).collect::<Vec<_>>().join("\n")
+        Response::Failover { moves } => moved(moves),
+        Response::Drain { instance, moves } if moves.is_empty() => {
+            format!("{instance} is drained: it served nothing")
         }
+        Response::Drain { instance, moves } => {
+            format!("{}\n{instance} is drained", moved(moves))
+        }
+        Response::Undrain { instance } => {
+            format!("{instance}: endpoints whose home it is come back after their hold-down")
+        }
+        Response::Flows { flows } => table::flows(flows, false),
         Response::Up { connection, tunnels } => {
             let line =
                 |t: &TunnelUp| format!("{connection} at {}: {}", t.endpoint, table::state(t.state));
@@ -397,6 +442,15 @@ fn sentence(response: &Response) -> String {
         }
         Response::Error(failure) => failure.text.clone(),
     }
+}
+
+/// A line for each endpoint that moved.
+fn moved(moves: &[control_socket::Move]) -> String {
+    let line = |m: &control_socket::Move| {
+        let control_socket::Move { endpoint, from, to, term, took_ms } = m;
+        format!("{endpoint}: {from} → {to}, term {term}, in {took_ms} ms")
+    };
+    moves.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 fn load(path: &Path) -> Result<config_file::Loaded, Failure> {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use gateway::status::{Status, TunnelState};
+use gateway::status::{FlowStatus, Status, TunnelState};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -49,6 +49,12 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         endpoint: Option<String>,
     },
+    /// All endpoints leave this instance, and none comes back unasked.
+    Drain {},
+    /// The end of a drain: endpoints come home.
+    Undrain {},
+    /// The flows that this instance saw lately.
+    Flows {},
     /// Brings a connection's tunnels up.
     Up {
         /// Name of the connection.
@@ -99,6 +105,23 @@ pub enum Response {
     Failover {
         /// One row per endpoint that moved.
         moves: Vec<Move>,
+    },
+    /// To `drain`: this instance serves nothing any more.
+    Drain {
+        /// Name of the instance.
+        instance: String,
+        /// One row per endpoint that moved.
+        moves: Vec<Move>,
+    },
+    /// To `undrain`: endpoints whose home it is come back when their hold-down is over.
+    Undrain {
+        /// Name of the instance.
+        instance: String,
+    },
+    /// To `flows`.
+    Flows {
+        /// Sorted by source, destination, protocol and ports.
+        flows: Vec<FlowStatus>,
     },
     /// To `up`.
     Up {

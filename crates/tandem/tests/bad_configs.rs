@@ -49,7 +49,7 @@ const CASES: &[Case] = &[
                 11,
                 "hoem",
                 "unknown key `hoem` in [endpoints.main]",
-                "expected one of home, lan, on_failure, wan",
+                "expected one of hold_down_s, home, lan, on_failure, preempt, wan, weight",
             ),
             (
                 10,

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use gateway::status::{Status, TunnelState};
+use gateway::status::{FlowStatus, Status, TunnelState};
 use serde_json::Value;
 use tandem::control_socket::{Call, Failure, Fault, Move, Request, Response, Server, TunnelUp};
 use tokio::sync::mpsc;
@@ -100,6 +100,39 @@ fn respond(request: Request) -> Response {
                 term: 13,
                 took_ms: 4,
             }],
+        },
+        Request::Drain {} => Response::Drain {
+            instance: "left".into(),
+            moves: vec![Move {
+                endpoint: "a".into(),
+                from: "left".into(),
+                to: "right".into(),
+                term: 13,
+                took_ms: 4,
+            }],
+        },
+        Request::Undrain {} => Response::Undrain { instance: "left".into() },
+        Request::Flows {} => Response::Flows {
+            flows: vec![
+                FlowStatus {
+                    source: "10.1.0.9".into(),
+                    destination: "10.2.0.5".into(),
+                    protocol: 6,
+                    source_port: Some(40_000),
+                    destination_port: Some(443),
+                    connection: Some("branch".into()),
+                    endpoint: "a".into(),
+                    steered: true,
+                    ..FlowStatus::default()
+                },
+                FlowStatus {
+                    source: "fd01::9".into(),
+                    destination: "fd02::5".into(),
+                    protocol: 58,
+                    endpoint: "b".into(),
+                    ..FlowStatus::default()
+                },
+            ],
         },
         Request::Up { connection } if connection == "branch" => Response::Up {
             connection,

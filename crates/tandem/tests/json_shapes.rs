@@ -73,6 +73,7 @@ fn status() -> Status {
         index: 0,
         release: "0.1.0".into(),
         uptime_s: 11_520,
+        draining: false,
         config_digest: "0011223344556677".into(),
         pair: Some(PairStatus {
             peer: "right".into(),
@@ -93,6 +94,7 @@ fn status() -> Status {
             acked_position: Some(431),
             fence_ms_left: Some(78),
             uplink: Some(true),
+            home_in_s: None,
         }],
         tunnels: vec![
             TunnelStatus {
@@ -162,6 +164,23 @@ fn responses() {
                 took_ms: 4,
             }],
         },
+        Response::Drain { instance: "left".into(), moves: Vec::new() },
+        Response::Undrain { instance: "left".into() },
+        Response::Flows {
+            flows: vec![FlowStatus {
+                source: "10.1.0.9".into(),
+                destination: "10.2.0.5".into(),
+                protocol: 6,
+                source_port: Some(40_000),
+                destination_port: Some(443),
+                connection: Some(branch()),
+                child: Some("net".into()),
+                endpoint: "a".into(),
+                steered: true,
+                spi_out: Some("c3d4e5f6".into()),
+                idle_ms: 12,
+            }],
+        },
         Response::Up {
             connection: branch(),
             tunnels: vec![TunnelUp { endpoint: "main".into(), state: TunnelState::Established }],
@@ -187,6 +206,9 @@ fn requests() {
         Request::Status {},
         Request::Failover { endpoint: None },
         Request::Failover { endpoint: Some("main".into()) },
+        Request::Drain {},
+        Request::Undrain {},
+        Request::Flows {},
         Request::Up { connection: connection() },
         Request::Down { connection: connection(), purge: true },
         Request::Rekey { connection: connection(), what: RekeyWhat::Both },

@@ -68,6 +68,8 @@ pub enum Leaving {
     Steer {
         /// An inner packet on its way out, not an ESP packet on its way in.
         plain: bool,
+        /// It had come from there.
+        back: bool,
         /// As it was read.
         bytes: Vec<u8>,
     },
@@ -81,7 +83,7 @@ pub struct Packet {
     /// Source of the outer packet.
     pub peer: Option<SocketAddr>,
     /// Over the pair link.
-    pub steered: bool,
+    pub steered: Option<esp::Steered>,
 }
 
 /// An outbound SA as its shard was told.

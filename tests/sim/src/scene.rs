@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crypto::Secret;
 use gateway::config::{
-    Config, ConnectionParts, EndpointParts, Instance, OnFailure, PairParts, PairTimers, Parts,
+    Config, ConnectionParts, EndpointParts, HomeComing, Instance, OnFailure, PairParts, PairTimers, Parts,
     WanParts,
 };
 use ike::config::{
@@ -241,6 +241,9 @@ fn endpoint(home: &str, address: Ipv4Addr, interface: BTreeMap<String, String>) 
         wan: WanParts { address: address.into(), prefix: Some(24), gateway: None, interface },
         lan: None,
         on_failure: OnFailure::Adopt,
+        weight: 1,
+        // The simulation moves endpoints by its own plan.
+        home_coming: HomeComing { preempt: false, ..HomeComing::default() },
     }
 }
 

@@ -370,7 +370,8 @@ impl World {
                 Verdict::Deliver { .. } => p.leaving.push(Leaving::Lan(slot.packet().to_vec())),
                 Verdict::Steer { .. } => {
                     let plain = slot.direction() == Direction::Outbound;
-                    p.leaving.push(Leaving::Steer { plain, bytes: slot.packet().to_vec() });
+                    let back = slot.steered.is_some();
+                    p.leaving.push(Leaving::Steer { plain, back, bytes: slot.packet().to_vec() });
                     p.inbox.push_back(Input::Steered);
                 }
                 Verdict::Drop(Reason::NoSa)
@@ -406,8 +407,11 @@ impl World {
         let outside = self.outside_fence(host, &p);
         for leaving in std::mem::take(&mut p.leaving) {
             match leaving {
-                Leaving::Steer { plain, bytes } => {
-                    let what = if plain { Steered::Plain(bytes) } else { Steered::Esp(bytes) };
+                Leaving::Steer { plain, back, bytes } => {
+                    let what = match plain {
+                        true => Steered::Plain(bytes, back),
+                        false => Steered::Esp(bytes, back),
+                    };
                     self.steer(host, p.keys, &what);
                 }
                 _ if outside => {}

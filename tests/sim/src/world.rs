@@ -74,8 +74,10 @@ pub(crate) enum Event {
 /// What is steered.
 #[derive(Debug, Clone)]
 pub(crate) enum Steered {
-    Plain(Vec<u8>),
-    Esp(Vec<u8>),
+    /// An inner packet, and whether it is handed back.
+    Plain(Vec<u8>, bool),
+    /// The same for an ESP packet.
+    Esp(Vec<u8>, bool),
     Ike(std::net::SocketAddr, std::net::SocketAddr, Vec<u8>),
 }
 
@@ -399,7 +401,7 @@ impl World {
                         let packet = Packet {
                             bytes: datagram.bytes,
                             peer: Some(datagram.from),
-                            steered: false,
+                            steered: None,
                         };
                         p.sealed.push_back(packet);
                         self.wake_worker_soon(to);
@@ -469,7 +471,7 @@ impl World {
                 let Some(bytes) = self.traffic.packet(flow) else { continue };
                 let Some(to) = to else { continue };
                 if let Some(p) = self.reads(to).filter(|p| p.present && p.plain.len() < SOCKET) {
-                    p.plain.push_back(Packet { bytes, peer: None, steered: false });
+                    p.plain.push_back(Packet { bytes, peer: None, steered: None });
                     self.wake_worker_soon(to);
                 }
             }
@@ -578,12 +580,14 @@ impl World {
                 p.inbox.push_back(Input::Ike { from, to: at, bytes, steered: true });
                 self.wake_soon(to);
             }
-            Steered::Plain(bytes) => {
-                p.plain.push_back(Packet { bytes, peer: None, steered: true });
+            Steered::Plain(bytes, back) => {
+                let steered = Some(esp::Steered { endpoint: MAIN, back });
+                p.plain.push_back(Packet { bytes, peer: None, steered });
                 self.wake_worker_soon(to);
             }
-            Steered::Esp(bytes) => {
-                p.sealed.push_back(Packet { bytes, peer: None, steered: true });
+            Steered::Esp(bytes, back) => {
+                let steered = Some(esp::Steered { endpoint: MAIN, back });
+                p.sealed.push_back(Packet { bytes, peer: None, steered });
                 self.wake_worker_soon(to);
             }
         }

@@ -10,7 +10,7 @@ use crypto::hash::sha256;
 use crypto::prf::{PrfAlg, prf};
 use ike::config::{Encap, Start};
 
-use super::{OnFailure, Parts};
+use super::{HomeComing, OnFailure, Parts};
 
 /// Names the format.
 const FORMAT: &str = "tandem config 1";
@@ -61,6 +61,15 @@ pub(super) fn of(parts: &Parts) -> [u8; 32] {
             OnFailure::Adopt => "adopt",
             OnFailure::Withdraw => "withdraw",
         });
+        // Only what differs from the default, so that a release which knows these keys agrees with one that does not.
+        let home_coming = endpoint.home_coming;
+        if endpoint.weight != 1 {
+            out.text(format_args!("weight {}", endpoint.weight));
+        }
+        if home_coming != HomeComing::default() {
+            let HomeComing { preempt, hold_down } = home_coming;
+            out.text(format_args!("home {preempt} {}", hold_down.as_millis()));
+        }
     }
     out.text(parts.connections.len());
     for connection in &parts.connections {

@@ -25,6 +25,7 @@ fn claim() -> Claim {
         top: Term(38),
         floor: Term(6),
         taken: Term(4),
+        declines: None,
     }
 }
 

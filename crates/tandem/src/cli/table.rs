@@ -5,7 +5,7 @@
 
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use gateway::status::{
-    ChildState, ChildStatus, Contact, EndpointStatus, Mode, Nat, PairStatus, Role, Status,
+    ChildState, ChildStatus, Contact, EndpointStatus, FlowStatus, Mode, Nat, PairStatus, Role, Status,
     TunnelState, TunnelStatus,
 };
 
@@ -85,6 +85,9 @@ fn head(status: &Status, colour: bool) -> String {
         span(status.uptime_s),
         status.config_digest
     );
+    if status.draining {
+        text += &format!(" · {}", painted("draining", Mood::Busy, colour));
+    }
     match &status.pair {
         None => text += "\na gateway on its own",
         Some(pair) => text += &format!("\n{}", pair_lines(pair, colour)),
@@ -162,7 +165,11 @@ fn endpoints(endpoints: &[EndpointStatus], colour: bool) -> String {
             Some(acked) => format!("{acked}/{}", e.position),
             None => e.position.to_string(),
         };
-        let owner = e.owner.as_deref().map_or(cell("nobody", Mood::Bad), plain);
+        let owner = match (e.owner.as_deref(), e.home_in_s) {
+            (None, _) => cell("nobody", Mood::Bad),
+            (Some(owner), None) => plain(owner),
+            (Some(owner), Some(left)) => plain(format!("{owner}, home in {}", span(left))),
+        };
         table.add_row(vec![
             plain(&e.name),
             plain(&e.address),
@@ -177,6 +184,44 @@ fn endpoints(endpoints: &[EndpointStatus], colour: bool) -> String {
         ]);
     }
     if endpoints.is_empty() { String::new() } else { drawn(&table) }
+}
+
+/// The flows of `tandem flows`.
+pub(super) fn flows(flows: &[FlowStatus], colour: bool) -> String {
+    let mut table =
+        table(colour, &["FROM", "TO", "PROTOCOL", "CONNECTION", "PINNED TO", "SPI OUT", "IDLE"]);
+    for flow in flows {
+        let end = |address: &str, port: Option<u16>| match (port, address.contains(':')) {
+            (None, _) => address.to_owned(),
+            (Some(port), false) => format!("{address}:{port}"),
+            (Some(port), true) => format!("[{address}]:{port}"),
+        };
+        let protocol = match flow.protocol {
+            1 => "icmp".to_owned(),
+            6 => "tcp".to_owned(),
+            17 => "udp".to_owned(),
+            58 => "icmpv6".to_owned(),
+            other => other.to_string(),
+        };
+        let place = match flow.steered {
+            true => cell(format!("{}, steered", flow.endpoint), Mood::Busy),
+            false => plain(&flow.endpoint),
+        };
+        table.add_row(vec![
+            plain(end(&flow.source, flow.source_port)),
+            plain(end(&flow.destination, flow.destination_port)),
+            plain(protocol),
+            plain(flow.connection.as_deref().unwrap_or("–")),
+            place,
+            plain(flow.spi_out.as_deref().unwrap_or("–")),
+            number(millis(flow.idle_ms)),
+        ]);
+    }
+    if flows.is_empty() {
+        "no flow passed here within the last minute".to_owned()
+    } else {
+        drawn(&table)
+    }
 }
 
 /// How far a tunnel is, in a word.

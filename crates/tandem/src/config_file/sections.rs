@@ -10,7 +10,7 @@ use std::time::Duration;
 use crypto::Secret;
 use crypto::hash::sha256;
 use gateway::config::{
-    ConnectionParts, EndpointParts, Instance, LanParts, OnFailure, PairParts, PairTimers, Parts,
+    ConnectionParts, EndpointParts, HomeComing, Instance, LanParts, OnFailure, PairParts, PairTimers, Parts,
     WanParts,
 };
 use ike::config::{ChildConfig, ConnectionConfig, Encap, Limits, RemoteAddress, Start, Timers};
@@ -287,6 +287,14 @@ impl Section<'_, '_, '_> {
                 let addresses: Vec<IpAddr> = addresses.into_iter().map(|a| a.value).collect();
                 (!addresses.is_empty()).then_some(LanParts { addresses, interface })
             });
+            let weight = table.number("weight", "shares of the flows", 1..=1000);
+            let mut home_coming = HomeComing {
+                preempt: table.switch("preempt", true),
+                ..HomeComing::default()
+            };
+            if let Some(hold_down) = table.number("hold_down_s", "seconds", 0..=86_400) {
+                home_coming.hold_down = Duration::from_secs(hold_down.value);
+            }
             table.done();
             let Some(wan) = wan else { continue };
             endpoints.push(EndpointParts {
@@ -295,6 +303,8 @@ impl Section<'_, '_, '_> {
                 wan,
                 lan,
                 on_failure: on_failure.map_or(OnFailure::default(), |o| o.value),
+                weight: weight.and_then(|w| u32::try_from(w.value).ok()).unwrap_or(1),
+                home_coming,
             });
         }
         endpoints

@@ -9,6 +9,9 @@ pub(super) fn request(request: &Request) -> gateway::Request {
     match request {
         Request::Status {} => gateway::Request::Status,
         Request::Failover { endpoint } => gateway::Request::Failover { endpoint: endpoint.clone() },
+        Request::Drain {} => gateway::Request::Drain,
+        Request::Undrain {} => gateway::Request::Undrain,
+        Request::Flows {} => gateway::Request::Flows,
         Request::Up { connection } => gateway::Request::Up { connection: connection.clone() },
         Request::Down { connection, .. } => {
             gateway::Request::Down { connection: connection.clone() }
@@ -33,12 +36,16 @@ pub(super) fn response(
         Request::Up { connection }
         | Request::Down { connection, .. }
         | Request::Rekey { connection, .. } => connection.clone(),
-        Request::Status {} | Request::Failover { .. } => String::new(),
+        Request::Status {}
+        | Request::Failover { .. }
+        | Request::Drain {}
+        | Request::Undrain {}
+        | Request::Flows {} => String::new(),
     };
     match answer {
         Answer::Status(status) => Response::Status { status },
-        Answer::Moved(moved) => Response::Failover {
-            moves: moved
+        Answer::Moved(moved) => {
+            let moves = moved
                 .into_iter()
                 .map(|one| Move {
                     endpoint: one.endpoint,
@@ -47,8 +54,14 @@ pub(super) fn response(
                     term: one.term.0,
                     took_ms: u64::try_from(one.took.as_millis()).unwrap_or(u64::MAX),
                 })
-                .collect(),
-        },
+                .collect();
+            match request {
+                Request::Drain {} => Response::Drain { instance: from.to_owned(), moves },
+                _ => Response::Failover { moves },
+            }
+        }
+        Answer::Undrained => Response::Undrain { instance: from.to_owned() },
+        Answer::Flows(flows) => Response::Flows { flows },
         Answer::Up(tunnels) => Response::Up {
             connection,
             tunnels: tunnels

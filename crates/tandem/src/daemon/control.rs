@@ -311,6 +311,7 @@ impl Control {
                             endpoint,
                             from: Some(from),
                             local_port: to.port(),
+                            back: false,
                         };
                         handle.send_steer(&head, &bytes);
                     }
@@ -428,7 +429,9 @@ impl Control {
     }
 
     fn request(&mut self, call: crate::control_socket::Call) {
-        if matches!(call.request, Request::Failover { .. }) && self.parts.link.is_none() {
+        let needs_another =
+            matches!(call.request, Request::Failover { .. } | Request::Drain {} | Request::Undrain {});
+        if needs_another && self.parts.link.is_none() {
             let text = "this gateway is on its own: there is no other instance to hand over to";
             let failure = Failure::new(Fault::NotReady, text)
                 .hint("a [pair] section and a second host make it a pair");

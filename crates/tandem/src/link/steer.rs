@@ -2,7 +2,7 @@
 //! is pure; [`SteerSender`] sends on a socket of the pair link, from any thread.
 //!
 //! ```text
-//!  kind:1 │ endpoint:1 │ family:1 (0, 4, 6) │ address:16 │ port:2 │ local port:2 │ packet …
+//!  kind:1 (| 0x80: handed back) │ endpoint:1 │ family:1 (0, 4, 6) │ address:16 │ port:2 │ local port:2 │ packet …
 //! ```
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -14,6 +14,9 @@ use super::datagram::{HEADER, Sealer};
 
 /// Bytes before the packet, inside the seal.
 const HEAD: usize = 1 + 1 + 1 + 16 + 2 + 2;
+
+/// In the kind: the packet had been handed over, and is handed back.
+const BACK: u8 = 0x80;
 
 /// Bytes that steering needs free in front of a packet, to be sealed in place.
 pub const STEER_HEADROOM: usize = HEADER + HEAD;
@@ -43,6 +46,8 @@ pub struct SteerHead {
     pub from: Option<SocketAddr>,
     /// The port it came to (500 or 4500); 0 for [`SteerKind::Plain`].
     pub local_port: u16,
+    /// It had come from the receiver, when the sender owned the endpoint.
+    pub back: bool,
 }
 
 impl SteerHead {
@@ -52,6 +57,7 @@ impl SteerHead {
             SteerKind::Esp => 1,
             SteerKind::Ike => 2,
         };
+        let kind = if self.back { kind | BACK } else { kind };
         let (family, address, port) = match self.from {
             None => (0, [0; 16], 0),
             Some(from) => match from.ip() {
@@ -78,7 +84,8 @@ impl SteerHead {
         let [kind, endpoint, family, rest @ ..] = head;
         let (address, ports) = rest.split_first_chunk::<16>()?;
         let [p0, p1, l0, l1] = *ports.first_chunk::<4>()?;
-        let kind = match kind {
+        let back = kind & BACK != 0;
+        let kind = match kind & !BACK {
             0 => SteerKind::Plain,
             1 => SteerKind::Esp,
             2 => SteerKind::Ike,
@@ -93,7 +100,7 @@ impl SteerHead {
         };
         let from = ip.map(|ip| SocketAddr::new(ip, u16::from_be_bytes([p0, p1])));
         let local_port = u16::from_be_bytes([l0, l1]);
-        Some((Self { kind, endpoint: EndpointId(*endpoint), from, local_port }, packet))
+        Some((Self { kind, endpoint: EndpointId(*endpoint), from, local_port, back }, packet))
     }
 }
 
@@ -141,13 +148,13 @@ mod tests {
 
     #[test]
     fn heads_come_through() {
-        for (kind, from) in [
-            (SteerKind::Plain, None),
-            (SteerKind::Esp, Some("192.0.2.7:4500")),
-            (SteerKind::Ike, Some("[2001:db8::7]:500")),
+        for (kind, from, back) in [
+            (SteerKind::Plain, None, true),
+            (SteerKind::Esp, Some("192.0.2.7:4500"), false),
+            (SteerKind::Ike, Some("[2001:db8::7]:500"), false),
         ] {
             let from = from.map(|text| text.parse().unwrap());
-            let head = SteerHead { kind, endpoint: EndpointId(3), from, local_port: 4500 };
+            let head = SteerHead { kind, endpoint: EndpointId(3), from, local_port: 4500, back };
             let mut bytes = head.encode().to_vec();
             bytes.extend(b"packet");
             assert_eq!(SteerHead::decode(&bytes), Some((head, &b"packet"[..])));

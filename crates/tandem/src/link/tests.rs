@@ -292,7 +292,7 @@ async fn datagrams_under_an_earlier_streams_keys_are_refused() {
     right.up().await;
     let before = right.handle.counters().other_key;
     let head =
-        SteerHead { kind: SteerKind::Plain, endpoint: EndpointId(0), from: None, local_port: 0 };
+        SteerHead { kind: SteerKind::Plain, endpoint: EndpointId(0), from: None, local_port: 0, back: false };
     assert!(old.send(&head, b"old", &mut Vec::new()));
     assert!(left.handle.send_steer(&head, b"new"));
     let LinkEvent::Steered { bytes, .. } = right.next().await else { panic!() };

@@ -7,7 +7,7 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use esp::coalesce::Run;
-use esp::{Batch, Direction, Shard, Slot, Verdict};
+use esp::{Batch, Direction, Shard, Slot, Steered, Verdict};
 use netio::clock::boottime;
 use netio::tun::Tun;
 use netio::udp::{RecvMeta, SendItem};
@@ -244,7 +244,7 @@ impl State {
             add(&self.io.counters.truncated, 1);
             return;
         }
-        slot.steered = true;
+        slot.steered = Some(Steered { endpoint: head.endpoint, back: head.back });
         slot.peer = head.from.filter(|_| direction == Direction::Inbound);
         self.collecting = Some(direction);
         add(&self.io.counters.steered_in, 1);
@@ -520,14 +520,15 @@ impl Io {
         slot: &mut Slot,
         sockets: &[EndpointSocket],
     ) {
+        let back = slot.steered.is_some();
         let head = match slot.direction() {
             Direction::Outbound => {
-                SteerHead { kind: SteerKind::Plain, endpoint, from: None, local_port: 0 }
+                SteerHead { kind: SteerKind::Plain, endpoint, from: None, local_port: 0, back }
             }
             Direction::Inbound => {
                 let place = sockets.iter().find(|place| place.endpoint == endpoint);
                 let local_port = place.map_or(0, |place| place.socket.local_addr().port());
-                SteerHead { kind: SteerKind::Esp, endpoint, from: slot.peer, local_port }
+                SteerHead { kind: SteerKind::Esp, endpoint, from: slot.peer, local_port, back }
             }
         };
         let sent = match (&self.steer, slot.widen(STEER_HEADROOM, STEER_TAILROOM)) {

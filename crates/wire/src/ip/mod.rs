@@ -140,18 +140,43 @@ pub struct Flow {
     pub ports: (u16, u16),
 }
 
+/// Length of an ICMP error's header, before the packet that it quotes.
+const ICMP_HEADER_LEN: usize = 8;
+
+/// How much of a packet there must be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// All that its header says.
+    Whole,
+    /// What an ICMP error quotes of it.
+    Quoted,
+}
+
+impl Extent {
+    fn of(self, total_len: usize, bytes: &[u8]) -> usize {
+        match self {
+            Extent::Whole => total_len,
+            Extent::Quoted => total_len.min(bytes.len()),
+        }
+    }
+}
+
 impl Packet {
     /// Reads the headers of a packet; bytes after its own length are allowed.
     #[inline]
     pub fn parse(bytes: &[u8]) -> Result<Packet, IpError> {
+        Packet::parse_up_to(bytes, Extent::Whole)
+    }
+
+    fn parse_up_to(bytes: &[u8], extent: Extent) -> Result<Packet, IpError> {
         match bytes.first().map(|b| b >> 4) {
-            Some(4) => Packet::parse_v4(bytes),
-            Some(6) => Packet::parse_v6(bytes),
+            Some(4) => Packet::parse_v4(bytes, extent),
+            Some(6) => Packet::parse_v6(bytes, extent),
             _ => Err(IpError::Version),
         }
     }
 
-    fn parse_v4(bytes: &[u8]) -> Result<Packet, IpError> {
+    fn parse_v4(bytes: &[u8], extent: Extent) -> Result<Packet, IpError> {
         let header = bytes.first_chunk::<IPV4_HEADER_LEN>().ok_or(IpError::Truncated)?;
         let &[
             vihl,
@@ -176,7 +201,7 @@ impl Packet {
             d3,
         ] = header;
         let header_len = usize::from(vihl & 0xf) * 4;
-        let total_len = usize::from(u16::from_be_bytes([l0, l1]));
+        let total_len = extent.of(usize::from(u16::from_be_bytes([l0, l1])), bytes);
         if header_len < IPV4_HEADER_LEN || header_len > total_len {
             return Err(IpError::HeaderLength);
         }
@@ -205,15 +230,16 @@ impl Packet {
         })
     }
 
-    fn parse_v6(bytes: &[u8]) -> Result<Packet, IpError> {
+    fn parse_v6(bytes: &[u8], extent: Extent) -> Result<Packet, IpError> {
         let mut r = Reader::new(bytes);
         let fixed =
             (|| Some((r.u32()?, r.u16()?, r.u8()?, r.u8()?, r.array::<16>()?, r.array::<16>()?)))();
         let (word, payload_len, mut next, hop_limit, src, dst) = fixed.ok_or(IpError::Truncated)?;
         // RFC 8200 §3: version 4 bits, traffic class 8, flow label 20.
         let traffic_class = (word >> 20) as u8;
-        let total_len = IPV6_HEADER_LEN + usize::from(payload_len);
-        let mut r = Reader::new(r.take(usize::from(payload_len)).ok_or(IpError::Truncated)?);
+        let total_len = extent.of(IPV6_HEADER_LEN + usize::from(payload_len), bytes);
+        let payload_len = total_len.saturating_sub(IPV6_HEADER_LEN);
+        let mut r = Reader::new(r.take(payload_len).ok_or(IpError::Truncated)?);
 
         let mut fragment = Fragment::Whole;
         let mut fragment_protocol = None;
@@ -277,6 +303,35 @@ impl Packet {
         };
         let protocol = if whole { self.protocol } else { self.fragment_protocol };
         Flow { src: self.src, dst: self.dst, protocol, ports }
+    }
+
+    /// What the packet is pinned by: its flow, or for an ICMP error the flow of the packet that it
+    /// quotes (RFC 792, RFC 4443 §2.4 c), so that it travels with what it is about. `bytes` are those
+    /// that were parsed. The flow of a quoted packet points the other way.
+    #[must_use]
+    pub fn pinned_flow(&self, bytes: &[u8]) -> Flow {
+        let quoted = self.is_icmp_error().then(|| bytes.get(self.l4_offset + ICMP_HEADER_LEN..));
+        let quoted = quoted.flatten().map(|bytes| Packet::parse_up_to(bytes, Extent::Quoted));
+        match quoted {
+            Some(Ok(about)) => about.flow(),
+            _ => self.flow(),
+        }
+    }
+
+    /// Whether it is an ICMP message that quotes another packet.
+    #[must_use]
+    #[inline]
+    pub fn is_icmp_error(&self) -> bool {
+        let L4::Single(type_and_code) = self.l4 else { return false };
+        let kind = type_and_code >> 8;
+        self.fragment == Fragment::Whole
+            && match self.protocol {
+                // RFC 792: unreachable, source quench, redirect, time exceeded, parameter problem.
+                protocol::ICMP => matches!(kind, 3 | 4 | 5 | 11 | 12),
+                // RFC 4443 §2.1: error messages have a zero in the high bit of their type.
+                protocol::ICMPV6 => kind < 128,
+                _ => false,
+            }
     }
 
     /// Whether the packet may travel from an end with these selectors to an end with those: its source

@@ -1,0 +1,155 @@
+//! Planned work: endpoints leave an instance that drains, and go home when it is back.
+//!
+//! ```text
+//!   tandem drain    every endpoint is offered to the other, at each turn until none is left; the other
+//!                   is told to keep them (`ha::Pair::decline`)
+//!   tandem undrain  they may come home
+//!   at home again   home is in sync, has its uplink and does not decline: after `hold_down` of that, the
+//!                   owner hands over what is not its own
+//! ```
+//! An endpoint that an operator moved away from its home (`tandem failover`) stays until it is moved
+//! back, or its home starts anew. Takeovers ask for none of this: a draining instance whose other dies
+//! serves.
+
+use std::time::Duration;
+
+use wire::id::EndpointId;
+
+use crate::endpoint::Part;
+use crate::face::{Answer, Moved, Refusal};
+use crate::machine::Gateway;
+
+/// A drain is answered at the latest after this long; it goes on.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(60);
+/// After an offer that came to nothing, this long passes before the next.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A `drain` that is not answered yet.
+#[derive(Debug)]
+pub(crate) struct Draining {
+    pub(crate) ticket: u64,
+    began: Duration,
+    /// Endpoints that were ours when it began.
+    leaving: Vec<EndpointId>,
+    done: Vec<Moved>,
+}
+
+impl Draining {
+    pub(crate) fn deadline(&self) -> Duration {
+        self.began + DRAIN_PATIENCE
+    }
+}
+
+impl Gateway {
+    /// All endpoints are to leave.
+    pub(crate) fn drain(&mut self, now: Duration, ticket: u64) -> Result<Draining, Answer> {
+        if !self.pair.status(now).contact {
+            return Err(Answer::Refused {
+                why: Refusal::NotReady,
+                text: "there is no contact with the other instance".to_owned(),
+                hint: Some("see `tandem status` on both hosts"),
+            });
+        }
+        self.draining = true;
+        self.decline_all(now, true);
+        tracing::info!("draining: all endpoints go to the other instance");
+        let leaving = self.endpoints.iter().filter(|e| e.owns()).map(|e| e.id).collect();
+        self.plan(now);
+        Ok(Draining { ticket, began: now, leaving, done: Vec::new() })
+    }
+
+    /// Endpoints may come home.
+    pub(crate) fn undrain(&mut self, now: Duration) -> Answer {
+        if std::mem::take(&mut self.draining) {
+            tracing::info!("no longer draining: endpoints come home");
+        }
+        self.decline_all(now, false);
+        Answer::Undrained
+    }
+
+    fn decline_all(&mut self, now: Duration, declines: bool) {
+        for index in 0..self.endpoints.len() {
+            self.decline(now, index, declines);
+        }
+    }
+
+    /// Whether the other instance is to keep an endpoint until it is asked.
+    pub(crate) fn decline(&mut self, now: Duration, index: usize, declines: bool) {
+        if let Some(e) = self.endpoints.get(index) {
+            self.pair.decline(now, e.ha_id(), declines);
+        }
+    }
+
+    /// A turn: who is to leave leaves, and who may go home goes home.
+    pub(crate) fn plan(&mut self, now: Duration) {
+        for e in &mut self.endpoints {
+            let Some(config) = self.config.endpoint(e.id) else { continue };
+            let abroad = config.home != self.config.local && config.home_coming.preempt;
+            let leaves = self.draining || abroad;
+            if !leaves || !e.serves(now) || !self.pair.is_welcome(e.ha_id()) {
+                e.welcome_since = None;
+                continue;
+            }
+            let since = *e.welcome_since.get_or_insert(now);
+            let wait = if self.draining { Duration::ZERO } else { config.home_coming.hold_down };
+            if now < since + wait || e.offered_at.is_some_and(|at| now < at + RETRY) {
+                continue;
+            }
+            e.offered_at = Some(now);
+            match self.pair.switchover(now, e.ha_id()) {
+                Ok(()) if self.draining => {}
+                Ok(()) => tracing::info!(endpoint = e.name, "going home"),
+                Err(error) => {
+                    tracing::warn!(endpoint = e.name, %error, "cannot be handed over now");
+                }
+            }
+        }
+    }
+
+    /// How long until an endpoint goes home, if nothing changes.
+    pub(crate) fn home_in(&self, now: Duration, index: usize) -> Option<Duration> {
+        let e = self.endpoints.get(index)?;
+        let config = self.config.endpoint(e.id)?;
+        let since = e.welcome_since.filter(|_| !self.draining && e.owns())?;
+        Some((since + config.home_coming.hold_down).saturating_sub(now))
+    }
+
+    /// The answer to a drain, once all have left or patience is over.
+    pub(crate) fn settle_drain(
+        &self,
+        now: Duration,
+        mut draining: Draining,
+    ) -> Result<Answer, Draining> {
+        let pair = self.pair.status(now);
+        let (mut left, mut names) = (Vec::new(), Vec::new());
+        for id in std::mem::take(&mut draining.leaving) {
+            let Some(e) = self.endpoints.get(usize::from(id.0)) else { continue };
+            match e.part {
+                Part::Owner { .. } | Part::Holding { .. } => {
+                    left.push(id);
+                    names.push(e.name.as_str());
+                }
+                Part::Steering { .. } | Part::Shadow => {
+                    let status = pair.endpoints.iter().find(|s| s.endpoint == e.ha_id());
+                    draining.done.push(Moved {
+                        endpoint: e.name.clone(),
+                        term: wire::id::Term(status.map_or(0, |s| s.term.0)),
+                        took: now.saturating_sub(draining.began),
+                    });
+                }
+            }
+        }
+        if left.is_empty() {
+            return Ok(Answer::Moved(draining.done));
+        }
+        if now >= draining.deadline() {
+            return Ok(Answer::Refused {
+                why: Refusal::NotReady,
+                text: format!("still here: {}; they leave as soon as the other instance can take them", names.join(", ")),
+                hint: Some("see `tandem status` and the log of the other host; `tandem undrain` takes it back"),
+            });
+        }
+        draining.leaving = left;
+        Err(draining)
+    }
+}
