@@ -137,7 +137,9 @@ impl Endpoint {
             // ha.md: steered packets are never steered again. Those that met a switchover under way are handed back,
             // once, and whoever gets them back keeps or drops them.
             Role::Steering
-                if arrival.steered.is_some_and(|steered| steered.back || now >= self.back_until) =>
+                if arrival
+                    .steered
+                    .is_some_and(|steered| steered.back || now >= self.back_until) =>
             {
                 Admission::Drop(Reason::SteeredTwice)
             }

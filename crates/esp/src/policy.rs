@@ -301,41 +301,36 @@ impl Policies {
             line.seen = now;
             return Match::Sa(line.spi_in);
         }
-        match self.search(packet, bytes, chosen) {
-            Some(tunnel) => {
-                self.want_missing(now, tunnel.connection, packet);
-                // Errors about different flows have one key.
-                if !packet.is_icmp_error()
-                    && let Some(line) = self.cache.get_mut(at)
-                {
-                    let Tunnel { endpoint, spi_in, .. } = tunnel;
-                    *line = Some(Line { epoch: self.epoch, key, spi_in, endpoint, seen: now });
-                }
-                Match::Sa(tunnel.spi_in)
-            }
-            None => self.search_configured(packet, chosen),
+        let Some(pinned) = self.search(packet, bytes, None) else {
+            return self.search_configured(packet, chosen);
+        };
+        self.want_missing(now, pinned.connection, packet);
+        let Tunnel { endpoint, spi_in, .. } = pinned;
+        // The other instance may know of a tunnel a moment before it is in use here, or for a moment longer.
+        if let Some(chosen) = chosen
+            && chosen != endpoint
+            && let Some(other) = self.search(packet, bytes, Some(chosen))
+        {
+            return Match::Sa(other.spi_in);
         }
+        // Errors about different flows have one key.
+        if !packet.is_icmp_error()
+            && let Some(line) = self.cache.get_mut(at)
+        {
+            *line = Some(Line { epoch: self.epoch, key, spi_in, endpoint, seen: now });
+        }
+        Match::Sa(spi_in)
     }
 
-    fn search(
-        &self,
-        packet: &Packet,
-        bytes: &[u8],
-        chosen: Option<EndpointId>,
-    ) -> Option<Tunnel> {
+    /// The newest SA of the packet's tunnel: of the pinned one, or of the one at an endpoint.
+    fn search(&self, packet: &Packet, bytes: &[u8], at: Option<EndpointId>) -> Option<Tunnel> {
         let first = self.entries.iter().position(|entry| entry.covers(packet))?;
         let rest = self.entries.get(first..)?;
         let (rank, connection) = rest.first().map(|e| (e.rank, e.tunnel.connection))?;
         let alike = rest
             .iter()
             .take_while(|e| (e.rank, e.tunnel.connection) == (rank, connection))
-            .filter(|e| e.covers(packet));
-        // The other instance may know of a tunnel a moment before it is in use here.
-        if let Some(chosen) = chosen
-            && let Some(entry) = alike.clone().find(|e| e.tunnel.endpoint == chosen)
-        {
-            return Some(entry.tunnel);
-        }
+            .filter(|e| e.covers(packet) && at.is_none_or(|at| at == e.tunnel.endpoint));
         let hash = pin::flow_hash(&packet.pinned_flow(bytes));
         let mut best: Option<(Lot, Tunnel)> = None;
         for entry in alike {
@@ -349,9 +344,11 @@ impl Policies {
     }
 
     fn search_configured(&self, packet: &Packet, chosen: Option<EndpointId>) -> Match {
-        let matching = self.configured.iter().enumerate().filter(|(_, c)| {
-            packet.matches(&c.policy.local_ts, &c.policy.remote_ts)
-        });
+        let matching = self
+            .configured
+            .iter()
+            .enumerate()
+            .filter(|(_, c)| packet.matches(&c.policy.local_ts, &c.policy.remote_ts));
         let chosen = matching.clone().find(|(_, c)| Some(c.policy.endpoint) == chosen);
         match chosen.or_else(|| matching.clone().next()) {
             Some((at, configured)) => Match::NoSa(at, configured.policy.endpoint),
@@ -395,7 +392,8 @@ impl Policies {
         self.missed_at = now;
         let entries = &self.entries;
         let is_up = |endpoint| {
-            let at_it = |e: &Entry| (e.tunnel.connection, e.tunnel.endpoint) == (connection, endpoint);
+            let at_it =
+                |e: &Entry| (e.tunnel.connection, e.tunnel.endpoint) == (connection, endpoint);
             entries.iter().any(|e| at_it(e) && e.covers(packet))
         };
         let missing = self.configured.iter_mut().filter(|c| {

@@ -8,10 +8,11 @@ mod common;
 use common::*;
 use core::time::Duration;
 use crypto::aead::AeadAlg;
+use esp::pin::Pin;
 use esp::replay::WINDOW;
 use esp::{
     Batch, Command, CommandError, Config, Direction, Policy, Reason, Report, SLOT_LEN, Sa, Shard,
-    Verdict,
+    Steered, Verdict,
 };
 use proptest::prelude::*;
 use wire::id::{ConnectionId, EndpointId, Term};

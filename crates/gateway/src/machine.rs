@@ -27,6 +27,8 @@ use crate::spi::SpiPool;
 
 /// How often the shards are asked for their counters (liveness hints, status).
 const QUERY_EVERY: Duration = Duration::from_secs(1);
+/// A shadow's shards use an SA so much later than it is installed: several round trips of the pair link.
+const SHADOW_USE: Duration = Duration::from_millis(20);
 /// The token of those queries; status requests use their own.
 const ROUTINE: u64 = u64::MAX;
 

@@ -145,8 +145,13 @@ impl Gateway {
         if now >= draining.deadline() {
             return Ok(Answer::Refused {
                 why: Refusal::NotReady,
-                text: format!("still here: {}; they leave as soon as the other instance can take them", names.join(", ")),
-                hint: Some("see `tandem status` and the log of the other host; `tandem undrain` takes it back"),
+                text: format!(
+                    "still here: {}; they leave as soon as the other instance can take them",
+                    names.join(", ")
+                ),
+                hint: Some(
+                    "see `tandem status` and the log of the other host; `tandem undrain` takes it back",
+                ),
             });
         }
         draining.leaving = left;

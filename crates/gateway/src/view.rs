@@ -8,8 +8,8 @@ use wire::id::EspSpi;
 use crate::endpoint::{Endpoint, Part};
 use crate::machine::Gateway;
 use crate::status::{
-    ChildState, ChildStatus, Contact, Counters, EndpointStatus, FlowStatus, IkeStatus, LastError, LinkStatus,
-    Mode, Nat, PairStatus, Role, Status, TunnelState, TunnelStatus,
+    ChildState, ChildStatus, Contact, Counters, EndpointStatus, FlowStatus, IkeStatus, LastError,
+    LinkStatus, Mode, Nat, PairStatus, Role, Status, TunnelState, TunnelStatus,
 };
 
 pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {

@@ -161,6 +161,49 @@ pub fn tshark(capture: &Path, keylog: &Path) -> Result<Decrypted> {
     })
 }
 
+/// What tshark reads of a flow inside ESP: the outer source address, the inner source and destination, the protocol and
+/// the inner ports. One line for each packet that it opened.
+pub fn tshark_flows(capture: &Path, keylog: &Path) -> Result<Vec<InnerFlow>> {
+    let text = Cmd::new("tshark")
+        .env("WIRESHARK_CONFIG_DIR", keylog)
+        .args(["-n", "-r"])
+        .arg(capture)
+        .args(["-o", "esp.enable_encryption_decode:TRUE"])
+        .args(["-Y", "esp", "-T", "fields", "-E", "separator=;", "-E", "occurrence=a"])
+        .args(["-e", "ip.src", "-e", "ip.dst", "-e", "ip.proto"])
+        .args(["-e", "udp.srcport", "-e", "udp.dstport", "-e", "tcp.srcport", "-e", "tcp.dstport"])
+        .run(Duration::from_secs(120))?;
+    Ok(text.lines().filter_map(InnerFlow::read).collect())
+}
+
+/// A packet inside ESP, as tshark opened it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InnerFlow {
+    /// Outer source address.
+    pub outer: String,
+    /// Inner addresses, protocol and ports, as one flow's packets of one way have them alike.
+    pub flow: String,
+}
+
+impl InnerFlow {
+    /// `203.0.113.10,10.1.0.9;198.51.100.7,10.2.0.9;17,17;4500,20000;4500,7002;;`
+    fn read(line: &str) -> Option<InnerFlow> {
+        let mut fields = line.split(';').map(|field| field.split(',').collect::<Vec<_>>());
+        let (sources, destinations) = (fields.next()?, fields.next()?);
+        let protocol = *fields.next()?.get(1)?;
+        let (udp, tcp) = ([fields.next()?, fields.next()?], [fields.next()?, fields.next()?]);
+        let ports = match protocol {
+            "17" => udp.map(|list| list.get(1).map(|port| (*port).to_owned())),
+            "6" => tcp.map(|list| list.first().map(|port| (*port).to_owned())),
+            _ => return None,
+        };
+        let [from, to] = ports;
+        let flow =
+            format!("{} {}:{} {}:{}", protocol, sources.get(1)?, from?, destinations.get(1)?, to?);
+        Some(InnerFlow { outer: (*sources.first()?).to_owned(), flow })
+    }
+}
+
 /// Saves part of a recording for tshark or a person.
 pub fn save(frames: &[(Duration, Vec<u8>)], path: &Path) -> Result<()> {
     if frames.is_empty() {

@@ -245,6 +245,16 @@ pub fn arp_claims(
         .count() as u64
 }
 
+/// Packets that came from an outer address, whoever sent them.
+pub fn sent_by(recording: &Recording, address: &str, from: Duration, to: Duration) -> u64 {
+    let address = address.parse().ok();
+    recording
+        .packets()
+        .filter(|packet| packet.source.is_some() && packet.source == address)
+        .filter(|packet| (from..to).contains(&recording.boot_time(packet.at)))
+        .count() as u64
+}
+
 /// Frames from hardware address `mac` with IP source `address` within `[from, to)`.
 pub fn sent_as(
     recording: &Recording,

@@ -1,6 +1,7 @@
 //! The named real-peer scenarios: each builds its own network, does one thing with a real strongSwan, and says in
 //! one line what it found. `lab interop` runs them.
 
+mod active;
 mod bad_input;
 mod basic;
 mod ipv6;
@@ -56,6 +57,7 @@ pub fn all() -> Vec<Scenario> {
         protection::SCENARIOS,
         pair::SCENARIOS,
         uplink::SCENARIOS,
+        active::SCENARIOS,
         ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]

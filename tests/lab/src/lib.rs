@@ -13,8 +13,10 @@
 //! * [`faults`]: SIGSTOP, cuts, losses, saturated cores.
 //! * [`stall`]: whether the machine itself stood still.
 //! * [`scene`]: a pair that serves a peer, ready to be hurt; [`trial`]: one fault, measured.
+//! * [`active`]: the same for two endpoints.
 //! * [`report`]: the demo's page. [`interop`]: the named real-peer scenarios.
 
+pub mod active;
 pub mod baseline;
 pub mod capture;
 pub mod charon;

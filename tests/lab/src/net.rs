@@ -26,6 +26,12 @@ pub const VIRTUAL_WAN: &str = "203.0.113.10";
 pub const VIRTUAL_LAN: &str = "10.1.0.1";
 /// The endpoint's virtual LAN address for IPv6.
 pub const VIRTUAL_LAN6: &str = "fd01::1";
+/// The second endpoint's virtual WAN address.
+pub const SECOND_WAN: &str = "203.0.113.20";
+/// The second endpoint's virtual LAN address.
+pub const SECOND_LAN: &str = "10.1.0.4";
+/// Another address of the host behind the endpoints: what it sends from there goes to the second endpoint.
+pub const LHOST_SECOND: &str = "10.1.0.19";
 /// The remote gateway's outer address.
 pub const PEER_WAN: &str = "198.51.100.7";
 /// The host behind the endpoint.
@@ -152,6 +158,15 @@ impl Net {
         self.left.ip("addr add 203.0.113.10/24 dev eth0\n\
              addr add 10.1.0.1/24 dev eth1\n\
              addr add fd01::1/64 dev eth1\n")
+    }
+
+    /// Gives the host behind the endpoints an address whose packets go to the second endpoint.
+    pub fn second_next_hop(&self) -> Result<()> {
+        self.lhost.ip(&format!(
+            "addr add {LHOST_SECOND}/24 dev eth0\n\
+             route add default via {SECOND_LAN} table 20\n\
+             rule add from {LHOST_SECOND} lookup 20\n"
+        ))
     }
 
     /// Gives the remote gateway's host addresses of its own, so that 198.51.100.7 and 10.2.0.1 can be virtual:

@@ -215,6 +215,7 @@ pub fn judge(sent: &[(u64, u64)], received: &[(u64, u64)], from: u64, to: u64) -
 /// Numbered UDP packets both ways between two hosts.
 #[derive(Debug)]
 pub struct UdpProbes {
+    rate: u32,
     left: Agent,
     right: Agent,
 }
@@ -222,11 +223,24 @@ pub struct UdpProbes {
 impl UdpProbes {
     /// Starts `rate` packets a second each way between the hosts behind endpoint and gateway.
     pub fn start(run: &Run, left: (&Ns, &str), right: (&Ns, &str), rate: u32) -> Result<UdpProbes> {
+        Self::on_port(run, left, right, rate, UDP_PORT)
+    }
+
+    /// The same on another port, at both ends: another flow.
+    pub fn on_port(
+        run: &Run,
+        left: (&Ns, &str),
+        right: (&Ns, &str),
+        rate: u32,
+        port: u16,
+    ) -> Result<UdpProbes> {
+        let (each, port) = (rate.to_string(), port.to_string());
         let agent = |(ns, own): (&Ns, &str), (_, other): (&Ns, &str)| {
-            let args = ["udp", "--bind", own, "--to", other, "--rate", &rate.to_string()];
-            Agent::start(run, ns, "udp", &args.map(str::to_owned))
+            let args = ["udp", "--bind", own, "--to", other, "--rate", &each, "--port", &port];
+            let name = format!("udp-{own}-{port}");
+            Agent::start(run, ns, &name, &args.map(str::to_owned))
         };
-        Ok(UdpProbes { left: agent(left, right)?, right: agent(right, left)? })
+        Ok(UdpProbes { rate, left: agent(left, right)?, right: agent(right, left)? })
     }
 
     fn ends(&self, way: Way) -> (&Agent, &Agent) {
@@ -251,7 +265,7 @@ impl UdpProbes {
             Way::BOTH.iter().all(|way| {
                 let arrived = self.arrivals(*way, from, to);
                 // A reader thread may lag a few ms behind the clock; the last silence is not judged as such.
-                arrived.len() >= 150
+                arrived.len() as u64 * 10 >= u64::from(self.rate) * 3 / 2
                     && judge(&[], &arrived, clock::nanos(from), clock::nanos(to)).gap < span / 6
             })
         })

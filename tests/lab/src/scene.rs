@@ -300,8 +300,19 @@ fn start_peer(run: &Run, net: &Net) -> Result<Capture> {
 
 /// Starts both instances of a pair on the same configuration.
 pub fn start_pair(run: &Run, bins: &Bins, net: &Net, config: &Config) -> Result<[Daemon; 2]> {
-    let mut left = Daemon::prepare(run, bins, &net.left, "left", config)?;
-    let mut right = Daemon::prepare(run, bins, &net.right, "right", config)?;
+    start_pair_with(run, bins, net, config, &[])
+}
+
+/// The same with further arguments for both daemons.
+pub fn start_pair_with(
+    run: &Run,
+    bins: &Bins,
+    net: &Net,
+    config: &Config,
+    args: &[&str],
+) -> Result<[Daemon; 2]> {
+    let mut left = Daemon::prepare(run, bins, &net.left, "left", config)?.with_args(args);
+    let mut right = Daemon::prepare(run, bins, &net.right, "right", config)?.with_args(args);
     left.spawn()?;
     right.spawn()?;
     left.wait_ready(PATIENCE)?;

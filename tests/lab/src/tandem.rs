@@ -83,6 +83,23 @@ pub struct Child {
     pub settings: Vec<(String, String)>,
 }
 
+/// An endpoint of the configuration file; its interfaces are eth0 on the WAN and eth1 on the LAN.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// Its name.
+    pub name: String,
+    /// Its home.
+    pub home: String,
+    /// Its virtual WAN address.
+    pub wan: String,
+    /// Next hop on the WAN.
+    pub gateway: String,
+    /// Its virtual LAN addresses.
+    pub lan: Vec<String>,
+    /// Further `key = value` lines, values in TOML.
+    pub settings: Vec<(String, String)>,
+}
+
 /// One configuration file: the same on both hosts.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -92,12 +109,8 @@ pub struct Config {
     pub pair_settings: Vec<(String, String)>,
     /// Names, indices and links of the instances.
     pub instances: Vec<(String, u8, Vec<String>)>,
-    /// The endpoint's virtual WAN address.
-    pub wan: String,
-    /// Next hop on the WAN.
-    pub gateway: String,
-    /// The endpoint's virtual LAN addresses.
-    pub lan: Vec<String>,
+    /// The endpoints; every connection is served at each of them.
+    pub endpoints: Vec<Endpoint>,
     /// The connections.
     pub connections: Vec<Connection>,
     /// Whether the TUN may use offloads.
@@ -140,11 +153,36 @@ impl Config {
                 ("left".into(), 0, vec!["172.31.0.1:4600".into(), "10.1.0.2:4600".into()]),
                 ("right".into(), 1, vec!["172.31.0.2:4600".into(), "10.1.0.3:4600".into()]),
             ],
-            wan: net::VIRTUAL_WAN.into(),
-            gateway: "203.0.113.1".into(),
-            lan: vec![net::VIRTUAL_LAN.into(), net::VIRTUAL_LAN6.into()],
+            endpoints: vec![Endpoint {
+                name: "main".into(),
+                home: "left".into(),
+                wan: net::VIRTUAL_WAN.into(),
+                gateway: "203.0.113.1".into(),
+                lan: vec![net::VIRTUAL_LAN.into(), net::VIRTUAL_LAN6.into()],
+                // Scenarios move it, and want it to stay.
+                settings: vec![("preempt".into(), "false".into())],
+            }],
             connections: vec![branch()],
             offload: true,
+        }
+    }
+
+    /// The same pair with two endpoints: `a` at home on the left, `b` on the right. Both go home soon.
+    pub fn active_active() -> Config {
+        let endpoint = |name: &str, home: &str, wan: &str, lan: &str| Endpoint {
+            name: name.into(),
+            home: home.into(),
+            wan: wan.into(),
+            gateway: "203.0.113.1".into(),
+            lan: vec![lan.into()],
+            settings: vec![("hold_down_s".into(), "2".into())],
+        };
+        Config {
+            endpoints: vec![
+                endpoint("a", "left", net::VIRTUAL_WAN, net::VIRTUAL_LAN),
+                endpoint("b", "right", net::SECOND_WAN, net::SECOND_LAN),
+            ],
+            ..Config::pair()
         }
     }
 
@@ -166,9 +204,14 @@ impl Config {
         Config {
             secret: None,
             instances: vec![("peer".into(), 0, Vec::new())],
-            wan: net::PEER_WAN.into(),
-            gateway: "198.51.100.1".into(),
-            lan: vec!["10.2.0.1".into()],
+            endpoints: vec![Endpoint {
+                name: "main".into(),
+                home: "peer".into(),
+                wan: net::PEER_WAN.into(),
+                gateway: "198.51.100.1".into(),
+                lan: vec!["10.2.0.1".into()],
+                settings: Vec::new(),
+            }],
             connections: vec![connection],
             ..Config::pair()
         }
@@ -203,19 +246,22 @@ impl Config {
                 let _ = writeln!(text, "links = {}", list(links));
             }
         }
-        let home = self.instances.first().map_or("left", |(name, ..)| name);
-        let _ = writeln!(text, "[endpoints.main]\nhome = \"{home}\"");
-        let _ = writeln!(
-            text,
-            "wan = {{ address = \"{}\", gateway = \"{}\", interface = \"eth0\" }}",
-            self.wan, self.gateway
-        );
-        let _ = writeln!(text, "lan = {{ address = {}, interface = \"eth1\" }}", list(&self.lan));
+        for endpoint in &self.endpoints {
+            let Endpoint { name, home, wan, gateway, lan, settings } = endpoint;
+            let _ = writeln!(text, "[endpoints.{name}]\nhome = \"{home}\"");
+            let _ = writeln!(
+                text,
+                "wan = {{ address = \"{wan}\", gateway = \"{gateway}\", interface = \"eth0\" }}"
+            );
+            let _ = writeln!(text, "lan = {{ address = {}, interface = \"eth1\" }}", list(lan));
+            lines(&mut text, settings);
+        }
+        let everywhere: Vec<String> = self.endpoints.iter().map(|e| e.name.clone()).collect();
         for connection in &self.connections {
             let psk = dir.join(format!("{}.psk", connection.name));
             secret_file(&psk, &connection.psk)?;
             let name = &connection.name;
-            let _ = writeln!(text, "[connections.{name}]\nendpoints = [\"main\"]");
+            let _ = writeln!(text, "[connections.{name}]\nendpoints = {}", list(&everywhere));
             let _ = writeln!(text, "remote_address = \"{}\"", connection.remote_address);
             let _ = writeln!(text, "local_id = \"{}\"", connection.local_id);
             let _ = writeln!(text, "remote_id = \"{}\"", connection.remote_id);
@@ -316,6 +362,20 @@ pub struct TunnelStatus {
     pub last_error: Option<LastError>,
 }
 
+/// One flow of `tandem flows`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct FlowStatus {
+    /// Source address.
+    pub source: String,
+    /// Source port.
+    pub source_port: Option<u16>,
+    /// The endpoint it is pinned to.
+    pub endpoint: String,
+    /// Its packets cross the pair link.
+    pub steered: bool,
+}
+
 /// The last failure of a tunnel.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -379,9 +439,14 @@ pub struct Counters {
 }
 
 impl Status {
-    /// The one endpoint of the lab's configurations.
+    /// An endpoint by its name.
+    pub fn endpoint(&self, name: &str) -> EndpointStatus {
+        self.endpoints.iter().find(|endpoint| endpoint.name == name).cloned().unwrap_or_default()
+    }
+
+    /// The one endpoint of most configurations.
     pub fn main(&self) -> EndpointStatus {
-        self.endpoints.iter().find(|endpoint| endpoint.name == "main").cloned().unwrap_or_default()
+        self.endpoint("main")
     }
 
     /// The tunnel of a connection.
@@ -592,6 +657,19 @@ impl Daemon {
     /// Its process.
     pub fn pid(&mut self) -> Result<u32> {
         Ok(self.proc()?.pid())
+    }
+
+    /// The flows that it saw lately, by `tandem flows` with these filters.
+    pub fn flows(&self, filters: &[&str]) -> Result<Vec<FlowStatus>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            flows: Vec<FlowStatus>,
+        }
+        let args = [&["flows", "--json"], filters].concat();
+        let text = self.tandem_cmd(&args).run(Duration::from_secs(3))?;
+        let answer: Answer = serde_json::from_str(&text)
+            .map_err(|error| Error::parse("tandem flows --json", error.to_string()))?;
+        Ok(answer.flows)
     }
 
     /// Resident memory, bytes.

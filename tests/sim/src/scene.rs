@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crypto::Secret;
 use gateway::config::{
-    Config, ConnectionParts, EndpointParts, HomeComing, Instance, OnFailure, PairParts, PairTimers, Parts,
-    WanParts,
+    Config, ConnectionParts, EndpointParts, HomeComing, Instance, OnFailure, PairParts, PairTimers,
+    Parts, WanParts,
 };
 use ike::config::{
     ChildConfig, ConnectionConfig, Encap, Limits, RemoteAddress, Retransmit, Start, Timers,

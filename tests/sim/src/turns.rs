@@ -16,7 +16,7 @@ use crate::scene::VIRTUAL;
 use crate::world::{Event, Steered, World};
 
 /// The only endpoint.
-const MAIN: EndpointId = EndpointId(0);
+pub(crate) const MAIN: EndpointId = EndpointId(0);
 /// Room for one batch's packets of one direction.
 const BATCH: usize = 32;
 

@@ -18,6 +18,7 @@ use crate::log;
 use crate::network::{Datagram, Item, Network, Stream};
 use crate::scene::{Scene, VIRTUAL, name_of, peer_of};
 use crate::traffic::Traffic;
+use crate::turns::MAIN;
 
 /// Packets that a socket or the TUN holds for a daemon that does not read.
 const SOCKET: usize = 512;

@@ -5,8 +5,8 @@
 
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use gateway::status::{
-    ChildState, ChildStatus, Contact, EndpointStatus, FlowStatus, Mode, Nat, PairStatus, Role, Status,
-    TunnelState, TunnelStatus,
+    ChildState, ChildStatus, Contact, EndpointStatus, FlowStatus, Mode, Nat, PairStatus, Role,
+    Status, TunnelState, TunnelStatus,
 };
 
 /// Draws the whole status; `colour` for a terminal.

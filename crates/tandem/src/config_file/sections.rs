@@ -10,8 +10,8 @@ use std::time::Duration;
 use crypto::Secret;
 use crypto::hash::sha256;
 use gateway::config::{
-    ConnectionParts, EndpointParts, HomeComing, Instance, LanParts, OnFailure, PairParts, PairTimers, Parts,
-    WanParts,
+    ConnectionParts, EndpointParts, HomeComing, Instance, LanParts, OnFailure, PairParts,
+    PairTimers, Parts, WanParts,
 };
 use ike::config::{ChildConfig, ConnectionConfig, Encap, Limits, RemoteAddress, Start, Timers};
 use ike::proposal::{default_esp, default_ike, parse_esp, parse_ike};
@@ -288,10 +288,8 @@ impl Section<'_, '_, '_> {
                 (!addresses.is_empty()).then_some(LanParts { addresses, interface })
             });
             let weight = table.number("weight", "shares of the flows", 1..=1000);
-            let mut home_coming = HomeComing {
-                preempt: table.switch("preempt", true),
-                ..HomeComing::default()
-            };
+            let mut home_coming =
+                HomeComing { preempt: table.switch("preempt", true), ..HomeComing::default() };
             if let Some(hold_down) = table.number("hold_down_s", "seconds", 0..=86_400) {
                 home_coming.hold_down = Duration::from_secs(hold_down.value);
             }

@@ -429,8 +429,10 @@ impl Control {
     }
 
     fn request(&mut self, call: crate::control_socket::Call) {
-        let needs_another =
-            matches!(call.request, Request::Failover { .. } | Request::Drain {} | Request::Undrain {});
+        let needs_another = matches!(
+            call.request,
+            Request::Failover { .. } | Request::Drain {} | Request::Undrain {}
+        );
         if needs_another && self.parts.link.is_none() {
             let text = "this gateway is on its own: there is no other instance to hand over to";
             let failure = Failure::new(Fault::NotReady, text)

@@ -175,6 +175,7 @@ async fn steered_packets_arrive_from_any_thread() {
         endpoint: EndpointId(2),
         from: Some("192.0.2.9:4500".parse().unwrap()),
         local_port: 4500,
+        back: false,
     };
     let worker = std::thread::spawn(move || {
         let mut scratch = Vec::new();
@@ -291,8 +292,13 @@ async fn datagrams_under_an_earlier_streams_keys_are_refused() {
     left.up().await;
     right.up().await;
     let before = right.handle.counters().other_key;
-    let head =
-        SteerHead { kind: SteerKind::Plain, endpoint: EndpointId(0), from: None, local_port: 0, back: false };
+    let head = SteerHead {
+        kind: SteerKind::Plain,
+        endpoint: EndpointId(0),
+        from: None,
+        local_port: 0,
+        back: false,
+    };
     assert!(old.send(&head, b"old", &mut Vec::new()));
     assert!(left.handle.send_steer(&head, b"new"));
     let LinkEvent::Steered { bytes, .. } = right.next().await else { panic!() };

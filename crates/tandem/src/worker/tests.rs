@@ -425,8 +425,13 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         peer.send("127.0.0.3:4500", b"direct");
         new.wait_for(|counters| counters.esp_received == 1);
         let moved = Some("127.0.0.77:999".parse().unwrap());
-        let head =
-            SteerHead { kind: SteerKind::Esp, endpoint: MAIN, from: moved, local_port: 4500, back: false };
+        let head = SteerHead {
+            kind: SteerKind::Esp,
+            endpoint: MAIN,
+            from: moved,
+            local_port: 4500,
+            back: false,
+        };
         let steered = |bytes: Vec<u8>| WorkerCommand::Steered { head, bytes };
         new.worker.send(steered(peer.seal(b"steered"))).unwrap();
         assert_eq!(receive(&application), b"steered");

@@ -30,6 +30,19 @@ enum What {
         rate: u32,
         #[arg(long, default_value_t = 64)]
         size: usize,
+        #[arg(long, default_value_t = UDP_PORT)]
+        port: u16,
+    },
+    /// Many short flows: of each, some packets in UDP (nobody need listen) or a TCP connection to `serve`.
+    Many {
+        #[arg(long)]
+        bind: IpAddr,
+        #[arg(long)]
+        to: IpAddr,
+        #[arg(long)]
+        udp: u16,
+        #[arg(long)]
+        tcp: u16,
     },
     /// The server of `bulk` and `idle`.
     Serve {
@@ -60,10 +73,11 @@ fn main() -> std::io::Result<()> {
     let (out, records) = channel();
     std::thread::spawn(move || report(&records));
     match args.what {
-        What::Udp { bind, to, rate, size } => {
+        What::Udp { bind, to, rate, size, port } => {
             exit_with_parent();
-            udp(bind, to, rate, size, out)
+            udp((bind, to, port), rate, size, out)
         }
+        What::Many { bind, to, udp, tcp } => many(bind, to, udp, tcp),
         What::Serve { bind } => {
             exit_with_parent();
             serve(bind, out)
@@ -115,14 +129,38 @@ fn record(out: &Sender<Record>, kind: u8, value: u64) {
     let _ = out.send(Record { kind, value, at: clock::nanos(clock::now()) });
 }
 
+/// Source ports of [`many`] count up from here.
+const MANY_FROM: u16 = 20_000;
+
+fn many(bind: IpAddr, to: IpAddr, udp: u16, tcp: u16) -> std::io::Result<()> {
+    for port in (MANY_FROM..).take(udp.into()) {
+        let socket = UdpSocket::bind((bind, port))?;
+        for _ in 0..3 {
+            socket.send_to(&[0; 64], (to, UDP_PORT + 2))?;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for _ in 0..tcp {
+        let socket = socket2::Socket::new(
+            socket2::Domain::for_address(SocketAddr::new(to, TCP_PORT)),
+            socket2::Type::STREAM,
+            None,
+        )?;
+        socket.bind(&SocketAddr::new(bind, 0).into())?;
+        socket.connect(&SocketAddr::new(to, TCP_PORT).into())?;
+        let mut stream = TcpStream::from(socket);
+        stream.write_all(b"I")?;
+    }
+    Ok(())
+}
+
 fn udp(
-    bind: IpAddr,
-    to: IpAddr,
+    (bind, to, port): (IpAddr, IpAddr, u16),
     rate: u32,
     size: usize,
     out: Sender<Record>,
 ) -> std::io::Result<()> {
-    let socket = UdpSocket::bind(SocketAddr::new(bind, UDP_PORT))?;
+    let socket = UdpSocket::bind(SocketAddr::new(bind, port))?;
     let receiver = socket.try_clone()?;
     let received = out.clone();
     std::thread::spawn(move || {
@@ -135,7 +173,7 @@ fn udp(
             }
         }
     });
-    let to = SocketAddr::new(to, UDP_PORT);
+    let to = SocketAddr::new(to, port);
     let step = Duration::from_secs(1) / rate.max(1);
     let mut packet = vec![0; size.max(8)];
     let mut due = clock::now();
