@@ -6,12 +6,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use crypto::Secret;
-use gateway::config::{Config, OnFailure, PairTimers};
+use gateway::config::{Config, HomeComing, OnFailure, PairTimers};
 use ike::config::{Encap, RemoteAddress, Start};
 use tandem::config_file::{KeyFileError, Loaded, Options, Severity, host_needs, parse};
 use wire::id::{ConnectionId, EndpointId};
 
 const SAMPLE: &str = include_str!("../../../config/tandem.toml");
+const ACTIVE: &str = include_str!("../../../config/active-active.toml");
 const LONE: &str = include_str!("../../../config/lone.toml");
 const PAIR_KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
 const PSK: &str = "a long enough pre-shared key";
@@ -28,6 +29,35 @@ fn options(instance: &str) -> Options {
 
 fn read(text: &str, instance: &str) -> Loaded {
     parse("test.toml", text, &options(instance), &keys).unwrap_or_else(|report| panic!("{report}"))
+}
+
+#[test]
+fn the_active_active_sample_is_read_as_it_says() {
+    let loaded = read(ACTIVE, "left");
+    assert!(loaded.report.is_empty(), "{}", loaded.report);
+    let config = &loaded.config;
+    let homes: Vec<_> =
+        config.endpoints.iter().map(|e| (e.name.as_str(), e.home, e.weight)).collect();
+    assert_eq!(homes, [("a", 0, 1), ("b", 1, 1)]);
+    assert_eq!(config.connections[0].endpoints, [EndpointId(0), EndpointId(1)]);
+    // peers.md 7: it would delete the tunnel at the other endpoint.
+    assert!(!config.connections[0].ike.initial_contact);
+}
+
+#[test]
+fn how_an_endpoint_comes_home() {
+    let of = |text: &str| read(text, "left").config.endpoints[0].clone();
+    let usual = of(SAMPLE);
+    assert_eq!(usual.home_coming, HomeComing::default());
+    assert_eq!((usual.weight, usual.home_coming.hold_down), (1, Duration::from_secs(30)));
+    let text = SAMPLE
+        .replace("# weight = 1 ", "weight = 3 ")
+        .replace("# preempt = true ", "preempt = false ")
+        .replace("# hold_down_s = 30 ", "hold_down_s = 0 ");
+    let changed = of(&text);
+    let home_coming = HomeComing { preempt: false, hold_down: Duration::ZERO };
+    assert_eq!((changed.weight, changed.home_coming), (3, home_coming));
+    assert_ne!(read(SAMPLE, "left").config.digest(), read(&text, "left").config.digest());
 }
 
 #[test]
