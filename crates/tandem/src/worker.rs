@@ -103,7 +103,7 @@ pub enum WorkerCommand {
 pub enum WorkerEvent {
     /// From the shard.
     Report(esp::Report),
-    /// Packets of this endpoint were handed to the other instance; at most every 100 ms.
+    /// ESP packets that came for this endpoint were handed to the other instance; at most every 100 ms.
     Steered(EndpointId),
     /// An IKE message that arrived on port 4500, without the non-ESP marker.
     Ike {

@@ -113,7 +113,9 @@ impl Active {
         let mut scene = Active::quiet(run, bins, config, &[])?;
         let hosts = [net::LHOST, net::LHOST_SECOND];
         for (arrives, source) in hosts.into_iter().enumerate() {
-            for port in PORTS_FROM..PORTS_FROM + 64 {
+            // One host answers for both, so no port twice.
+            let first = PORTS_FROM + 64 * arrives as u16;
+            for port in first..first + 64 {
                 if scene.flows.iter().filter(|flow| flow.arrives == arrives).count() == 2 {
                     break;
                 }

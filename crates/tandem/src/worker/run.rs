@@ -536,7 +536,9 @@ impl Io {
             _ => false,
         };
         add(if sent { &self.counters.steered } else { &self.counters.steer_lost }, 1);
-        if let Some(told) = self.steered_told.get_mut(usize::from(endpoint.0))
+        // Inner packets are handed over as long as flows are pinned there; only what peers still send here is late.
+        if slot.direction() == Direction::Inbound
+            && let Some(told) = self.steered_told.get_mut(usize::from(endpoint.0))
             && now >= *told + STEERED_PAUSE
             && self.outlet.report(WorkerEvent::Steered(endpoint)).is_ok()
         {

@@ -39,12 +39,13 @@ fn pins(lab: &Lab<'_>) -> Result<String> {
     let config = Config::active_active();
     let mut scene = Active::quiet(lab.run, lab.bins, &config, &["--keylog", &folder])?;
     let server = probe::program()?;
-    let mut serving = scene
+    // It serves as long as its standard input is open.
+    let (mut serving, _open, _records) = scene
         .net
         .rhost
         .cmd(&server)
         .args(["serve", "--bind", net::RHOST])
-        .spawn(&lab.run.dir().join("serve.log"))?;
+        .converse(&lab.run.dir().join("serve.log"))?;
     scene.net.lhost.ping_until(net::RHOST, PATIENCE)?;
     let count = FLOWS.to_string();
     for source in [net::LHOST, net::LHOST_SECOND] {
