@@ -21,6 +21,8 @@ pub enum Bug {
     FenceByTurnAlone,
     /// Invariant 3: after a late turn the fence opens without listening.
     FenceWithoutListening,
+    /// Invariant 3: a lone survivor relies on that beyond `boot_wait`, and knows nobody afterwards.
+    AloneTooLong,
     /// Invariant 3: the fence stays open while a grant is under way.
     FenceOpenInGrant,
     /// Invariant 3: a late grant is accepted although it was refused.

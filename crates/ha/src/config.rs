@@ -100,7 +100,8 @@ pub struct Config {
     pub heartbeat: Duration,
     /// Silence that means death (100 ms).
     pub dead_after: Duration,
-    /// How long an echo, or a turn out of contact, keeps the fence open (80 ms).
+    /// How long an echo, or a turn out of contact, keeps the fence open (80 ms; longer where the other
+    /// is known to be dead).
     pub fence_after: Duration,
     /// How long an instance without in-sync state waits for contact after its start (10 s).
     pub boot_wait: Duration,
@@ -134,10 +135,11 @@ impl Config {
     }
 
     /// How long an instance that knows every process of the other to be dead may rely on that: a
-    /// new one, at most [`REJOIN`] old without being known, owns nothing before `boot_wait`, by a
-    /// clock that may be faster. Half of it, to be far from the edge.
+    /// new one, some [`REJOIN`] old without being known, owns nothing before `boot_wait`, by a
+    /// clock that may be faster. Half of that, to be far from the edge, and a second at most: the
+    /// two may have been given different times. (With a witness this must not be used.)
     pub(crate) fn alone(&self) -> Duration {
-        (self.boot_wait * 4 / 5).saturating_sub(REJOIN) / 2
+        ((self.boot_wait * 4 / 5).saturating_sub(REJOIN) / 2).min(Duration::from_secs(1))
     }
 
     /// Checks what [`crate::Pair::new`] relies on; `tandem check` calls it too.

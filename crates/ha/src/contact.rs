@@ -287,6 +287,10 @@ impl Contact {
         if let Some(peer) = &mut self.peer
             && peer.boot == boot
         {
+            // It lives: the proof was none.
+            if self.death == Some(Death::Proven) && !peer.gone {
+                self.death = Some(Death::Silence);
+            }
             return false;
         }
         let known = self.peer.is_some();
@@ -623,6 +627,23 @@ mod tests {
             assert!(c.stamp(ms(now), &mut Heartbeat::default()));
             assert_eq!(c.listen_until, ms(listens), "sent at {now}");
         }
+    }
+
+    #[test]
+    fn a_hello_of_a_process_that_was_proven_dead_takes_the_proof_back() {
+        let mut c = contact();
+        c.hear(ms(1001), LinkId(0), heartbeat(1, 0));
+        c.stream_lost = Some(ms(1002));
+        assert_eq!(c.probes(ms(1002), &config()), vec![LinkId(0)]);
+        c.probe_result(ms(1003), LinkId(0), Probe::Refused, ms(20));
+        assert_eq!(c.judge(ms(1003), &config()), Some(Death::Proven));
+        assert_eq!(c.proven_at(), Some(ms(1003)));
+        assert!(!c.greet(ms(1200), 9, Vec::new(), &config()));
+        assert_eq!(c.proven_at(), None);
+        // Who said goodbye is gone all the same.
+        c.goodbye(ms(1300), &config());
+        assert!(!c.greet(ms(1400), 9, Vec::new(), &config()));
+        assert_eq!(c.proven_at(), Some(ms(1300)));
     }
 
     #[test]

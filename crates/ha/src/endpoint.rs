@@ -257,6 +257,10 @@ impl Endpoint {
             fence_after: cx.config.fence_after,
             alone: cx.config.alone(),
         };
+        let times = match cx.bug {
+            Bug::AloneTooLong => Times { alone: cx.config.boot_wait * 3, ..times },
+            _ => times,
+        };
         let valid_until = match cx.bug {
             Bug::FenceByTurnAlone => cx.now + times.fence_after,
             Bug::FenceWithoutListening => {

@@ -18,10 +18,12 @@
 //! turn and may go down: whoever hears the other again without being echoed falls back to rule 1,
 //! though only after as long as a first echo may take, so that a return closes nothing: neither
 //! that of a new contact nor that of an instance that was late and therefore listens afresh.
-//! While the other's death stands proven and no process has shown itself since, rule 2 reaches far ahead: a new process
-//! owns nothing before it has listened for `boot_wait`, so a host that stops for a moment need not fall silent.
+//! While the other's death has stood proven for [`REJOIN`] and no process has shown itself since, rule 2 reaches
+//! [`crate::Config::alone`] ahead: a new process owns nothing before it has listened for `boot_wait`, so a host that stops
+//! for a moment need not fall silent.
 //! Rule 5 (a higher term ends ownership) is in `ownership`.
 
+use crate::config::REJOIN;
 use core::time::Duration;
 
 /// What a turn knows about the other instance.
@@ -91,7 +93,8 @@ impl Fence {
             view.echoed_at.is_none_or(|sent| now >= sent + times.fence_after - times.heartbeat);
         let out_of_contact = view.dead || (!hears && echo_ageing);
         let by_turn_applies = out_of_contact || (hears && echo_ageing && view.other_cannot_take);
-        let alone = view.proven_at.is_some() && view.spoke_at.is_none() && view.steady;
+        let proven = view.proven_at.is_some_and(|at| now >= at + REJOIN);
+        let alone = proven && view.spoke_at.is_none() && view.steady;
         let listened = match self.closed_at {
             None => true,
             Some(_) if view.lone => true,
@@ -243,6 +246,9 @@ mod tests {
             View { dead: true, proven_at: Some(ms(1000)), spoke_at: None, ..view(2000, 990, 980) };
         let mut fence = Fence::default();
         assert_eq!(fence.turn(alone, TIMES), ms(5000));
+        // Not at once: a proof may be taken back by a heartbeat that was under way.
+        let fresh = View { proven_at: Some(ms(1001)), ..alone };
+        assert_eq!(Fence::default().turn(fresh, TIMES), ms(2080));
         // A turn that comes late but before that finds it open.
         assert_eq!(fence.turn(View { now: ms(4999), steady: false, ..alone }, TIMES), ms(5079));
         assert_eq!(fence.turn(View { now: ms(5000), ..alone }, TIMES), ms(8000));

@@ -28,8 +28,9 @@ pub fn close_first(fd: OwnedFd) -> OwnedFd {
 }
 
 /// Gives the calling thread, and those it starts, a table of descriptors of its own, with a copy of all but what
-/// [`close_first`] has raised. For the start of a thread: what others open from now on is not known in it, nor the reverse,
-/// so nothing that owns a younger descriptor may pass between them.
+/// [`close_first`] has raised. For the start of a thread, and before whoever starts it opens anything more: what others open
+/// from now on is not known in it, nor the reverse, so nothing that owns a younger descriptor may pass between them. A
+/// descriptor that one of them closes stays open in the other's table until that thread ends.
 pub fn own_table() -> io::Result<()> {
     let unshare = libc::CLOSE_RANGE_UNSHARE as libc::c_int;
     // SAFETY: integers only. The descriptors are closed in this thread's table alone, where nobody uses them: their owners

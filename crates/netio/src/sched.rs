@@ -42,6 +42,18 @@ pub fn set_nice(nice: i32) -> io::Result<()> {
     check(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }).map(drop)
 }
 
+/// The calling thread, and those it starts, take no signals: they are for the thread that waits for them, whose descriptors
+/// the handlers write to ([`crate::descriptor::own_table`]). SIGKILL and faults of the thread's own come all the same.
+pub fn block_signals() -> io::Result<()> {
+    let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigfillset initialises the set, and only then is it read; no old set is asked for.
+    let error = unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), std::ptr::null_mut())
+    };
+    if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
+}
+
 /// Keeps present and future memory resident, so that a page fault never delays a heartbeat.
 /// Optional: it makes everything resident, and a killed process frees memory before its sockets
 /// (dataplane.md), so use it only with a small heap.
@@ -209,6 +221,24 @@ mod tests {
             eprintln!("this host writes no core files at all");
         }
         assert!(!forbidden);
+    }
+
+    #[test]
+    fn a_thread_without_signals_leaves_them_to_the_others() {
+        std::thread::spawn(|| {
+            block_signals().unwrap();
+            std::thread::spawn(|| {
+                // Signals 9 and 19 cannot be blocked, 32 and 33 are the C library's.
+                let mask = u64::from_str_radix(&status_line("SigBlk:"), 16).unwrap();
+                let term = 1 << (libc::SIGTERM - 1);
+                let child = 1 << (libc::SIGCHLD - 1);
+                assert_eq!(mask & (term | child), term | child, "{mask:x}");
+            })
+            .join()
+            .unwrap();
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

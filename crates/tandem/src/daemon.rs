@@ -53,6 +53,13 @@ struct Args {
 /// netlink's decoders warn about every attribute that is younger than they are.
 const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
 
+/// Sets the calling thread apart from the control thread: it holds up nothing that shows the other instance our death,
+/// and takes none of our signals. What it starts is apart as well.
+pub(crate) fn apart() -> std::io::Result<()> {
+    netio::sched::block_signals()?;
+    netio::descriptor::own_table()
+}
+
 /// A log on a slow disk must not stop the control loop: lines go through a thread, and are dropped when 8,192 wait.
 ///
 /// The thread starts long before the control thread gives its privileges up, and privileges belong to threads: it is
@@ -60,7 +67,9 @@ const DEFAULT_LOG: &str = "info,netlink_packet_route=error";
 fn log_writer() -> std::io::Result<(NonBlocking, WorkerGuard)> {
     let start = std::thread::Builder::new().name("log-start".to_owned()).spawn(|| {
         netio::sched::drop_all_privileges()?;
-        netio::descriptor::own_table()?;
+        if let Err(problem) = apart() {
+            eprintln!("the log's thread is not apart: {problem}; a death of this instance may be noticed late");
+        }
         Ok(NonBlockingBuilder::default().buffered_lines_limit(8_192).finish(std::io::stderr()))
     })?;
     start.join().map_err(|_| std::io::Error::other("its thread panicked"))?
@@ -111,9 +120,14 @@ pub fn main() -> ExitCode {
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        // One thread for the term file, which is there before the pair link and stays.
+        .max_blocking_threads(1)
+        .thread_keep_alive(std::time::Duration::MAX)
         .on_thread_start(|| {
-            if let Err(problem) = netio::descriptor::own_table() {
-                error!(%problem, "a thread holds the pair link's sockets: a death may be noticed late");
+            // It is there before the control thread gives its privileges up, and needs none for a file of its own.
+            let ready = netio::sched::drop_all_privileges().and_then(|()| apart());
+            if let Err(problem) = ready {
+                error!(%problem, "a thread is not apart: a death of this instance may be noticed late");
             }
         })
         .build();
@@ -125,6 +139,9 @@ pub fn main() -> ExitCode {
         }
     };
     let outcome = runtime.block_on(async {
+        if let Err(problem) = tokio::task::spawn_blocking(|| {}).await {
+            return Err(format!("a thread could not be started: {problem}"));
+        }
         let parts = setup::open(loaded, args.keylog).await?;
         control::run(parts).await
     });

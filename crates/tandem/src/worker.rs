@@ -139,18 +139,22 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
     let outlet = run::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike));
     let counters = Arc::new(Counters::default());
     let mut state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
+    let (begun, wait) = sync_channel(1);
     let thread = std::thread::Builder::new().name("worker-0".to_owned()).spawn(move || {
         // A worker that panicked would leave the endpoint owned and silent: the process must
         // die, so that the other instance takes over.
         let _guard = AbortOnPanic;
-        // All its descriptors exist by now. Without the pair link's, its death never delays the proof of ours.
-        if let Err(error) = netio::descriptor::own_table() {
-            tracing::error!(%error, "the worker holds the pair link's sockets: a death may be noticed late");
+        // All its descriptors exist by now.
+        if let Err(error) = crate::daemon::apart() {
+            tracing::error!(%error, "the worker is not apart: a death of this instance may be noticed late");
         }
+        let _ = begun.send(());
         if let Err(error) = state.run() {
             tracing::error!(%error, "the worker cannot go on");
         }
     })?;
+    // Nothing is opened until it has a table of its own. It cannot end before it said so.
+    let _ = wait.recv();
     Ok(WorkerHandle { commands, reports, ike, event, long_ike, counters, thread: Some(thread) })
 }
 

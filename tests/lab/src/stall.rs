@@ -2,7 +2,9 @@
 //!
 //! Both instances, the peer and the probes share this machine. When it stops, all of them do, and what follows says nothing
 //! about a pair on two hosts. A thread of real-time priority on each processor, above the daemons', sleeps a millisecond at
-//! a time and notes how late it wakes: no load in the machine delays it so, but a host that runs something else does.
+//! a time and notes how late it wakes. Ordinary load in the machine does not delay it so, but a host that runs something
+//! else does. (So does a real-time thread that spins, since the kernel then stops all of them; `pair-saturated` would show
+//! that.)
 
 use crate::clock;
 use crate::error::{Error, IoContext, Result};
@@ -99,15 +101,24 @@ fn look(pauses: &Pauses, stop: &AtomicBool) {
 }
 
 #[cfg(test)]
+impl StallWatch {
+    /// One that saw these pauses.
+    pub(crate) fn saw(pauses: &[(Duration, Duration)]) -> StallWatch {
+        let watch =
+            StallWatch { pauses: Arc::default(), stop: Arc::default(), threads: Vec::new() };
+        watch.pauses.lock().unwrap_or_else(PoisonError::into_inner).extend(pauses);
+        watch
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_pause_counts_where_it_touches() {
-        let watch =
-            StallWatch { pauses: Arc::default(), stop: Arc::default(), threads: Vec::new() };
         let ms = Duration::from_millis;
-        watch.pauses.lock().unwrap().extend([(ms(100), ms(50)), (ms(400), ms(20))]);
+        let watch = StallWatch::saw(&[(ms(100), ms(50)), (ms(400), ms(20))]);
         assert_eq!(watch.longest(ms(0), ms(99)), ms(0));
         assert_eq!(watch.longest(ms(150), ms(500)), ms(50));
         assert_eq!(watch.longest(ms(151), ms(500)), ms(20));

@@ -638,19 +638,32 @@ impl Daemon {
             .map_err(|error| Error::parse("tandem status --json", error.to_string()))
     }
 
-    /// The ids of the threads that would have to end before the pair link's TCP sockets close: those in whose table
-    /// `netio::descriptor::close_first` has put some.
+    /// The ids of the threads that would have to end before the pair link's TCP sockets close: those in whose table one
+    /// of them is, whatever its number there. The control thread has raised them all above 512
+    /// (`netio::descriptor::close_first`).
     pub fn holders_of_the_link(&mut self) -> Result<Vec<u32>> {
-        let tasks = format!("/proc/{}/task", self.proc()?.pid());
-        let mut holders = Vec::new();
+        let pid = self.proc()?.pid();
+        let tasks = format!("/proc/{pid}/task");
+        let number = |name: std::ffi::OsString| name.to_string_lossy().parse::<u32>().ok();
+        let mut open: Vec<(u32, u32, PathBuf)> = Vec::new();
         for task in std::fs::read_dir(&tasks).doing(tasks.as_str())? {
             let task = task.doing(tasks.as_str())?;
-            let open = std::fs::read_dir(task.path().join("fd")).doing(tasks.as_str())?;
-            let number = |name: std::ffi::OsString| name.to_string_lossy().parse::<u32>().ok();
-            if open.flatten().filter_map(|fd| number(fd.file_name())).any(|fd| fd >= 512) {
-                holders.extend(number(task.file_name()));
+            let Some(id) = number(task.file_name()) else { continue };
+            let table = std::fs::read_dir(task.path().join("fd")).doing(tasks.as_str())?;
+            for fd in table.flatten() {
+                if let (Some(fd_number), Ok(what)) =
+                    (number(fd.file_name()), std::fs::read_link(fd.path()))
+                {
+                    open.push((id, fd_number, what));
+                }
             }
         }
+        let is_of_the_link = |what: &PathBuf| {
+            open.iter().any(|(id, number, other)| *id == pid && *number >= 512 && other == what)
+        };
+        let mut holders: Vec<u32> =
+            open.iter().filter(|(.., what)| is_of_the_link(what)).map(|(id, ..)| *id).collect();
+        holders.dedup();
         Ok(holders)
     }
 

@@ -12,6 +12,7 @@ use crate::net;
 use crate::probe::{Measure, Way};
 use crate::run::Run;
 use crate::scene::{PATIENCE, Scene, grown};
+use crate::stall::StallWatch;
 use crate::wait;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
@@ -70,6 +71,11 @@ impl Kind {
     }
 }
 
+/// A pause of the machine that is shorter than a heartbeat interval explains nothing.
+const STOOD_STILL: Duration = Duration::from_millis(20);
+/// It may have come so long before the silence that it led to.
+const ABOUT: Duration = Duration::from_millis(100);
+
 /// How long a trial watches after its event: the window in which exchanges count.
 pub const OBSERVE: Duration = Duration::from_secs(10);
 /// When a stopped instance goes on.
@@ -124,6 +130,7 @@ pub struct Outcome {
 impl Outcome {
     /// Whether the trial kept every bar that holds for one trial of its kind.
     pub fn judge(&self) -> Result<()> {
+        self.judge_safety()?;
         let gap = clock::millis(self.gap());
         let bar = match self.kind {
             Kind::Kill => 150.0,
@@ -135,17 +142,37 @@ impl Outcome {
         let zeros = [
             ("packets lost", if may_lose { 0 } else { self.lost() }),
             ("packets reordered", if self.kind == Kind::Switchover { self.reordered() } else { 0 }),
+        ];
+        self.all_zero(&zeros)
+    }
+
+    /// The part of [`Outcome::judge`] that no slow machine excuses.
+    fn judge_safety(&self) -> Result<()> {
+        self.all_zero(&[
             ("SPIs changed", self.spis_changed),
             ("IKE exchanges", self.ike_exchanges),
             ("TCP connections broken", self.tcp_broken),
             ("packets in clear", self.clear_text),
             ("ARP claims of the hurt host", self.arp_claims),
             ("packets sent after SIGCONT", self.sent_after_thaw),
-        ];
-        for (what, count) in zeros {
-            ensure(count == 0, || format!("{}: {count} {what}", self.kind.title()))?;
+        ])
+    }
+
+    fn all_zero(&self, counts: &[(&str, u64)]) -> Result<()> {
+        for (what, count) in counts {
+            ensure(*count == 0, || format!("{}: {count} {what}", self.kind.title()))?;
         }
         Ok(())
+    }
+
+    /// How long the machine itself stood still about the longest silence, if that explains what was lost: then the trial
+    /// says nothing about a pair on two hosts. What must never be seen is never explained.
+    pub fn stood_still(&self, stalls: &StallWatch) -> Option<Duration> {
+        let worse = if self.out.gap >= self.back.gap { &self.out } else { &self.back };
+        let (from, to) = (worse.gap_start.saturating_sub(ABOUT), worse.gap_start + worse.gap);
+        let pause = stalls.longest(from, to);
+        let explains = pause >= STOOD_STILL && pause * 4 >= worse.gap;
+        (self.judge_safety().is_ok() && explains).then_some(pause)
     }
 
     /// The longest silence, in the worse direction.
@@ -386,4 +413,58 @@ fn look_at_captures(
     }
     seen.discard();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(gap_ms: u64) -> Outcome {
+        let measure = Measure {
+            gap: Duration::from_millis(gap_ms),
+            gap_start: Duration::from_millis(1000),
+            ..Measure::default()
+        };
+        Outcome {
+            kind: Kind::StandbyKill,
+            owner_before: "left".into(),
+            owner_after: "left".into(),
+            event: Duration::from_millis(900),
+            end: Duration::from_secs(10),
+            out: measure,
+            back: measure,
+            spis_changed: 0,
+            spis_compared: 4,
+            ike_exchanges: 0,
+            marks_seen: 1,
+            tcp_broken: 0,
+            tcp_connections: 2,
+            clear_text: 0,
+            arp_claims: 0,
+            sent_after_thaw: 0,
+            frames: 1,
+            synced_after: None,
+            drops: BTreeMap::new(),
+            losses: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_machine_that_stood_still_explains_losses_there_and_nothing_else() {
+        let ms = Duration::from_millis;
+        let pause = |at, length| StallWatch::saw(&[(ms(at), ms(length))]);
+        assert_eq!(outcome(180).stood_still(&pause(1010, 80)), Some(ms(80)));
+        assert_eq!(outcome(180).stood_still(&pause(850, 60)), Some(ms(60)), "just before");
+        assert_eq!(outcome(180).stood_still(&pause(5000, 80)), None, "elsewhere");
+        assert_eq!(outcome(60).stood_still(&pause(1010, 19)), None, "too short");
+        assert_eq!(outcome(180).stood_still(&pause(1010, 30)), None, "the silence is far longer");
+        for spoilt in [
+            Outcome { clear_text: 1, ..outcome(180) },
+            Outcome { spis_changed: 2, ..outcome(180) },
+            Outcome { sent_after_thaw: 1, ..outcome(180) },
+        ] {
+            assert_eq!(spoilt.stood_still(&pause(1010, 80)), None);
+            assert!(spoilt.judge().is_err());
+        }
+    }
 }

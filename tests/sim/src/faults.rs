@@ -474,7 +474,7 @@ impl World {
         if h.stopped_until == Nanos::MAX {
             h.clock.thaw(self.now);
             // ha.md: until it drains its sockets, at most `fence_after` (on a clock that may be slow). A process that
-            // started meanwhile is heard only over a new stream.
+            // started meanwhile is heard only over a new stream; so long it may also take itself for alone.
             let met =
                 |p: &Process| streams.iter().all(|other| *other == p.stream && p.stream.is_some());
             let heard = h.process.as_deref().is_some_and(met);

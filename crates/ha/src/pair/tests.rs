@@ -163,6 +163,55 @@ fn an_owner_echoes_at_once() {
     assert_eq!(wire.pairs[1].status(wire.now).echo_ago, Some(Duration::ZERO));
 }
 
+// What `config::alone` gives is taken back before a new process can hear us.
+#[test]
+fn a_lone_survivors_fence_reaches_far_until_somebody_says_hello() {
+    let reach = |wire: &Wire| wire.pairs[0].fence(E).saturating_sub(wire.now);
+    for compatible in [true, false] {
+        let mut wire = Wire::synced();
+        wire.pairs[0].handle_stream_down(wire.now, true);
+        wire.drain(0);
+        let alone = |wire: &mut Wire, ms: u64| {
+            for _ in 0..ms / 5 {
+                wire.now += Duration::from_millis(5);
+                wire.pairs[0].handle_turn(wire.now);
+                wire.drain(0);
+            }
+        };
+        alone(&mut wire, 900);
+        assert!(reach(&wire) <= wire.pairs[0].config.fence_after);
+        alone(&mut wire, 1100);
+        assert_eq!(reach(&wire), Duration::from_secs(1));
+        // A new process of the other.
+        let mut changed = config(1);
+        changed.config_digest = u64::from(!compatible);
+        wire.pairs[1] = Pair::new(changed, wire.now, 77, &[Some(Term(0))]).unwrap();
+        wire.sent = Default::default();
+        wire.events = Default::default();
+        wire.pairs[0].handle_stream_up(wire.now, LinkId(0));
+        wire.pairs[1].handle_stream_up(wire.now, LinkId(0));
+        wire.drain(1);
+        let hello = wire.sent[1].iter().find_map(|transmit| match transmit {
+            Transmit::Frame(bytes) => Some(bytes.to_vec()),
+            _ => None,
+        });
+        wire.pairs[0].handle_frame(wire.now, &hello.unwrap());
+        wire.drain(0);
+        assert!(reach(&wire) <= wire.pairs[0].config.fence_after, "{:?}", reach(&wire));
+        let told = wire.events[0].iter().any(|event| matches!(event, Event::Fence { .. }));
+        assert!(told, "the workers are told in the same input");
+    }
+}
+
+#[test]
+fn how_long_a_lone_survivor_relies_on_it() {
+    let alone = |boot_wait_ms| {
+        Config { boot_wait: Duration::from_millis(boot_wait_ms), ..config(0) }.alone()
+    };
+    let times = [0, 1_000, 2_000, 10_000, 600_000].map(|ms| alone(ms).as_millis());
+    assert_eq!(times, [0, 0, 300, 1_000, 1_000]);
+}
+
 #[test]
 fn a_record_is_acknowledged_only_when_installed() {
     let mut wire = Wire::synced();

@@ -304,6 +304,35 @@ fn after_a_late_turn_the_fence_opens_only_when_it_has_listened() {
     a_pause_in_a_partition(Bug::None);
 }
 
+/// A lone survivor of a proven death is not fenced by a short stop, and is by one in which another can have come to own.
+fn a_lone_owner_stops(bug: Bug) {
+    let mut world = World::new(1, 1, bug);
+    world.boot_wait = 10_000 * MS;
+    for host in 0..2 {
+        world.fault(Fault::Start { host, lose_terms: false });
+    }
+    world.run_for(1500 * MS);
+    world.fault(Fault::Kill(1));
+    world.run_for(3000 * MS);
+    world.fault(Fault::Pause(0, 500 * MS));
+    world.run_for(501 * MS);
+    assert!(open(&world, 0), "a short stop closes nothing");
+    world.run_for(3000 * MS);
+    world.fault(Fault::Pause(0, 30_000 * MS));
+    world.fault(Fault::Start { host: 1, lose_terms: false });
+    until(&mut world, 15_000, |world| owner(world).contains(&1));
+    // It would send as soon as it goes on.
+    let stopped = world.hosts[0].pair.as_ref().unwrap();
+    if world.local(0) < stopped.fence(EndpointId(0)) {
+        world.fail("invariant 3: the fence of a stopped owner is open although another owns");
+    }
+}
+
+#[test]
+fn a_lone_owner_is_fenced_by_a_long_stop_alone() {
+    a_lone_owner_stops(Bug::None);
+}
+
 // ---- the log
 
 #[test]
@@ -614,6 +643,7 @@ fn announcements_follow_the_plan() {
 pub(super) fn found(bug: Bug) -> Option<String> {
     let panic = catch_unwind(AssertUnwindSafe(|| match bug {
         Bug::FenceWithoutListening => a_pause_in_a_partition(bug),
+        Bug::AloneTooLong => a_lone_owner_stops(bug),
         Bug::GrantAfterRefusal => a_grant_that_comes_too_late(bug),
         Bug::HealInOldTerm => a_split(bug),
         Bug::EmptyBeatsLiving => a_home_that_comes_back_empty(bug),

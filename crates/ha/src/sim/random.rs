@@ -226,6 +226,7 @@ fn deliberate_bugs_are_found() {
         (Bug::LeaseBeforeAck, "invariant 2"),
         (Bug::FenceByTurnAlone, "invariant 3"),
         (Bug::FenceWithoutListening, "invariant 3"),
+        (Bug::AloneTooLong, "invariant 3"),
         (Bug::FenceOpenInGrant, "invariant 3"),
         (Bug::GrantAfterRefusal, "invariant 3"),
         (Bug::IgnoreHigherTerm, "invariant 3"),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use netio::descriptor::close_first;
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -34,24 +35,27 @@ pub(super) fn listen(local: SocketAddr) -> io::Result<TcpListener> {
     // Connections of a process killed a moment ago linger in TIME_WAIT.
     socket.set_reuseaddr(true)?;
     socket.bind(local)?;
-    let listener = socket.listen(32)?.into_std()?;
-    TcpListener::from_std(close_first(listener.into()).into())
+    socket.listen(32)
 }
 
-/// A stream that ends at once when this process is killed, as `ha`'s proof of a death wants it.
+/// A stream that ends at once when this process is killed, as `ha`'s proof of a death wants it: for one that was accepted.
 pub(super) fn sudden(stream: TcpStream) -> io::Result<TcpStream> {
     TcpStream::from_std(close_first(stream.into_std()?.into()).into())
 }
 
+/// A socket that ends at once, from the first: no thread that starts while it connects has a copy.
 fn tcp_socket(local: SocketAddr) -> io::Result<TcpSocket> {
-    if local.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
+    let socket = Socket::new(Domain::for_address(local), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    let socket = close_first(socket.into());
+    Ok(TcpSocket::from_std_stream(socket.into()))
 }
 
 /// Connects from the link's own address, whatever route the host would choose.
 pub(super) async fn connect_from(local: SocketAddr, remote: SocketAddr) -> io::Result<TcpStream> {
     let socket = tcp_socket(local)?;
     socket.bind(SocketAddr::new(local.ip(), 0))?;
-    let stream = sudden(socket.connect(remote).await?)?;
+    let stream = socket.connect(remote).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }

@@ -12,8 +12,9 @@
 //! ```
 //! Numbers ending in `_ms` are milliseconds, percentiles are nearest-rank, everything else counts over all
 //! trials of the kind (`…_max`: the worst trial). `trials` counts the measured ones and `failed` those that did not recover within
-//! 10 s, after which the network is built anew. `stood_still` are trials that broke a bar while the machine itself stood still
-//! for a heartbeat interval or longer (`lab::stall`): played again and not counted, at most one in ten. `marks_seen` proves the capture that `ike_exchanges` is counted in.
+//! 10 s, after which the network is built anew. `stood_still` are trials that lost packets while the machine itself stood still
+//! for a heartbeat interval or longer (`lab::stall`): played again and not counted, at most one of ten (of fewer, one); what must
+//! never be seen is never excused so. `marks_seen` proves the capture that `ike_exchanges` is counted in.
 //! Exit code 0: every trial recovered and nothing was seen that
 //! must never be (IV repeats, clear text, ARP claims of a dead host, changed SPIs, broken connections).
 
@@ -30,9 +31,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-
-/// A machine that stood still for this long, a heartbeat interval, is no ground to judge a pair on.
-const STOOD_STILL: Duration = Duration::from_millis(20);
 
 #[derive(Parser)]
 #[command(
@@ -250,8 +248,9 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
             if let Err(problem) = outcome.judge() {
                 eprintln!("      FAILED: {problem}");
                 keep_evidence(run, &scene, &format!("{}-{trial}", kind.key()), logged)?;
-                let pause = stalls.longest(outcome.event, outcome.end);
-                if pause >= STOOD_STILL && stood_still < args.trials.div_ceil(10) {
+                if let Some(pause) = outcome.stood_still(&stalls)
+                    && stood_still < (args.trials / 10).max(1)
+                {
                     eprintln!(
                         "      not counted, played again: the machine stood still for {:.0} ms",
                         clock::millis(pause)
