@@ -271,13 +271,14 @@ impl Pair {
             stream.compatible = compatible;
         }
         self.out.hurry = true;
-        // Before it hears a heartbeat of ours, which the fence counts from as soon as there is somebody to hear it.
-        self.each(now, Endpoint::fence_turn);
         if restarted {
             tracing::info!("the other instance has restarted");
             self.each(now, Endpoint::peer_restarted);
         }
         self.each(now, Endpoint::handle_claims);
+        // For who owns then: before the other hears a heartbeat of ours, which the fence counts from as soon as there is
+        // somebody to hear it.
+        self.each(now, Endpoint::fence_turn);
         for endpoint in &mut self.endpoints {
             if !matches!(endpoint.role, Role::Owner(_)) {
                 endpoint.notify(HookState::Backup, &mut self.out);
