@@ -65,6 +65,7 @@ pub(crate) struct Link {
 #[derive(Clone, Debug)]
 pub(crate) struct Peer {
     pub(crate) boot: u64,
+    greeted_at: Duration,
     pub(crate) claims: Vec<Claim>,
     /// Number of the newest heartbeat heard, its send time on the other's clock, our receipt.
     number: u64,
@@ -180,6 +181,11 @@ impl Contact {
 
     pub(crate) fn heard_at(&self) -> Option<Duration> {
         self.peer.as_ref()?.heard_at
+    }
+
+    /// When a process said hello that sent no heartbeat so far.
+    pub(crate) fn greeted_at(&self) -> Option<Duration> {
+        self.peer.as_ref().filter(|peer| peer.heard_at.is_none()).map(|peer| peer.greeted_at)
     }
 
     /// Send time of our newest heartbeat; `None` if nobody can have heard it: no process was ever
@@ -302,6 +308,7 @@ impl Contact {
         }
         self.peer = Some(Peer {
             boot,
+            greeted_at: now,
             claims,
             number: 0,
             newest_sent: 0,

@@ -240,6 +240,7 @@ impl Endpoint {
             now: cx.now,
             lone: cx.config.lone,
             heard_at: contact.heard_at(),
+            greeted_at: contact.greeted_at(),
             echoed_at: contact.echoed_at(),
             regained_at: contact.regained_at,
             dead: !contact.alive,

@@ -35,6 +35,8 @@ pub(crate) struct View {
     pub(crate) lone: bool,
     /// Last authenticated heartbeat on any link.
     pub(crate) heard_at: Option<Duration>,
+    /// When a process said hello that sent no heartbeat so far.
+    pub(crate) greeted_at: Option<Duration>,
     /// Send time of our newest heartbeat that the other has echoed.
     pub(crate) echoed_at: Option<Duration>,
     /// When the present contact began (its first heartbeat), or when the other, having been late,
@@ -98,13 +100,16 @@ impl Fence {
         let listened = match self.closed_at {
             None => true,
             Some(_) if view.lone => true,
-            // A proof from before we were away says nothing about what has started since.
-            Some(closed) if view.proven_at.is_some_and(|at| at >= closed) => true,
+            // A proof from before we were away says nothing about what has started since, nor does any proof about a
+            // process that has said hello: it may own.
+            Some(closed)
+                if view.proven_at.is_some_and(|at| at >= closed) && view.greeted_at.is_none() =>
+            {
+                true
+            }
             Some(closed) => {
-                let since = match view.heard_at {
-                    Some(heard) if !hears => closed.max(heard),
-                    _ => closed,
-                };
+                let heard = view.heard_at.filter(|_| !hears);
+                let since = closed.max(heard.max(view.greeted_at).unwrap_or_default());
                 now >= (since + times.dead_after).max(view.rejoin_until)
             }
         };
@@ -152,6 +157,7 @@ mod tests {
             now: ms(now),
             lone: false,
             heard_at: Some(ms(heard)),
+            greeted_at: None,
             echoed_at: Some(ms(echoed)),
             regained_at: None,
             dead: false,
@@ -219,6 +225,25 @@ mod tests {
         fence.turn(view(1000, 999, 990), TIMES);
         fence.turn(view(3000, 3000, 990), TIMES);
         assert_eq!(fence.turn(view(3004, 3004, 3001), TIMES), ms(3081));
+    }
+
+    #[test]
+    fn rule_3_a_new_process_is_listened_to_before_the_fence_opens() {
+        let mut fence = Fence::default();
+        fence.turn(view(1000, 999, 990), TIMES);
+        fence.turn(view(20_000, 999, 990), TIMES);
+        // Its hello proves the death of the one before it, and it may own itself.
+        let hello = |now| View {
+            dead: true,
+            proven_at: Some(ms(20_100)),
+            heard_at: None,
+            greeted_at: Some(ms(20_100)),
+            ..view(now, 999, 990)
+        };
+        for now in [20_100, 20_150, 20_199] {
+            assert!(fence.turn(hello(now), TIMES) <= ms(now));
+        }
+        assert_eq!(fence.turn(hello(20_200), TIMES), ms(20_280), "and then it was never heard");
     }
 
     #[test]
