@@ -66,7 +66,7 @@ pub fn flow_hash(flow: &Flow) -> u64 {
     let (src, dst) = ((flow.src, flow.ports.0), (flow.dst, flow.ports.1));
     let (low, high) = if src <= dst { (src, dst) } else { (dst, src) };
     let hash = address(address(u64::from(flow.protocol), low.0), high.0);
-    mix(hash ^ (u64::from(low.1) << 16 | u64::from(high.1)))
+    mix(hash ^ ((u64::from(low.1) << 16) | u64::from(high.1)))
 }
 
 fn address(hash: u64, address: IpAddr) -> u64 {
@@ -97,7 +97,7 @@ fn cost(u: u64) -> u64 {
     let mut mantissa = u << zeros;
     let mut fraction = 0_u64;
     for bit in (8..32).rev() {
-        let square = u128::from(mantissa) * u128::from(mantissa) >> 63;
+        let square = (u128::from(mantissa) * u128::from(mantissa)) >> 63;
         if square >> 64 != 0 {
             fraction |= 1 << bit;
             mantissa = (square >> 1) as u64;
