@@ -182,6 +182,14 @@ pub enum Command {
         /// On or off.
         on: bool,
     },
+    /// Whether new packets may be pinned to the endpoint's tunnels (they may at
+    /// first). What the other instance has pinned there is sent all the same.
+    Pin {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// On or off.
+        on: bool,
+    },
     /// Hands packets that the other instance handed over back to it until
     /// then, once, if the endpoint is not owned here any more: they left when
     /// it was.

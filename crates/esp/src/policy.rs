@@ -194,6 +194,8 @@ pub(crate) struct Policies {
     asking: bool,
     /// When tunnels were last looked for that are not up.
     missed_at: Duration,
+    /// Endpoints whose tunnels are as good as down.
+    shunned: Vec<EndpointId>,
 }
 
 impl Policies {
@@ -206,6 +208,7 @@ impl Policies {
             uses: 0,
             asking: false,
             missed_at: Duration::ZERO,
+            shunned: Vec::new(),
         }
     }
 
@@ -230,6 +233,15 @@ impl Policies {
         };
         let found = self.configured.iter().find(of_it).map(|c| c.policy.pin);
         found.unwrap_or(Pin { id: tunnel.endpoint.0.into(), weight: 1 })
+    }
+
+    /// Whether packets may be pinned to an endpoint's tunnels.
+    pub(crate) fn pin_to(&mut self, endpoint: EndpointId, on: bool) {
+        self.shunned.retain(|shunned| *shunned != endpoint);
+        if !on {
+            self.shunned.push(endpoint);
+        }
+        self.epoch += 1;
     }
 
     /// Puts an SA into outbound use, in front of others of its tunnel that match alike.
@@ -301,18 +313,18 @@ impl Policies {
             line.seen = now;
             return Match::Sa(line.spi_in);
         }
-        let Some(pinned) = self.search(packet, bytes, None) else {
-            return self.search_configured(packet, chosen);
-        };
-        self.want_missing(now, pinned.connection, packet);
-        let Tunnel { endpoint, spi_in, .. } = pinned;
+        let pinned = self.search(packet, bytes, None);
         // The other instance may know of a tunnel a moment before it is in use here, or for a moment longer.
         if let Some(chosen) = chosen
-            && chosen != endpoint
+            && pinned.is_none_or(|pinned| pinned.endpoint != chosen)
             && let Some(other) = self.search(packet, bytes, Some(chosen))
         {
             return Match::Sa(other.spi_in);
         }
+        let Some(Tunnel { endpoint, connection, spi_in }) = pinned else {
+            return self.search_configured(packet, chosen);
+        };
+        self.want_missing(now, connection, packet);
         // Errors about different flows have one key.
         if !packet.is_icmp_error()
             && let Some(line) = self.cache.get_mut(at)
@@ -324,13 +336,18 @@ impl Policies {
 
     /// The newest SA of the packet's tunnel: of the pinned one, or of the one at an endpoint.
     fn search(&self, packet: &Packet, bytes: &[u8], at: Option<EndpointId>) -> Option<Tunnel> {
-        let first = self.entries.iter().position(|entry| entry.covers(packet))?;
+        // The pinned tunnel is one that is in use; a packet that was pinned before goes where it was to go.
+        let fits = |e: &Entry| {
+            let endpoint = e.tunnel.endpoint;
+            e.covers(packet) && at.map_or(!self.shunned.contains(&endpoint), |at| at == endpoint)
+        };
+        let first = self.entries.iter().position(fits)?;
         let rest = self.entries.get(first..)?;
         let (rank, connection) = rest.first().map(|e| (e.rank, e.tunnel.connection))?;
         let alike = rest
             .iter()
             .take_while(|e| (e.rank, e.tunnel.connection) == (rank, connection))
-            .filter(|e| e.covers(packet) && at.is_none_or(|at| at == e.tunnel.endpoint));
+            .filter(|e| fits(e));
         let hash = pin::flow_hash(&packet.pinned_flow(bytes));
         let mut best: Option<(Lot, Tunnel)> = None;
         for entry in alike {

@@ -115,6 +115,27 @@ fn only_flows_of_a_lost_tunnel_move_and_they_come_back() {
 }
 
 #[test]
+fn nothing_new_is_pinned_to_a_tunnel_that_is_not_in_use() {
+    let [mut left, _] = pair();
+    let before: Vec<_> = (0..300).map(|n| place(&mut left, &flow(n))).collect();
+    left.apply(Command::Pin { endpoint: B, on: false }).unwrap();
+    for n in 0..300 {
+        assert_eq!(place(&mut left, &flow(n)), A, "flow {n}");
+    }
+    left.apply(Command::Pin { endpoint: A, on: false }).unwrap();
+    let (verdict, _) = judge(&mut left, &flow(0), None);
+    assert_eq!(verdict, Verdict::Drop(Reason::NoSa), "none is in use");
+    // What the other instance pinned before it heard of that is sent.
+    let (verdict, _) = judge(&mut left, &flow(0), Some(Steered { endpoint: A, back: false }));
+    assert!(matches!(verdict, Verdict::Send { endpoint: A, .. }), "{verdict:?}");
+    for endpoint in [A, B] {
+        left.apply(Command::Pin { endpoint, on: true }).unwrap();
+    }
+    let after: Vec<_> = (0..300).map(|n| place(&mut left, &flow(n))).collect();
+    assert_eq!(before, after);
+}
+
+#[test]
 fn a_rekey_moves_nothing() {
     let [mut left, _] = pair();
     let before: Vec<_> = (0..300).map(|n| place(&mut left, &flow(n))).collect();

@@ -151,8 +151,15 @@ pub enum Request {
 pub enum Answer {
     /// To [`Request::Status`].
     Status(Box<Status>),
-    /// To [`Request::Failover`] and [`Request::Drain`]: every move is complete.
+    /// To [`Request::Failover`]: every move is complete.
     Moved(Vec<Moved>),
+    /// To [`Request::Drain`]: nothing is served here any more.
+    Drained {
+        /// Every move is complete.
+        moved: Vec<Moved>,
+        /// Endpoints that cannot move: their tunnels have ended.
+        withdrawn: Vec<String>,
+    },
     /// To [`Request::Undrain`].
     Undrained,
     /// To [`Request::Flows`].

@@ -32,6 +32,7 @@ mod requests;
 mod spi;
 pub mod status;
 mod view;
+mod withdraw;
 
 #[cfg(feature = "bugs")]
 pub use crate::bug::Bug;

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use ike::config::RemoteAddress;
 use wire::id::{ConnectionId, EndpointId};
 
-use crate::config::{Config, Connection};
+use crate::config::{Config, Connection, OnFailure};
 
 /// What `ha` is told.
 pub(crate) fn of(config: &Config) -> ha::Config {
@@ -15,7 +15,11 @@ pub(crate) fn of(config: &Config) -> ha::Config {
     out.endpoints = config
         .endpoints
         .iter()
-        .map(|e| ha::EndpointConfig { name: e.name.clone(), home_is_me: e.home == config.local })
+        .map(|e| ha::EndpointConfig {
+            name: e.name.clone(),
+            home_is_me: e.home == config.local,
+            adopted: e.on_failure == OnFailure::Adopt,
+        })
         .collect();
     let digest = config.digest();
     out.config_digest = u64::from_be_bytes(*digest.first_chunk().unwrap_or(&[0; 8]));

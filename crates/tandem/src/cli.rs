@@ -412,11 +412,15 @@ fn sentence(response: &Response) -> String {
             "nothing to move: this instance owns no endpoint".to_owned()
         }
         Response::Failover { moves } => moved(moves),
-        Response::Drain { instance, moves } if moves.is_empty() => {
+        Response::Drain { instance, moves, withdrawn }
+            if moves.is_empty() && withdrawn.is_empty() =>
+        {
             format!("{instance} is drained: it served nothing")
         }
-        Response::Drain { instance, moves } => {
-            format!("{}\n{instance} is drained", moved(moves))
+        Response::Drain { instance, moves, withdrawn } => {
+            let ended = withdrawn.iter().map(|e| format!("{e}: its tunnels were ended\n"));
+            let moved = if moves.is_empty() { String::new() } else { moved(moves) + "\n" };
+            format!("{moved}{}{instance} is drained", ended.collect::<String>())
         }
         Response::Undrain { instance } => {
             format!("{instance}: endpoints whose home it is come back after their hold-down")

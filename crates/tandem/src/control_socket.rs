@@ -112,6 +112,9 @@ pub enum Response {
         instance: String,
         /// One row per endpoint that moved.
         moves: Vec<Move>,
+        /// Endpoints that cannot move: their tunnels were ended, and their peers told.
+        #[serde(default)]
+        withdrawn: Vec<String>,
     },
     /// To `undrain`: endpoints whose home it is come back when their hold-down is over.
     Undrain {

@@ -103,6 +103,7 @@ fn respond(request: Request) -> Response {
         },
         Request::Drain {} => Response::Drain {
             instance: "left".into(),
+            withdrawn: Vec::new(),
             moves: vec![Move {
                 endpoint: "a".into(),
                 from: "left".into(),

@@ -250,14 +250,6 @@ fn endpoints(parts: &Parts, notes: &mut Notes) {
             let text = format!("home `{}` is no instance", endpoint.home);
             notes.error(at("home"), text, format!("expected one of {}", instance_names(parts)));
         }
-        if endpoint.on_failure == OnFailure::Withdraw {
-            notes.warn(
-                at("on_failure"),
-                "`withdraw` does nothing yet in this release: the endpoint is adopted",
-                "expected \"adopt\"",
-                "where the other instance has no interface on its segments, its tunnels stay down until its home is back",
-            );
-        }
         wan(endpoint, notes);
         interfaces(parts, endpoint, &at("wan.interface"), &endpoint.wan.interface, true, notes);
         if let Some(lan) = &endpoint.lan {
