@@ -76,6 +76,9 @@ pub struct Policy {
     pub endpoint: EndpointId,
     /// The connection that would carry it.
     pub connection: ConnectionId,
+    /// Flows are pinned to one of the tunnels of all connections with the same
+    /// group.
+    pub group: ConnectionId,
     /// The child within the connection, in the caller's numbering.
     pub child: u16,
     /// Our side.

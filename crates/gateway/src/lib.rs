@@ -36,5 +36,5 @@ mod withdraw;
 
 #[cfg(feature = "bugs")]
 pub use crate::bug::Bug;
-pub use crate::face::{Answer, Moved, Output, Refusal, Request};
+pub use crate::face::{Answer, Moved, Output, Refusal, Request, TunnelUp};
 pub use crate::machine::{Gateway, Start, StartError};

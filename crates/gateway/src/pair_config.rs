@@ -40,12 +40,12 @@ pub(crate) fn of(config: &Config) -> ha::Config {
 }
 
 /// What flows are pinned by: the addresses of the tunnel as both sides configure them.
-fn pin(config: &Config, endpoint: EndpointId, connection: &Connection) -> esp::pin::Pin {
-    let endpoint = config.endpoint(endpoint);
+fn pin(config: &Config, id: EndpointId, connection: &Connection) -> esp::pin::Pin {
+    let endpoint = config.endpoint(id);
     let local = endpoint.map_or(Ipv4Addr::UNSPECIFIED.into(), |e| e.wan.address);
-    let remote = match connection.ike.remote_address {
-        RemoteAddress::Ip(address) => address,
-        RemoteAddress::Any => Ipv4Addr::UNSPECIFIED.into(),
+    let remote = match connection.remote_at(id) {
+        Some(RemoteAddress::Ip(address)) => address,
+        Some(RemoteAddress::Any) | None => Ipv4Addr::UNSPECIFIED.into(),
     };
     esp::pin::Pin::of(local, remote, endpoint.map_or(1, |e| e.weight))
 }
@@ -59,6 +59,7 @@ pub(crate) fn policies(config: &Config) -> Vec<esp::Policy> {
                 policies.push(esp::Policy {
                     endpoint: *endpoint,
                     connection: ConnectionId(index as u16),
+                    group: connection.group,
                     child: child as u16,
                     local_ts: spec.local_ts.clone(),
                     remote_ts: spec.remote_ts.clone(),

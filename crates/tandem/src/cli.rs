@@ -304,12 +304,11 @@ fn run(args: Args, colour: bool) -> Result<Answer, Failure> {
         Command::Genkey { file } => genkey(file.as_deref()),
         Command::PeerConfig { connection, format: Format::Swanctl, secrets } => {
             let loaded = load(&args.config)?;
-            let found = loaded.config.connection_named(&connection).ok_or_else(|| {
+            let text = peer_config(&loaded.config, &connection, secrets).ok_or_else(|| {
                 let names = loaded.config.connections.iter().map(|c| c.ike.name.as_str());
                 Failure::new(Fault::UnknownName, format!("there is no connection `{connection}`"))
                     .hint(format!("one of: {}", names.collect::<Vec<_>>().join(", ")))
             })?;
-            let text = peer_config(&loaded.config, found, secrets);
             let format = "swanctl";
             let value = LocalAnswer::PeerConfig { connection: &connection, format, text: &text };
             let answer = Answer::new(String::new(), &value)?;
@@ -426,9 +425,10 @@ fn sentence(response: &Response) -> String {
             format!("{instance}: endpoints whose home it is come back after their hold-down")
         }
         Response::Flows { flows } => table::flows(flows, false),
-        Response::Up { connection, tunnels } => {
-            let line =
-                |t: &TunnelUp| format!("{connection} at {}: {}", t.endpoint, table::state(t.state));
+        Response::Up { tunnels, .. } => {
+            let line = |t: &TunnelUp| {
+                format!("{} at {}: {}", t.connection, t.endpoint, table::state(t.state))
+            };
             tunnels.iter().map(line).collect::<Vec<_>>().join("\n")
         }
         Response::Down { connection, closed, purged } => {
@@ -618,7 +618,11 @@ mod tests {
             connection: "b".into(),
             tunnels: states
                 .iter()
-                .map(|state| TunnelUp { endpoint: "e".into(), state: *state })
+                .map(|state| TunnelUp {
+                    connection: "c".into(),
+                    endpoint: "e".into(),
+                    state: *state,
+                })
                 .collect(),
         };
         assert!(is_good(&up(&[TunnelState::Established])));

@@ -188,7 +188,11 @@ fn responses() {
         },
         Response::Up {
             connection: branch(),
-            tunnels: vec![TunnelUp { endpoint: "main".into(), state: TunnelState::Established }],
+            tunnels: vec![TunnelUp {
+                connection: "branch".into(),
+                endpoint: "main".into(),
+                state: TunnelState::Established,
+            }],
         },
         Response::Down { connection: branch(), closed: 1, purged: false },
         Response::Rekey { connection: branch(), ike: 1, children: 2 },

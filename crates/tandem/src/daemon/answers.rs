@@ -65,7 +65,11 @@ pub(super) fn response(
             connection,
             tunnels: tunnels
                 .into_iter()
-                .map(|(endpoint, state)| TunnelUp { endpoint, state })
+                .map(|up| TunnelUp {
+                    connection: up.connection,
+                    endpoint: up.endpoint,
+                    state: up.state,
+                })
                 .collect(),
         },
         Answer::Down { closed } => Response::Down { connection, closed, purged },
