@@ -29,8 +29,9 @@ use crate::{
     error::Error,
     established,
     event::{Event, What},
-    init, record,
-    record::Stamp,
+    init,
+    note::Notes,
+    record::{self, NEWEST_FORMAT, OLDEST_FORMAT, Stamp},
     retransmit,
     state::{ChildState, Established, IkeSa, Phase},
     step::{Collected, Step},
@@ -108,8 +109,12 @@ pub struct Endpoint {
     active: bool,
     quiet_until: Duration,
     due: BTreeMap<ConnectionId, Due>,
-    /// Connections an operator took down.
-    held: BTreeSet<ConnectionId>,
+    /// What is known of connections beside their SAs.
+    notes: Notes,
+    /// The format in which records are written.
+    format: u8,
+    /// The newest one that is read.
+    newest_format: u8,
     /// Connections that are re-established without INITIAL_CONTACT.
     doubted: BTreeSet<ConnectionId>,
     /// IKE SAs taken over in doubt that wait for the quiet time to end.
@@ -140,7 +145,9 @@ impl Endpoint {
             active: false,
             quiet_until: Duration::ZERO,
             due: BTreeMap::new(),
-            held: BTreeSet::new(),
+            notes: Notes::default(),
+            format: NEWEST_FORMAT,
+            newest_format: NEWEST_FORMAT,
             doubted: BTreeSet::new(),
             doubtful: BTreeSet::new(),
             used: BTreeMap::new(),
@@ -158,6 +165,18 @@ impl Endpoint {
     #[must_use]
     pub fn config(&self) -> &EndpointConfig {
         &self.registry.config
+    }
+
+    /// Reads and writes no newer format than this one, as a build that does not know it.
+    pub fn hold_format(&mut self, newest: u8) {
+        self.newest_format = newest.clamp(OLDEST_FORMAT, NEWEST_FORMAT);
+        self.format = self.format.min(self.newest_format);
+    }
+
+    /// Writes records in this format from now on. What was written before is not written anew:
+    /// [`Endpoint::snapshot`] does that.
+    pub fn set_format(&mut self, format: u8) {
+        self.format = format.clamp(OLDEST_FORMAT, self.newest_format);
     }
 
     /// Whether we own it.
@@ -449,7 +468,7 @@ impl Endpoint {
         let mut transition = Transition { transmits: done.transmits, ..Transition::default() };
         for (spi, new) in &done.changes {
             match new {
-                Some(sa) => transition.puts.push((*spi, record::encode(sa, now))),
+                Some(sa) => transition.puts.push((*spi, record::encode(sa, self.format, now))),
                 None => transition.deletes.push(*spi),
             }
         }
@@ -477,7 +496,7 @@ impl Endpoint {
                         .config
                         .connections
                         .iter()
-                        .any(|c| c.name == name && self.held.contains(&c.id));
+                        .any(|c| c.name == name && self.notes.is_held(&c.name));
                 if !lives_on {
                     Buried::push(&mut self.buried.children, spi);
                 }
@@ -512,8 +531,25 @@ impl Endpoint {
                 }
                 self.told.insert(key, now);
             }
+            if let Some(connection) = failure.connection.clone()
+                && self.registry.named(&connection).is_some()
+                && self.notes.fail(&connection, Some(failure.to_string()), now)
+            {
+                self.put_note(&connection, now);
+            }
         }
         self.events.push_back(event);
+    }
+
+    /// The record of a note that has changed.
+    fn put_note(&mut self, connection: &str, now: Duration) {
+        let Some((key, bytes)) = self.notes.record(connection, self.format, now) else { return };
+        let (mut puts, mut deletes) = (Vec::new(), Vec::new());
+        match bytes {
+            Some(bytes) => puts.push((key, bytes)),
+            None => deletes.push(key),
+        }
+        self.transitions.push_back(Transition { puts, deletes, ..Transition::default() });
     }
 
     /// The next step to replicate and then to send.
