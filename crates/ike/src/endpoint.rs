@@ -523,7 +523,8 @@ impl Endpoint {
                     | What::Identity
                     | What::Secret
             );
-            if early && failure.began == crate::event::Side::Peer {
+            let anybody = early && failure.began == crate::event::Side::Peer;
+            if anybody {
                 let key = (failure.peer.ip(), failure.what as u8);
                 self.told.retain(|_, at| *at + QUIET > now);
                 if self.told.contains_key(&key) || self.told.len() >= QUIET_MAX {
@@ -534,6 +535,8 @@ impl Endpoint {
             if let Some(connection) = failure.connection.clone()
                 && self.registry.named(&connection).is_some()
                 && self.notes.fail(&connection, Some(failure.to_string()), now)
+                // What nobody vouches for makes no record of its own.
+                && !anybody
             {
                 self.put_note(&connection, now);
             }
