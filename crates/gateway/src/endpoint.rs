@@ -88,8 +88,6 @@ pub(crate) struct Endpoint {
     pub(crate) offered_at: Option<Duration>,
     /// What the shards were last told of who else owns it.
     pub(crate) others: bool,
-    /// By connection: what last failed, whoever began it, for status.
-    pub(crate) last_error: std::collections::BTreeMap<String, (String, Duration)>,
 }
 
 impl Endpoint {
@@ -110,7 +108,6 @@ impl Endpoint {
             welcome_since: None,
             offered_at: None,
             others: false,
-            last_error: std::collections::BTreeMap::new(),
         }
     }
 

@@ -21,6 +21,7 @@ mod bug;
 pub mod config;
 mod endpoint;
 mod face;
+mod formats;
 mod held;
 mod leases;
 mod machine;
@@ -36,4 +37,5 @@ mod view;
 #[cfg(feature = "bugs")]
 pub use crate::bug::Bug;
 pub use crate::face::{Answer, Moved, Output, Refusal, Request};
+pub use crate::formats::FORMATS;
 pub use crate::machine::{Gateway, Start, StartError};

@@ -169,7 +169,6 @@ impl Gateway {
         for index in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
-            e.last_error.remove(name);
             begun |= e.ike.initiate(&mut cx, id);
         }
         let anywhere = |c: &Connection| c.ike.remote_address == RemoteAddress::Any;

@@ -176,8 +176,9 @@ impl Pair {
             boot: self.contact.boot,
             config_digest: self.config.config_digest,
             claims: self.endpoints.iter().map(|endpoint| endpoint.claim(self.leaving)).collect(),
-            build: (self.config.releases.own >= codec::BUILD_SINCE && !self.config.build.is_empty())
-                .then(|| self.config.build.clone()),
+            build: (self.config.releases.own >= codec::BUILD_SINCE
+                && !self.config.build.is_empty())
+            .then(|| self.config.build.clone()),
         };
         self.out.frame(&Frame::Hello(hello));
         self.finish(now);

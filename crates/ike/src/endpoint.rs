@@ -30,7 +30,7 @@ use crate::{
     established,
     event::{Event, What},
     init,
-    note::Notes,
+    note::{Failed, Notes},
     record::{self, NEWEST_FORMAT, OLDEST_FORMAT, Stamp},
     retransmit,
     state::{ChildState, Established, IkeSa, Phase},
@@ -111,6 +111,9 @@ pub struct Endpoint {
     due: BTreeMap<ConnectionId, Due>,
     /// What is known of connections beside their SAs.
     notes: Notes,
+    /// What anybody can bring about that sends us a datagram, by connection: it is told here, and
+    /// makes no record.
+    knocked: BTreeMap<String, Failed>,
     /// The format in which records are written.
     format: u8,
     /// The newest one that is read.
@@ -146,6 +149,7 @@ impl Endpoint {
             quiet_until: Duration::ZERO,
             due: BTreeMap::new(),
             notes: Notes::default(),
+            knocked: BTreeMap::new(),
             format: NEWEST_FORMAT,
             newest_format: NEWEST_FORMAT,
             doubted: BTreeSet::new(),
@@ -532,11 +536,13 @@ impl Endpoint {
                 }
                 self.told.insert(key, now);
             }
-            if let Some(connection) = failure.connection.clone()
-                && self.registry.named(&connection).is_some()
+            let known = failure.connection.clone().filter(|c| self.registry.named(c).is_some());
+            if let Some(connection) = &known
+                && anybody
+            {
+                self.knocked.insert(connection.clone(), Failed::new(failure.to_string(), now));
+            } else if let Some(connection) = known
                 && self.notes.fail(&connection, Some(failure.to_string()), now)
-                // What nobody vouches for makes no record of its own.
-                && !anybody
             {
                 self.put_note(&connection, now);
             }

@@ -44,6 +44,14 @@ pub(crate) struct Failed {
     pub(crate) at: Stamp,
 }
 
+impl Failed {
+    pub(crate) fn new(mut text: String, now: Duration) -> Self {
+        let cut = (0..=TEXT_MAX).rev().find(|at| text.is_char_boundary(*at));
+        text.truncate(cut.unwrap_or(0));
+        Self { text, at: Stamp::at(now) }
+    }
+}
+
 /// A note's record, or its removal.
 pub(crate) type Change = (IkeSpi, Option<Zeroizing<Vec<u8>>>);
 
@@ -72,18 +80,9 @@ impl Notes {
 
     /// `None` forgets. Whether it was not so before.
     #[must_use]
-    pub(crate) fn fail(
-        &mut self,
-        connection: &str,
-        what: Option<String>,
-        now: Duration,
-    ) -> bool {
+    pub(crate) fn fail(&mut self, connection: &str, what: Option<String>, now: Duration) -> bool {
         self.change(connection, |note| {
-            note.failed = what.map(|mut text| {
-                let cut = (0..=TEXT_MAX).rev().find(|at| text.is_char_boundary(*at));
-                text.truncate(cut.unwrap_or(0));
-                Failed { text, at: Stamp::at(now) }
-            });
+            note.failed = what.map(|text| Failed::new(text, now));
         })
     }
 

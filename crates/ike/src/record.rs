@@ -382,8 +382,7 @@ pub(crate) fn decode(bytes: &[u8], newest: u8, now: Duration) -> Result<Record, 
 
 fn read<'b, T: Decode<'b, Clock>>(body: &'b [u8], now: Duration) -> Result<T, RecordError> {
     let mut decoder = Decoder::new(body);
-    let value =
-        T::decode(&mut decoder, &mut Clock::at(now)).map_err(|_| RecordError::Malformed)?;
+    let value = T::decode(&mut decoder, &mut Clock::at(now)).map_err(|_| RecordError::Malformed)?;
     if decoder.position() == body.len() { Ok(value) } else { Err(RecordError::Malformed) }
 }
 

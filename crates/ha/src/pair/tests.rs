@@ -635,7 +635,9 @@ fn a_snapshot_waits_for_what_is_rewritten() {
         pair.handle_stream_up(wire.now, LinkId(0));
     }
     let hello = wire.frames(1).remove(0);
-    assert!(matches!(&hello, Frame::Hello(h) if h.build.is_none() && (h.release, h.oldest) == (1, 1)));
+    assert!(
+        matches!(&hello, Frame::Hello(h) if h.build.is_none() && (h.release, h.oldest) == (1, 1))
+    );
     wire.pairs[0].handle_frame(wire.now, &codec::encode(&hello));
     for frame in wire.frames(0) {
         wire.pairs[1].handle_frame(wire.now, &codec::encode(&frame));

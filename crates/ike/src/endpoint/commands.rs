@@ -22,6 +22,7 @@ impl Endpoint {
     pub fn initiate(&mut self, cx: &mut Context<'_>, id: ConnectionId) -> bool {
         let Some(conn) = self.registry.by_id(id) else { return false };
         if self.active {
+            self.knocked.remove(&conn.name);
             let held = self.notes.hold(&conn.name, false);
             // Whoever asks again wants to know what fails from now on.
             if self.notes.fail(&conn.name, None, cx.now) || held {

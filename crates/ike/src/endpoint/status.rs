@@ -33,7 +33,8 @@ impl Endpoint {
     /// owned the endpoint then.
     #[must_use]
     pub fn last_failure(&self, connection: &str, now: Duration) -> Option<(&str, Duration)> {
-        let failed = self.notes.failed(connection)?;
+        let known = [self.notes.failed(connection), self.knocked.get(connection)];
+        let failed = known.into_iter().flatten().max_by_key(|failed| failed.at)?;
         Some((&failed.text, failed.at.age(now)))
     }
 
