@@ -93,8 +93,6 @@ pub(crate) struct Endpoint {
     pub(crate) in_use: bool,
     /// How far it is closed, where its addresses stay.
     pub(crate) closing: Option<Closing>,
-    /// By connection: what last failed, whoever began it, for status.
-    pub(crate) last_error: std::collections::BTreeMap<String, (String, Duration)>,
 }
 
 impl Endpoint {
@@ -117,7 +115,6 @@ impl Endpoint {
             others: false,
             in_use: true,
             closing: None,
-            last_error: std::collections::BTreeMap::new(),
         }
     }
 

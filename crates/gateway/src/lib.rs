@@ -21,6 +21,7 @@ mod bug;
 pub mod config;
 mod endpoint;
 mod face;
+mod formats;
 mod held;
 mod leases;
 mod machine;
@@ -37,4 +38,5 @@ mod withdraw;
 #[cfg(feature = "bugs")]
 pub use crate::bug::Bug;
 pub use crate::face::{Answer, Moved, Output, Refusal, Request, TunnelUp};
+pub use crate::formats::FORMATS;
 pub use crate::machine::{Gateway, Start, StartError};

@@ -20,6 +20,7 @@ use crate::bug::Bug;
 use crate::config::Config;
 use crate::endpoint::{Datagram, Endpoint, INBOX, Part, STEER_QUIET};
 use crate::face::Output;
+use crate::formats;
 use crate::held::Release;
 use crate::peer_message::{self, Ceiling, Side, Top};
 use crate::requests::Pending;
@@ -44,6 +45,8 @@ pub struct Start {
     pub terms: Vec<Option<Term>>,
     /// What `tandem status` calls this build.
     pub release: String,
+    /// The newest of [`crate::FORMATS`] to speak; `None`: all.
+    pub hold_format: Option<u32>,
 }
 
 /// One instance's control plane. See the crate's documentation for the drain rule.
@@ -59,6 +62,8 @@ pub struct Gateway {
     /// The link that carries the pair's stream, for status.
     pub(crate) stream_link: Option<u8>,
     pub(crate) release: String,
+    /// The newest format that this instance speaks.
+    pub(crate) newest_format: u32,
     pub(crate) started: Duration,
     next_query: Duration,
     /// The newest counters of the shards.
@@ -96,15 +101,22 @@ impl Gateway {
     /// # Errors
     /// What `ha` refuses in the configuration; [`Config::new`] has checked the rest.
     pub fn new(start: Start, now: Duration) -> Result<Self, StartError> {
-        let Start { config, rng, seed, terms, release } = start;
+        let Start { config, rng, seed, terms, release, hold_format } = start;
         let terms: Vec<Option<ha::Term>> =
             terms.into_iter().map(|term| term.map(|term| ha::Term(term.0))).collect();
-        let pair = ha::Pair::new(crate::pair_config::of(&config), now, seed, &terms)?;
+        let mut said = crate::pair_config::of(&config);
+        said.build.clone_from(&release);
+        if let Some(newest) = hold_format {
+            said.releases = ha::Releases::held(newest)?;
+        }
+        let newest = said.releases.own;
+        let pair = ha::Pair::new(said, now, seed, &terms)?;
         let endpoints = config
             .endpoints
             .iter()
             .filter_map(|endpoint| {
-                let ike = ike::Endpoint::new(config.ike_endpoint(endpoint.id)?);
+                let mut ike = ike::Endpoint::new(config.ike_endpoint(endpoint.id)?);
+                ike.hold_format(formats::of_records(newest));
                 Some(Endpoint::new(endpoint.id, endpoint.name.clone(), ike))
             })
             .collect();
@@ -118,6 +130,7 @@ impl Gateway {
             split_at: now,
             stream_link: None,
             release,
+            newest_format: newest,
             started: now,
             next_query: now,
             snapshot: None,
@@ -471,14 +484,13 @@ impl Gateway {
                 ike::Event::KeyLog(line) => self.outputs.push_back(Output::KeyLog(line)),
                 ike::Event::Failed(failure) => {
                     tracing::warn!(endpoint = e.name, "{failure}");
-                    if let Some(connection) = &failure.connection {
+                    // What a stranger began says nothing of what an operator waits for.
+                    if let Some(connection) = &failure.connection
+                        && failure.began == ike::Side::Us
+                    {
                         let text = failure.to_string();
-                        // What a stranger began says nothing of what an operator waits for.
-                        if failure.began == ike::Side::Us {
-                            let id = self.config.connection_named(connection).map(|c| c.ike.id);
-                            self.pending.iter_mut().for_each(|p| p.note_failure(id, &text));
-                        }
-                        e.last_error.insert(connection.clone(), (text, now));
+                        let id = self.config.connection_named(connection).map(|c| c.ike.id);
+                        self.pending.iter_mut().for_each(|p| p.note_failure(id, &text));
                     }
                 }
                 event @ ike::Event::Retransmitting { .. } => {

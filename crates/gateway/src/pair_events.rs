@@ -98,6 +98,8 @@ impl Gateway {
             ha::Event::Handover { endpoint, tail, counters } => {
                 self.handover(now, endpoint, tail, &counters.0)
             }
+            ha::Event::Settled { release } => self.settled(release),
+            ha::Event::Rewrite { endpoint, exact } => self.rewrite(now, endpoint, exact),
             ha::Event::Contact(true) => tracing::info!("in contact with the other instance"),
             ha::Event::Contact(false) => {
                 self.split_at = now;
@@ -250,6 +252,11 @@ impl Gateway {
         }
         e.leases.void();
         e.owes_counters = counters_wanted;
+        let ha_id = e.ha_id();
+        if counters_wanted {
+            self.write_anew(now, ha_id);
+        }
+        let Some(e) = self.endpoints.get_mut(usize::from(ha_id.0)) else { return };
         let part = if steer { Part::Steering { last: now } } else { Part::Shadow };
         let inbox = match std::mem::replace(&mut e.part, part) {
             Part::Holding { inbox, .. } => inbox,

@@ -166,10 +166,9 @@ impl Gateway {
         };
         let mut begun = false;
         let mut connections = Vec::new();
-        for (id, own, index) in serving {
+        for (id, _, index) in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
-            e.last_error.remove(&own);
             begun |= e.ike.initiate(&mut cx, id);
             connections.push(id);
         }

@@ -57,8 +57,17 @@ pub enum Contact {
 pub struct PairStatus {
     /// Name of the other instance, from the configuration.
     pub peer: String,
-    /// Release of its daemon, once heard.
+    /// Release of its daemon, once heard; one that speaks format 1 does not say.
     pub peer_release: Option<String>,
+    /// The format in use between the two: the lower of the two newest, as last settled.
+    #[serde(default)]
+    pub format: Option<u32>,
+    /// The newest format that this instance speaks; see `tandemd --hold-format`.
+    #[serde(default)]
+    pub newest_format: Option<u32>,
+    /// The newest that the other one spoke at the last handshake.
+    #[serde(default)]
+    pub peer_newest_format: Option<u32>,
     /// State of contact.
     pub contact: Contact,
     /// Why the other instance was refused (wrong secret, equal indices, differing configuration …).
@@ -209,6 +218,9 @@ pub struct TunnelStatus {
     pub children: Vec<ChildStatus>,
     /// The last thing that went wrong, in one line, and how many seconds ago.
     pub last_error: Option<LastError>,
+    /// An operator took it down: it stays down until `tandem up`, or until the peer brings it up.
+    #[serde(default)]
+    pub taken_down: bool,
 }
 
 /// The newest failure of a tunnel.

@@ -48,7 +48,10 @@ fn pair_status(gateway: &Gateway, pair: &ha::Status) -> PairStatus {
     };
     PairStatus {
         peer: gateway.config.instance_name(config.peer).to_owned(),
-        peer_release: pair.release.map(|release| release.to_string()),
+        peer_release: pair.peer_build.clone(),
+        format: pair.release,
+        newest_format: Some(gateway.newest_format),
+        peer_newest_format: pair.peer_newest,
         contact,
         refused: (pair.joined && !pair.compatible).then(|| {
             "the configurations or releases do not agree: nothing is replicated (see the log)"
@@ -190,10 +193,11 @@ fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {
                     .flat_map(|sa| &sa.children)
                     .map(|child| child_status(gateway, child))
                     .collect(),
-                last_error: e.last_error.get(name).map(|(text, at)| LastError {
-                    text: text.clone(),
-                    age_s: now.saturating_sub(*at).as_secs(),
-                }),
+                last_error: e
+                    .ike
+                    .last_failure(name, now)
+                    .map(|(text, age)| LastError { text: text.to_owned(), age_s: age.as_secs() }),
+                taken_down: e.ike.is_held(name),
             });
         }
     }

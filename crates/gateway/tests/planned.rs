@@ -118,6 +118,7 @@ impl Pair {
                 seed: local as u64 + 1,
                 terms: vec![None, None],
                 release: "test".into(),
+                hold_format: None,
             };
             Side {
                 gateway: Gateway::new(start, now).unwrap(),

@@ -41,6 +41,8 @@ pub enum Bug {
     EmptyBeatsLiving,
     /// Invariant 5: the winner after a split takes no new term.
     HealInOldTerm,
+    /// Invariant 5: a snapshot leaves with values in the format they were put in, whatever is settled.
+    SnapshotAsItWas,
     /// Invariant 7: a put is lost at the shadow.
     PutLost,
     /// Invariant 7: a difference of digests is ignored (together with [`Bug::PutLost`]).

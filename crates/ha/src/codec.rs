@@ -1,4 +1,9 @@
-//! What crosses the pair link, release 1: heartbeats and frames, as CBOR with numbered fields.
+//! What crosses the pair link: heartbeats and frames, as CBOR with numbered fields.
+//!
+//! | release | frames | the gateway's values (`ike`'s records) |
+//! | --- | --- | --- |
+//! | 1 | as the golden records of release 1 | format 1 |
+//! | 2 | `Hello` also names the build | format 2 |
 //!
 //! Fields are never renumbered; a new release may add fields at the end, which an older reader
 //! skips. `Hello` is the one frame that every release reads, for it settles the release. The bytes
@@ -13,8 +18,12 @@ use crate::types::{Batch, Lineage, Position, Term, Value};
 use minicbor::{Decode, Encode};
 use zeroize::Zeroizing;
 
-/// The newest format this build speaks.
-pub const RELEASE: u32 = 1;
+/// The newest release whose formats this build speaks.
+pub const RELEASE: u32 = 2;
+/// The oldest one.
+pub const OLDEST: u32 = 1;
+/// The first one whose hello names the build.
+pub(crate) const BUILD_SINCE: u32 = 2;
 
 /// Numbers above this are no terms or positions, but damage: they leave room to count on.
 const NUMBER_MAX: u64 = 1 << 62;
@@ -136,6 +145,9 @@ pub(crate) struct Hello {
     pub(crate) config_digest: u64,
     #[n(6)]
     pub(crate) claims: Vec<Claim>,
+    /// What the sender calls its build, for people. Release 1 has no such field, and skips it.
+    #[n(7)]
+    pub(crate) build: Option<String>,
 }
 
 /// A key and its value.
@@ -372,7 +384,8 @@ pub(crate) fn frame(bytes: &[u8]) -> Result<Frame, Malformed> {
     let frame: Frame = whole(bytes, "frame")?;
     match &frame {
         Frame::Hello(hello) => {
-            if hello.name.len() > NAME_MAX {
+            let build = hello.build.as_deref().unwrap_or_default();
+            if hello.name.len() > NAME_MAX || build.len() > NAME_MAX {
                 return Err("name too long");
             }
             claims(&hello.claims)?;
@@ -458,7 +471,7 @@ pub(crate) fn encode(frame: &Frame) -> Value {
                 + handover.tail.iter().map(|item| item.value.len() + 20).sum::<usize>()
         }
         Frame::Side { bytes, .. } => bytes.len(),
-        Frame::Hello(hello) => 300 + 96 * hello.claims.len(),
+        Frame::Hello(hello) => 600 + 96 * hello.claims.len(),
         _ => 0,
     };
     let mut out = Zeroizing::new(Vec::with_capacity(body + 160));

@@ -82,7 +82,23 @@ pub struct Releases {
 
 impl Default for Releases {
     fn default() -> Self {
-        Releases { own: crate::codec::RELEASE, oldest: crate::codec::RELEASE }
+        Releases { own: crate::codec::RELEASE, oldest: crate::codec::OLDEST }
+    }
+}
+
+impl Releases {
+    /// Nothing newer than `newest`, as if this build did not know it.
+    ///
+    /// # Errors
+    /// This build does not speak it.
+    pub fn held(newest: u32) -> Result<Releases, ConfigError> {
+        let all = Releases::default();
+        let known = (all.oldest..=all.own).contains(&newest);
+        known.then_some(Releases { own: newest, ..all }).ok_or(ConfigError::Release {
+            asked: newest,
+            oldest: all.oldest,
+            newest: all.own,
+        })
     }
 }
 
@@ -110,6 +126,8 @@ pub struct Config {
     pub boot_wait: Duration,
     /// Formats spoken.
     pub releases: Releases,
+    /// What this build is called, for the other's operator (at most 256 bytes).
+    pub build: String,
     /// A digest over what must be equal on both sides. Different digests: contact and ownership
     /// go on, replication does not.
     pub config_digest: u64,
@@ -132,6 +150,7 @@ impl Config {
             fence_after: Duration::from_millis(80),
             boot_wait: Duration::from_secs(10),
             releases: Releases::default(),
+            build: String::new(),
             config_digest: 0,
             endpoints: Vec::new(),
         }
@@ -200,6 +219,16 @@ pub enum ConfigError {
     /// There must be at least one link.
     #[error("{0} pair links, expected 1 to {LINKS_MAX}")]
     Links(u8),
+    /// A release is to be held to that this build does not speak.
+    #[error("format {asked} is not spoken by this build, which speaks {oldest} to {newest}")]
+    Release {
+        /// What was asked for.
+        asked: u32,
+        /// The oldest spoken.
+        oldest: u32,
+        /// The newest spoken.
+        newest: u32,
+    },
     /// A heartbeat interval of zero.
     #[error("the heartbeat interval is zero")]
     Heartbeat,

@@ -112,6 +112,10 @@ pub(crate) struct Endpoint {
     pub(crate) incoming: Option<HandoverIn>,
     /// Not to be handed back unasked.
     pub(crate) declines: bool,
+    /// The stream (by its epoch) for whose release the gateway has written the values, and the one
+    /// for which it was asked to.
+    pub(crate) written: u64,
+    pub(crate) asked_to_write: u64,
     pub(crate) uplink_switch_at: Option<Duration>,
     /// When the other last said, while we owned, that its uplink was dead.
     pub(crate) other_uplink_down_at: Option<Duration>,
@@ -148,6 +152,8 @@ impl Endpoint {
             healed: None,
             incoming: None,
             declines: false,
+            written: 0,
+            asked_to_write: 0,
             uplink_switch_at: None,
             other_uplink_down_at: None,
             serial: 0,

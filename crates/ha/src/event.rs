@@ -345,6 +345,22 @@ pub enum Event {
         /// come in time.
         counters: Opaque,
     },
+    /// A stream is joined, and this release's formats are settled for it: values put from now on
+    /// are in the format of this release, and so is everything that the stream will carry.
+    Settled {
+        /// The lower of the two newest.
+        release: u32,
+    },
+    /// Owner: the values held may be in another format than the one settled, or have grown old. Put
+    /// them all anew by [`crate::Pair::rewrite`], then call [`crate::Pair::rewritten`]; no snapshot
+    /// leaves before that.
+    Rewrite {
+        /// Which endpoint.
+        endpoint: EndpointId,
+        /// The other holds all of it already, in this format, but for what changed since the stream
+        /// before broke: there is nothing to rewrite.
+        exact: bool,
+    },
     /// Contact with the other instance began (true) or ended.
     Contact(bool),
     /// Something for the operator's log.

@@ -12,6 +12,12 @@
 //!    └── `unsynced` echoed (or the other is dead) ── Leaving ◄┘ acknowledgements lag 500 ms,
 //!                                                               or the digests differ
 //! ```
+//! Before a snapshot is cut for a stream, the gateway writes all values anew, in the format of the
+//! release that is settled for it and with ages as of then (`Rewrite`). So whatever a stream
+//! carries is in its format, and the same bytes make the digests of both. That is a record like any
+//! other, which steps the position; but it is no change that a winner would have to know of after a
+//! split, so the tail of the log (`dirty`) does not have it.
+//!
 //! In Solo every record is committed as it is appended. In the other three it is committed when
 //! acknowledged, which at the shadow means installed. From the cut of the snapshot on, records
 //! queue behind its last chunk; side messages go ahead of what remains of it. In Leaving the owner
@@ -143,6 +149,34 @@ impl Endpoint {
         cx: &mut Cx<'_>,
         batch: Batch,
     ) -> Result<Position, AppendError> {
+        let changed: Vec<u64> =
+            batch.puts.iter().map(|(key, _)| key).chain(&batch.deletes).copied().collect();
+        let position = self.log(cx, batch)?;
+        self.dirty.extend(changed.into_iter().map(|key| (key, position)));
+        Ok(position)
+    }
+
+    /// The gateway says what it holds once more. A loser that owes its tail says it in the format
+    /// that the winner reads.
+    pub(crate) fn rewrite(
+        &mut self,
+        cx: &mut Cx<'_>,
+        batch: Batch,
+    ) -> Result<Option<Position>, AppendError> {
+        if matches!(self.role, Role::Yielding(_)) {
+            self.store.reword(batch);
+            return Ok(None);
+        }
+        self.log(cx, batch).map(Some)
+    }
+
+    /// The gateway has said all.
+    pub(crate) fn rewritten(&mut self, cx: &mut Cx<'_>) {
+        self.written = self.asked_to_write;
+        self.owner_turn(cx);
+    }
+
+    fn log(&mut self, cx: &mut Cx<'_>, batch: Batch) -> Result<Position, AppendError> {
         let Role::Owner(owner) = &mut self.role else { return Err(AppendError::NotOwner) };
         if owner.offer.is_some() {
             return Err(AppendError::NotOwner);
@@ -151,9 +185,6 @@ impl Endpoint {
             return Err(AppendError::TooLarge);
         }
         let position = Position(self.store.position.0.saturating_add(1));
-        for key in batch.puts.iter().map(|(key, _)| key).chain(&batch.deletes) {
-            self.dirty.insert(*key, position);
-        }
         let alone = matches!(owner.stage, Stage::Solo);
         let live = !alone && cx.joined.usable() == Some(owner.stream);
         let batch = if live {
@@ -296,11 +327,20 @@ impl Endpoint {
         }
         let now = cx.now;
         let usable = cx.joined.usable();
+        if let Some(epoch) = usable
+            && epoch != self.written
+            && epoch != self.asked_to_write
+        {
+            self.asked_to_write = epoch;
+            let exact = matches!(owner.stage, Stage::Synced { .. } | Stage::Leaving { .. });
+            cx.out.event(Event::Rewrite { endpoint: self.id, exact });
+        }
+        let written = usable == Some(self.written) || cx.bug == Bug::SnapshotAsItWas;
         let oldest = owner.pending.front().map(|(_, at)| *at);
         let oldest_side = owner.sides.values().next().map(|(at, _)| *at);
         match owner.stage {
             Stage::Solo => {
-                if usable.is_some() && can_sync && now >= owner.resync_at {
+                if usable.is_some() && written && can_sync && now >= owner.resync_at {
                     let id = SyncId(self.next_serial());
                     if let Role::Owner(owner) = &mut self.role {
                         owner.stage = Stage::Syncing { id, snapped: false, confirmed: false };
@@ -325,7 +365,7 @@ impl Endpoint {
                 if now >= since + BACKOFF.1 * 2 {
                     owner.backoff = BACKOFF.0;
                 }
-                if usable.is_some() && usable != Some(owner.stream) && can_sync {
+                if usable.is_some() && written && usable != Some(owner.stream) && can_sync {
                     self.cut(cx);
                 } else if [oldest, oldest_side].into_iter().flatten().any(|at| now >= at + LAG) {
                     tracing::warn!(

@@ -233,6 +233,12 @@ impl Endpoint {
             self.dirty.clear();
         }
         let granted = matches!(how, How::Grant(_));
+        // What came over the stream is in its format. What a shadow holds besides may be of an older one.
+        if granted {
+            self.written = cx.joined.usable().unwrap_or_default();
+        } else if !kept {
+            (self.written, self.asked_to_write) = (0, 0);
+        }
         let silence = how == How::Silence;
         let [first, second] = JUMP_UNSYNCED;
         let seq_jump = match (synced, silence) {

@@ -4,7 +4,8 @@
 //!  stream up ──► our hello ──► their hello ──┬─ equal index or name, no common release:
 //!                                            │    close, own nothing new for boot_wait
 //!                                            ├─ another config digest: joined, nothing replicated
-//!                                            └─ else joined: records may flow
+//!                                            └─ else joined: the lower of the two newest releases is
+//!                                               settled for this stream, and records may flow
 //! ```
 
 use crate::bug::Bug;
@@ -99,6 +100,8 @@ pub struct Pair {
     stream: Option<Stream>,
     epochs: u64,
     release: Option<u32>,
+    peer_newest: Option<u32>,
+    peer_build: Option<String>,
     barred_until: Duration,
     leaving: bool,
     turned_at: Duration,
@@ -138,6 +141,8 @@ impl Pair {
             stream: None,
             epochs: 0,
             release: None,
+            peer_newest: None,
+            peer_build: None,
             barred_until: Duration::ZERO,
             leaving: false,
             turned_at: now,
@@ -174,6 +179,9 @@ impl Pair {
             boot: self.contact.boot,
             config_digest: self.config.config_digest,
             claims: self.endpoints.iter().map(|endpoint| endpoint.claim(self.leaving)).collect(),
+            build: (self.config.releases.own >= codec::BUILD_SINCE
+                && !self.config.build.is_empty())
+            .then(|| self.config.build.clone()),
         };
         self.out.frame(&Frame::Hello(hello));
         self.finish(now);
@@ -258,6 +266,10 @@ impl Pair {
         }
         self.barred_until = Duration::ZERO;
         self.release = Some(release);
+        self.peer_newest = Some(hello.release);
+        self.peer_build = hello.build;
+        // Ahead of all that this hello brings about.
+        self.out.event(Event::Settled { release });
         let compatible = hello.config_digest == self.config.config_digest;
         if !compatible {
             let (ours, theirs) = (self.config.config_digest, hello.config_digest);
@@ -458,6 +470,31 @@ impl Pair {
         result.unwrap_or(Err(AppendError::NotOwner))
     }
 
+    /// Owner: puts what is held once more, in the format that is settled; answers
+    /// [`Event::Rewrite`], in as many records as it takes. Deletes are for values that have no place
+    /// in that format. A loser that owes the winner its tail does it unasked, before it gives its
+    /// final counters.
+    ///
+    /// # Errors
+    /// Not the owner, or over the limits; nothing was changed.
+    pub fn rewrite(
+        &mut self,
+        now: Duration,
+        endpoint: EndpointId,
+        batch: Batch,
+    ) -> Result<Option<Position>, AppendError> {
+        let result =
+            self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.rewrite(cx, batch));
+        self.finish(now);
+        result.unwrap_or(Err(AppendError::NotOwner))
+    }
+
+    /// Owner: everything is rewritten, so a snapshot may leave. Answers [`Event::Rewrite`].
+    pub fn rewritten(&mut self, now: Duration, endpoint: EndpointId) {
+        self.one(now, usize::from(endpoint.0), Endpoint::rewritten);
+        self.finish(now);
+    }
+
     /// Owner: sends bytes to the shadow's gateway outside log and digest, ahead of what remains of
     /// a snapshot. `None`: not sent (solo, not the owner, no stream for an unacknowledged one, or
     /// over [`crate::config::SIDE_MAX`]).
@@ -614,6 +651,8 @@ impl Pair {
             joined: self.joined().epoch != 0,
             compatible: self.joined().compatible,
             release: self.release,
+            peer_newest: self.peer_newest,
+            peer_build: self.peer_build.clone(),
             heard_ago: self.contact.heard_at().map(ago),
             echo_ago: self.contact.echoed_at().map(ago),
             rtt: self.contact.rtt,

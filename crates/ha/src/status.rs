@@ -73,8 +73,12 @@ pub struct Status {
     pub joined: bool,
     /// Replication is possible: same config digest, common release.
     pub compatible: bool,
-    /// The format in use.
+    /// The release whose formats are in use, as last settled.
     pub release: Option<u32>,
+    /// The newest that the other spoke then.
+    pub peer_newest: Option<u32>,
+    /// What the other called its build; release 1 did not say.
+    pub peer_build: Option<String>,
     /// Since the other's newest heartbeat.
     pub heard_ago: Option<Duration>,
     /// Age of our newest heartbeat that the other has echoed.

@@ -85,6 +85,17 @@ impl Store {
         undo
     }
 
+    /// Says the same in other words. The position stays, so the digest at it changes: only for a
+    /// state that is compared with nobody's.
+    pub(crate) fn reword(&mut self, batch: Batch) {
+        for (key, value) in batch.puts {
+            self.put(key, Arc::new(value));
+        }
+        for key in batch.deletes {
+            self.delete(key);
+        }
+    }
+
     fn put(&mut self, key: u64, value: Arc<Value>) {
         let hash = entry_hash(key, &value);
         self.delete(key);

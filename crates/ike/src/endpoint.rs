@@ -29,8 +29,9 @@ use crate::{
     error::Error,
     established,
     event::{Event, What},
-    init, record,
-    record::Stamp,
+    init,
+    note::{Failed, Notes},
+    record::{self, NEWEST_FORMAT, OLDEST_FORMAT, Stamp},
     retransmit,
     state::{ChildState, Established, IkeSa, Phase},
     step::{Collected, Step},
@@ -108,8 +109,15 @@ pub struct Endpoint {
     active: bool,
     quiet_until: Duration,
     due: BTreeMap<ConnectionId, Due>,
-    /// Connections an operator took down.
-    held: BTreeSet<ConnectionId>,
+    /// What is known of connections beside their SAs.
+    notes: Notes,
+    /// What anybody can bring about that sends us a datagram, by connection: it is told here, and
+    /// makes no record.
+    knocked: BTreeMap<String, Failed>,
+    /// The format in which records are written.
+    format: u8,
+    /// The newest one that is read.
+    newest_format: u8,
     /// Connections that are re-established without INITIAL_CONTACT.
     doubted: BTreeSet<ConnectionId>,
     /// IKE SAs taken over in doubt that wait for the quiet time to end.
@@ -140,7 +148,10 @@ impl Endpoint {
             active: false,
             quiet_until: Duration::ZERO,
             due: BTreeMap::new(),
-            held: BTreeSet::new(),
+            notes: Notes::default(),
+            knocked: BTreeMap::new(),
+            format: NEWEST_FORMAT,
+            newest_format: NEWEST_FORMAT,
             doubted: BTreeSet::new(),
             doubtful: BTreeSet::new(),
             used: BTreeMap::new(),
@@ -158,6 +169,18 @@ impl Endpoint {
     #[must_use]
     pub fn config(&self) -> &EndpointConfig {
         &self.registry.config
+    }
+
+    /// Reads and writes no newer format than this one, as a build that does not know it.
+    pub fn hold_format(&mut self, newest: u8) {
+        self.newest_format = newest.clamp(OLDEST_FORMAT, NEWEST_FORMAT);
+        self.format = self.format.min(self.newest_format);
+    }
+
+    /// Writes records in this format from now on. What was written before is not written anew:
+    /// [`Endpoint::snapshot`] does that.
+    pub fn set_format(&mut self, format: u8) {
+        self.format = format.clamp(OLDEST_FORMAT, self.newest_format);
     }
 
     /// Whether we own it.
@@ -449,7 +472,7 @@ impl Endpoint {
         let mut transition = Transition { transmits: done.transmits, ..Transition::default() };
         for (spi, new) in &done.changes {
             match new {
-                Some(sa) => transition.puts.push((*spi, record::encode(sa, now))),
+                Some(sa) => transition.puts.push((*spi, record::encode(sa, self.format, now))),
                 None => transition.deletes.push(*spi),
             }
         }
@@ -477,7 +500,7 @@ impl Endpoint {
                         .config
                         .connections
                         .iter()
-                        .any(|c| c.name == name && self.held.contains(&c.id));
+                        .any(|c| c.name == name && self.notes.is_held(&c.name));
                 if !lives_on {
                     Buried::push(&mut self.buried.children, spi);
                 }
@@ -504,7 +527,8 @@ impl Endpoint {
                     | What::Identity
                     | What::Secret
             );
-            if early && failure.began == crate::event::Side::Peer {
+            let anybody = early && failure.began == crate::event::Side::Peer;
+            if anybody {
                 let key = (failure.peer.ip(), failure.what as u8);
                 self.told.retain(|_, at| *at + QUIET > now);
                 if self.told.contains_key(&key) || self.told.len() >= QUIET_MAX {
@@ -512,8 +536,29 @@ impl Endpoint {
                 }
                 self.told.insert(key, now);
             }
+            let known = failure.connection.clone().filter(|c| self.registry.named(c).is_some());
+            if let Some(connection) = &known
+                && anybody
+            {
+                self.knocked.insert(connection.clone(), Failed::new(failure.to_string(), now));
+            } else if let Some(connection) = known
+                && self.notes.fail(&connection, Some(failure.to_string()), now)
+            {
+                self.put_note(&connection, now);
+            }
         }
         self.events.push_back(event);
+    }
+
+    /// The record of a note that has changed.
+    fn put_note(&mut self, connection: &str, now: Duration) {
+        let Some((key, bytes)) = self.notes.record(connection, self.format, now) else { return };
+        let (mut puts, mut deletes) = (Vec::new(), Vec::new());
+        match bytes {
+            Some(bytes) => puts.push((key, bytes)),
+            None => deletes.push(key),
+        }
+        self.transitions.push_back(Transition { puts, deletes, ..Transition::default() });
     }
 
     /// The next step to replicate and then to send.

@@ -24,7 +24,7 @@
 //! | --- | --- |
 //! | `endpoint` | demultiplexing, commands, timers, the replication face |
 //! | `step` | one atomic step: what it may read and what it collects |
-//! | `state`, `record` | the replicated value and its codec |
+//! | `state`, `note`, `record` | the replicated values and their codec |
 //! | `init`, `cookie`, `auth` | IKE_SA_INIT and IKE_AUTH, both roles |
 //! | `child`, `rekey`, `informational` | exchanges of an established IKE SA |
 //! | `table` | all IKE SAs with their indexes; the difference of two states for the workers |
@@ -47,6 +47,7 @@ mod informational;
 mod init;
 mod keys;
 mod nat;
+mod note;
 pub mod proposal;
 mod record;
 mod rekey;
@@ -76,7 +77,7 @@ pub use event::{
     ChildStatus, DeleteReason, Event, Failure, IkeStatus, KeyLogLine, KeyLogTable, Side, Status,
     What,
 };
-pub use record::RecordError;
+pub use record::{NEWEST_FORMAT, OLDEST_FORMAT, RecordError};
 pub use wire::ike::Identity;
 
 /// What a step may use of the world.
@@ -102,9 +103,9 @@ pub trait SpiAllocator {
 /// One atomic step, which is one replication record.
 #[derive(Default)]
 pub struct Transition {
-    /// The whole serialised state of IKE SAs with their Child SAs, by our SPI.
+    /// The whole serialised state of IKE SAs with their Child SAs, by our SPI, and notes about connections.
     pub puts: Vec<(IkeSpi, Zeroizing<Vec<u8>>)>,
-    /// IKE SAs that are gone.
+    /// IKE SAs and notes that are gone.
     pub deletes: Vec<IkeSpi>,
     /// What the workers must hold after this step, in order.
     pub children: Vec<ChildOp>,

@@ -1,5 +1,14 @@
-//! The codec of replicated state: minicbor with numbered fields, inside one
+//! The codec of replicated state: minicbor with numbered fields, behind one
 //! leading byte that names the format.
+//!
+//! | format | body | key |
+//! | --- | --- | --- |
+//! | 1 | an IKE SA | our SPI |
+//! | 2 | an IKE SA, as in format 1, or a note (`note`) | our SPI, or [`note_key`] |
+//!
+//! Format 1 has no notes: who writes it leaves them out, and a takeover forgets
+//! them. Both are read and written; which is written is said from outside
+//! ([`crate::Endpoint::set_format`]), by what the other instance can read.
 //!
 //! Two things are special. Points in time are written as **ages** (milliseconds
 //! relative to "now"), so that a record means the same on a host with another
@@ -24,16 +33,20 @@ use wire::{
 };
 use zeroize::Zeroizing;
 
-use crate::{keys::Key, state::IkeSa};
+use crate::{keys::Key, note::Note, state::IkeSa};
 
-/// The format written; also the only one read so far.
-const FORMAT: u8 = 1;
+/// The oldest format that is read and written.
+pub const OLDEST_FORMAT: u8 = 1;
+/// The newest one.
+pub const NEWEST_FORMAT: u8 = 2;
+/// The first one with notes.
+pub(crate) const NOTES_FORMAT: u8 = 2;
 
 /// Why a record was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RecordError {
     /// Written by a release whose format we do not know.
-    #[error("record format {0} is not known here")]
+    #[error("record format {0} is not known here, or is held back")]
     Format(u8),
     /// Not a record, or a damaged one.
     #[error("record does not decode")]
@@ -311,26 +324,70 @@ impl Write for Filler {
     }
 }
 
+/// What a record holds.
+#[derive(Debug)]
+pub(crate) enum Record {
+    Sa(Box<IkeSa>),
+    Note(Note),
+}
+
+/// In a body of format 2: what it is.
+const SA: u8 = 0;
+const NOTE: u8 = 1;
+
 /// The record of one IKE SA.
-pub(crate) fn encode(sa: &IkeSa, now: Duration) -> Zeroizing<Vec<u8>> {
+pub(crate) fn encode(sa: &IkeSa, format: u8, now: Duration) -> Zeroizing<Vec<u8>> {
+    let kind = (format >= NOTES_FORMAT).then_some(SA);
+    write(format, kind, sa, now)
+}
+
+/// The record of a note; there are none before format 2.
+pub(crate) fn encode_note(note: &Note, format: u8, now: Duration) -> Option<Zeroizing<Vec<u8>>> {
+    (format >= NOTES_FORMAT).then(|| write(format, Some(NOTE), note, now))
+}
+
+fn write<T: Encode<Clock>>(
+    format: u8,
+    kind: Option<u8>,
+    value: &T,
+    now: Duration,
+) -> Zeroizing<Vec<u8>> {
     let mut clock = Clock::at(now);
     // Neither writer can fail, and no codec above makes errors of its own.
     let mut counter = Counter(0);
-    let _ = sa.encode(&mut Encoder::new(&mut counter), &mut clock);
-    let mut filler = Filler(Zeroizing::new(Vec::with_capacity(counter.0 + 1)));
-    filler.0.push(FORMAT);
-    let _ = sa.encode(&mut Encoder::new(&mut filler), &mut clock);
+    let _ = value.encode(&mut Encoder::new(&mut counter), &mut clock);
+    let mut filler = Filler(Zeroizing::new(Vec::with_capacity(counter.0 + 2)));
+    filler.0.push(format);
+    filler.0.extend(kind);
+    let _ = value.encode(&mut Encoder::new(&mut filler), &mut clock);
     filler.0
 }
 
-/// The IKE SA of a record.
-pub(crate) fn decode(bytes: &[u8], now: Duration) -> Result<IkeSa, RecordError> {
-    let (&format, body) = bytes.split_first().ok_or(RecordError::Malformed)?;
-    if format != FORMAT {
+/// What a record holds, if its format is at most `newest`.
+pub(crate) fn decode(bytes: &[u8], newest: u8, now: Duration) -> Result<Record, RecordError> {
+    let (&format, mut body) = bytes.split_first().ok_or(RecordError::Malformed)?;
+    if !(OLDEST_FORMAT..=newest).contains(&format) {
         return Err(RecordError::Format(format));
     }
+    let mut kind = SA;
+    if format >= NOTES_FORMAT {
+        (kind, body) = body.split_first().map(|(k, b)| (*k, b)).ok_or(RecordError::Malformed)?;
+    }
+    match kind {
+        SA => Ok(Record::Sa(Box::new(read(body, now)?))),
+        NOTE => Ok(Record::Note(read(body, now)?)),
+        _ => Err(RecordError::Malformed),
+    }
+}
+
+fn read<'b, T: Decode<'b, Clock>>(body: &'b [u8], now: Duration) -> Result<T, RecordError> {
     let mut decoder = Decoder::new(body);
-    let sa =
-        IkeSa::decode(&mut decoder, &mut Clock::at(now)).map_err(|_| RecordError::Malformed)?;
-    if decoder.position() == body.len() { Ok(sa) } else { Err(RecordError::Malformed) }
+    let value = T::decode(&mut decoder, &mut Clock::at(now)).map_err(|_| RecordError::Malformed)?;
+    if decoder.position() == body.len() { Ok(value) } else { Err(RecordError::Malformed) }
+}
+
+/// The key of a connection's note. SPIs are drawn so that none is one of these.
+pub(crate) fn note_key(connection: &str) -> IkeSpi {
+    let hash = crypto::hash::sha256(&[b"tandem note ", connection.as_bytes()]);
+    IkeSpi(u64::from_be_bytes(*hash.first_chunk().unwrap_or(&[0; 8])))
 }

@@ -105,11 +105,12 @@ impl<'a> Step<'a, '_> {
         others.chain(sa.children()).map(|c| c.outbound).max().unwrap_or(0).saturating_add(1)
     }
 
-    /// An IKE SPI that nothing has.
+    /// An IKE SPI that nothing has, and no note's key.
     pub(crate) fn new_ike_spi(&mut self) -> IkeSpi {
         loop {
             let spi = IkeSpi(self.cx.rng.next_u64());
-            if !spi.is_zero() && self.get(spi).is_none() {
+            let is_note = self.registry.noted(spi).is_some();
+            if !spi.is_zero() && self.get(spi).is_none() && !is_note {
                 return spi;
             }
         }

@@ -13,7 +13,7 @@ use crate::{
     ChildOp, ChildSa,
     config::{ConnectionConfig, EndpointConfig},
     nat,
-    record::Bytes,
+    record::{Bytes, note_key},
     retransmit,
     state::{Child, IkeSa, Path, Phase},
 };
@@ -24,6 +24,7 @@ pub(crate) struct Registry {
     pub(crate) config: EndpointConfig,
     by_name: BTreeMap<String, usize>,
     by_id: BTreeMap<ConnectionId, usize>,
+    by_note: BTreeMap<IkeSpi, usize>,
 }
 
 impl Registry {
@@ -31,7 +32,9 @@ impl Registry {
         let index = |(n, c): (usize, &ConnectionConfig)| (c.name.clone(), n);
         let by_name = config.connections.iter().enumerate().map(index).collect();
         let by_id = config.connections.iter().enumerate().map(|(n, c)| (c.id, n)).collect();
-        Self { config, by_name, by_id }
+        let note = |(n, c): (usize, &ConnectionConfig)| (note_key(&c.name), n);
+        let by_note = config.connections.iter().enumerate().map(note).collect();
+        Self { config, by_name, by_id, by_note }
     }
 
     pub(crate) fn named(&self, name: &str) -> Option<&ConnectionConfig> {
@@ -40,6 +43,11 @@ impl Registry {
 
     pub(crate) fn by_id(&self, id: ConnectionId) -> Option<&ConnectionConfig> {
         self.by_id.get(&id).and_then(|n| self.config.connections.get(*n))
+    }
+
+    /// The connection whose note has this key.
+    pub(crate) fn noted(&self, key: IkeSpi) -> Option<&ConnectionConfig> {
+        self.by_note.get(&key).and_then(|n| self.config.connections.get(*n))
     }
 
     pub(crate) fn of(&self, sa: &IkeSa) -> Option<&ConnectionConfig> {

@@ -45,6 +45,11 @@ struct Args {
     /// Write every key to FOLDER, in the tables of tshark. Whoever can read them can read all traffic
     #[arg(long, value_name = "FOLDER")]
     keylog: Option<PathBuf>,
+    /// Speak no newer pair format than N with the other instance, as an older release does: until both
+    /// hosts are upgraded and the way back is no longer needed [default: the newest]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32)
+        .range(i64::from(*gateway::FORMATS.start())..=i64::from(*gateway::FORMATS.end())))]
+    hold_format: Option<u32>,
     /// What to log, as in `info` or `tandem=debug,ike=trace` [default: RUST_LOG, else info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -142,7 +147,7 @@ pub fn main() -> ExitCode {
         if let Err(problem) = tokio::task::spawn_blocking(|| {}).await {
             return Err(format!("a thread could not be started: {problem}"));
         }
-        let parts = setup::open(loaded, args.keylog).await?;
+        let parts = setup::open(loaded, args.keylog, args.hold_format).await?;
         control::run(parts).await
     });
     match outcome {

@@ -78,6 +78,9 @@ fn status() -> Status {
         pair: Some(PairStatus {
             peer: "right".into(),
             peer_release: Some("0.1.0".into()),
+            format: Some(1),
+            newest_format: Some(2),
+            peer_newest_format: Some(1),
             contact: Contact::TwoWay,
             refused: None,
             links: vec![link(0, true), link(1, false)],
@@ -105,6 +108,7 @@ fn status() -> Status {
                 ike: Some(ike),
                 children: vec![child],
                 last_error: None,
+                taken_down: false,
             },
             TunnelStatus {
                 connection: "depot".into(),
@@ -147,6 +151,15 @@ fn status_table() {
     assert!(!shown.contains("fenced"), "a drop that never happened is not listed");
     let colourful = render_status(&status(), true);
     assert!(colourful.contains("\x1b["));
+    // Where both speak no newer format than the one in use, there is nothing to say of it.
+    let mut settled = status();
+    if let Some(pair) = &mut settled.pair {
+        (pair.format, pair.peer_newest_format) = (Some(2), Some(2));
+    }
+    settled.tunnels[1].state = TunnelState::Down;
+    settled.tunnels[1].taken_down = true;
+    let shown = render_status(&settled, false);
+    assert!(shown.contains("format 2\n") && shown.contains("taken down"), "{shown}");
     // A status of nothing is still a status.
     let lone = render_status(&Status { instance: "solo".into(), ..Status::default() }, false);
     assert!(lone.contains("solo") && lone.contains("on its own"), "{lone}");

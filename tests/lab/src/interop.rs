@@ -10,6 +10,7 @@ mod nat;
 mod operator;
 mod pair;
 mod protection;
+mod rolling;
 mod stage;
 mod two_hosts;
 mod uplink;
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Scenario> {
         pair::SCENARIOS,
         uplink::SCENARIOS,
         active::SCENARIOS,
+        rolling::SCENARIOS,
         ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]

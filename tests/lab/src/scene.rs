@@ -95,12 +95,19 @@ pub struct Setup {
     pub bulk: Option<u64>,
     /// The pair's configuration.
     pub config: Config,
+    /// Further arguments of both daemons.
+    pub args: &'static [&'static str],
 }
 
 impl Default for Setup {
     fn default() -> Self {
         // 20 Mb/s: enough to keep every queue moving, little enough that a probe is never lost to congestion.
-        Setup { peer: PeerKind::Strongswan, bulk: Some(2_500_000), config: Config::pair() }
+        Setup {
+            peer: PeerKind::Strongswan,
+            bulk: Some(2_500_000),
+            config: Config::pair(),
+            args: &[],
+        }
     }
 }
 
@@ -149,7 +156,7 @@ impl Scene {
         let wan = start_wan(run, &net)?;
         let lan_arp = start_lan(run, &net)?;
         let peer_ike = start_peer(run, &net)?;
-        let mut instances = start_pair(run, bins, &net, &setup.config)?;
+        let mut instances = start_pair_with(run, bins, &net, &setup.config, setup.args)?;
         let first = wait_pair_synced(&mut instances, PATIENCE)?;
         say(&format!(
             "instances left and right: {} owns, the other's shadow is in sync",

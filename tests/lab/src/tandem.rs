@@ -326,6 +326,12 @@ pub struct PairStatus {
     pub contact: String,
     /// Why it was refused.
     pub refused: Option<String>,
+    /// The format in use.
+    pub format: Option<u32>,
+    /// The newest that it speaks, and the other.
+    pub newest_format: Option<u32>,
+    /// The newest that the other speaks.
+    pub peer_newest_format: Option<u32>,
 }
 
 /// One endpoint.
@@ -360,6 +366,8 @@ pub struct TunnelStatus {
     pub children: Vec<ChildStatus>,
     /// The last thing that went wrong.
     pub last_error: Option<LastError>,
+    /// By an operator's command.
+    pub taken_down: bool,
 }
 
 /// One flow of `tandem flows`.
@@ -502,6 +510,11 @@ impl Daemon {
     pub fn with_args(mut self, args: &[&str]) -> Self {
         self.extra.extend(args.iter().map(|arg| (*arg).to_owned()));
         self
+    }
+
+    /// The further arguments of the next start, in place of those before.
+    pub fn set_args(&mut self, args: &[&str]) {
+        self.extra = args.iter().map(|arg| (*arg).to_owned()).collect();
     }
 
     /// The control socket.

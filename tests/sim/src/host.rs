@@ -237,6 +237,8 @@ impl Host {
             seed: Dice::new(seed, stream + 500_000).any(),
             terms: vec![self.disk],
             release: "sim".into(),
+            // Neighbouring builds, in every order of upgrades and ways back.
+            hold_format: Dice::new(seed, stream + 700_000).chance(400).then_some(1),
         };
         let mut gateway =
             Gateway::new(start, self.local(now)).map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! Golden records: what release 1 wrote must be read, and written alike, for ever.
+//! Golden records: what a release wrote must be read, and written alike, for ever.
 
 use super::*;
 
@@ -40,6 +40,7 @@ fn samples() -> Vec<(&'static str, Frame)> {
         boot: 77,
         config_digest: 5,
         claims: vec![claim()],
+        build: None,
     };
     let chunk = Chunk {
         id,
@@ -106,6 +107,29 @@ fn release_1_frames_stay_as_they_are() {
         assert_eq!(hex(&bytes), golden);
         assert!(frame_of(&bytes) == frame, "{golden}");
     }
+}
+
+/// What release 2 says and release 1 did not: the build in the hello, and that it declines.
+#[test]
+fn release_2_frames_stay_as_they_are() {
+    let claims = vec![Claim { declines: Some(true), ..claim() }];
+    let hello = Hello {
+        release: 2,
+        oldest: 1,
+        index: 0,
+        name: "left".into(),
+        boot: 78,
+        config_digest: 5,
+        claims,
+        build: Some("0.2.0".into()),
+    };
+    let frame = Frame::Hello(hello);
+    let bytes = encode(&frame);
+    assert_eq!(
+        hex(&bytes),
+        "820081a800020101020003646c65667404184e05050681ae001b112233445566778801020206030904f50519012c061adeadbeef07f5080709050a18260b060c040df50765302e322e30"
+    );
+    assert!(frame_of(&bytes) == frame);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::codec::Record;
-use crate::{EndpointConfig, Mode, Role};
+use crate::{EndpointConfig, Mode, Releases, Role};
 use proptest::prelude::*;
 
 const E: EndpointId = EndpointId(0);
@@ -85,6 +85,7 @@ impl Wire {
                 Event::Apply { endpoint, id, .. } if self.install => {
                     self.pairs[host].applied(self.now, *endpoint, *id);
                 }
+                Event::Rewrite { endpoint, .. } => self.pairs[host].rewritten(self.now, *endpoint),
                 Event::Mode { endpoint, mode: Mode::Syncing(id) } if self.confirm => {
                     self.pairs[host].confirm_ceilings(self.now, *endpoint, *id);
                 }
@@ -714,4 +715,75 @@ fn a_wait_for_the_disk_is_told_only_when_it_is_long() {
     assert_eq!(warned(Some(20)), (0, true));
     assert_eq!(warned(Some(2_000)), (1, true));
     assert_eq!(warned(None), (1, false));
+}
+
+// The state said once more: no snapshot before it is whole, no key of it is dirty, and a held build
+// says neither its own name nor a newer release.
+#[test]
+fn a_snapshot_waits_for_what_is_rewritten() {
+    let mut wire = Wire::synced();
+    wire.put(1, vec![1]).unwrap();
+    wire.put(2, vec![2]).unwrap();
+    wire.run(100);
+    let held = Config { releases: Releases::held(1).unwrap(), build: "x".into(), ..config(1) };
+    wire.pairs[1] = Pair::new(held, wire.now, 50, &[Some(Term(32))]).unwrap();
+    wire.events[0].clear();
+    for pair in &mut wire.pairs {
+        pair.handle_stream_up(wire.now, LinkId(0));
+    }
+    let hello = wire.frames(1).remove(0);
+    assert!(
+        matches!(&hello, Frame::Hello(h) if h.build.is_none() && (h.release, h.oldest) == (1, 1))
+    );
+    wire.pairs[0].handle_frame(wire.now, &codec::encode(&hello));
+    for frame in wire.frames(0) {
+        wire.pairs[1].handle_frame(wire.now, &codec::encode(&frame));
+    }
+    // A gateway that does not answer at once: heartbeats pass, and nothing of the state.
+    let mut asked = Vec::new();
+    let mut chunks = 0;
+    for round in 0..200 {
+        wire.now += Duration::from_millis(1);
+        for from in 0..2 {
+            while let Some(event) = wire.pairs[from].poll_event() {
+                match event {
+                    Event::Rewrite { exact, .. } => asked.push((from, round, exact)),
+                    Event::Settled { release } => assert_eq!(release, 1),
+                    _ => {}
+                }
+            }
+            while let Some(transmit) = wire.pairs[from].poll_transmit() {
+                match transmit {
+                    Transmit::Heartbeat { link, bytes } => {
+                        wire.pairs[1 - from].handle_heartbeat(wire.now, link, &bytes);
+                    }
+                    Transmit::Frame(bytes) => {
+                        chunks += usize::from(matches!(codec::frame(&bytes), Ok(Frame::Chunk(_))));
+                    }
+                    _ => {}
+                }
+            }
+            wire.pairs[from].handle_turn(wire.now);
+        }
+    }
+    assert!(matches!(asked[..], [(0, _, false)]), "{asked:?}");
+    assert_eq!(chunks, 0);
+    let before = wire.pairs[0].status(wire.now).endpoints[0].position;
+    let dirty: Vec<u64> = wire.pairs[0].endpoints[0].dirty.keys().copied().collect();
+    let puts = vec![(1, Value::new(vec![11])), (2, Value::new(vec![12]))];
+    let batch = Batch { puts, deletes: Vec::new() };
+    let position = wire.pairs[0].rewrite(wire.now, E, batch).unwrap().unwrap();
+    assert_eq!(position.0, before.0 + 1);
+    assert!(wire.pairs[0].endpoints[0].dirty.keys().copied().eq(dirty));
+    wire.pairs[0].rewritten(wire.now, E);
+    wire.run(100);
+    assert_eq!(wire.role(1), Role::Shadow { synced: true });
+    assert_eq!(wire.pairs[1].value(E, 1).map(|v| v.to_vec()), Some(vec![11]));
+    // A shadow has nothing to say.
+    let none = Batch { puts: Vec::new(), deletes: Vec::new() };
+    assert_eq!(wire.pairs[1].rewrite(wire.now, E, none), Err(AppendError::NotOwner));
+    assert_eq!(
+        Releases::held(3).unwrap_err().to_string(),
+        "format 3 is not spoken by this build, which speaks 1 to 2"
+    );
 }

@@ -594,11 +594,11 @@ fn a_stranger_is_refused() {
 fn releases_without_a_common_format_are_refused() {
     let (_, warnings) = refused(|host, config| {
         if host == 1 {
-            config.releases = Releases { own: 3, oldest: 2 };
+            config.releases = Releases { own: 4, oldest: 3 };
         }
     });
-    assert!(warnings.contains(&(0, Warning::OldRelease { ours: (1, 1), theirs: (2, 3) })));
-    assert!(warnings.contains(&(1, Warning::OldRelease { ours: (2, 3), theirs: (1, 1) })));
+    assert!(warnings.contains(&(0, Warning::OldRelease { ours: (1, 2), theirs: (3, 4) })));
+    assert!(warnings.contains(&(1, Warning::OldRelease { ours: (3, 4), theirs: (1, 2) })));
 }
 
 #[test]
@@ -606,7 +606,7 @@ fn neighbouring_releases_settle_on_the_lower() {
     let mut world = World::new(7, 1, Bug::None);
     world.tweak = |host, config| {
         if host == 1 {
-            config.releases = Releases { own: 2, oldest: 1 };
+            config.releases = Releases { own: 3, oldest: 2 };
         }
     };
     for host in 0..2 {
@@ -614,10 +614,61 @@ fn neighbouring_releases_settle_on_the_lower() {
     }
     world.run_for(1500 * MS);
     assert!(world.converged());
-    for host in 0..2 {
+    for (host, peer) in [(0, 3), (1, 2)] {
         let status = world.hosts[host].pair.as_ref().unwrap().status(world.local(host));
-        assert_eq!(status.release, Some(1));
+        assert_eq!((status.release, status.peer_newest), (Some(2), Some(peer)));
     }
+}
+
+// Both at release 1; each in turn hands over, says goodbye and comes back as another build; then
+// back again. All that is held at every moment is in the format settled then, at both.
+#[test]
+fn a_rolling_upgrade_and_the_way_back_rewrite_what_is_held() {
+    a_rolling_upgrade(Bug::None);
+}
+
+fn a_rolling_upgrade(bug: Bug) {
+    let mut world = World::new(11, 1, bug);
+    for host in 0..2 {
+        world.hosts[host].releases = Releases { own: 1, oldest: 1 };
+        world.fault(Fault::Start { host, lose_terms: false });
+    }
+    world.run_for(1500 * MS);
+    let settled = |world: &mut World, release: u32| {
+        until(world, 3000, World::converged);
+        world.run_for(500 * MS);
+        for host in 0..2 {
+            let pair = world.hosts[host].pair.as_ref().unwrap();
+            assert_eq!(pair.status(world.local(host)).release, Some(release));
+            let values: Vec<_> = pair.values(EndpointId(0)).collect();
+            assert!(!values.is_empty());
+            for (key, value) in values {
+                if value.last() != Some(&(release as u8)) {
+                    world.fail(&format!("invariant 5: key {key} is not in the settled format"));
+                }
+            }
+        }
+        if world.ledger.mismatches > 0 {
+            world.fail("digests differed");
+        }
+    };
+    settled(&mut world, 1);
+    for (host, own, release) in [(0, 2, 1), (1, 2, 2), (0, 1, 1), (1, 1, 1), (1, 2, 1), (0, 2, 2)] {
+        if owner(&world) == [host] {
+            world.fault(Fault::Switchover(0));
+            until(&mut world, 500, |world| owner(world) == [1 - host]);
+            world.run_for(200 * MS);
+        }
+        world.fault(Fault::Goodbye(host));
+        world.run_for(300 * MS);
+        assert!(world.hosts[host].pair.is_none());
+        world.hosts[host].releases = Releases { own, oldest: 1 };
+        world.fault(Fault::Start { host, lose_terms: false });
+        settled(&mut world, release);
+    }
+    world.workload = false;
+    world.run_for(300 * MS);
+    world.check_nothing_lost();
 }
 
 #[test]
@@ -648,6 +699,7 @@ pub(super) fn found(bug: Bug) -> Option<String> {
         Bug::HealInOldTerm => a_split(bug),
         Bug::EmptyBeatsLiving => a_home_that_comes_back_empty(bug),
         Bug::OldLogAcked => a_record_of_a_closed_log(bug),
+        Bug::SnapshotAsItWas => a_rolling_upgrade(bug),
         _ => {}
     }))
     .err()?;

@@ -30,6 +30,16 @@ pub(super) struct Gateway {
     installed: u64,
 }
 
+/// A modelled value is 8 bytes and the release in whose format it is written.
+fn in_format(value: &[u8], release: u32) -> Vec<u8> {
+    value.iter().take(8).copied().chain([release as u8]).collect()
+}
+
+/// What it says, in whatever format.
+fn body(value: &[u8]) -> &[u8] {
+    value.get(..8).unwrap_or(value)
+}
+
 /// What a record puts and deletes.
 type Content = (Vec<(u64, Vec<u8>)>, Vec<u64>);
 
@@ -98,6 +108,9 @@ impl World {
                 self.gw(host, endpoint).hold = false;
             }
             Event::StandDown { endpoint, why, counters_wanted } => {
+                if counters_wanted {
+                    self.rewrite(host, endpoint);
+                }
                 self.ledger.stood_down.push((host, why));
                 let gateway = self.gw(host, endpoint);
                 gateway.own = None;
@@ -116,6 +129,7 @@ impl World {
                 }
             }
             Event::Apply { endpoint, id, batch, position } => {
+                self.check_format(host, batch.puts.iter().map(|(_, value)| value.as_slice()));
                 let gateway = self.gw(host, endpoint);
                 gateway.applying.push((id, position.0));
                 let map = &mut gateway.map;
@@ -189,6 +203,10 @@ impl World {
                     let gateway = self.gw(host, endpoint);
                     gateway.next = gateway.next.max(theirs);
                 }
+                self.check_format(
+                    host,
+                    tail.iter().filter_map(|item| Some(item.value.as_ref()?.as_slice())),
+                );
                 let puts = tail
                     .into_iter()
                     .filter(|item| !item.touched)
@@ -196,6 +214,16 @@ impl World {
                     .collect::<Vec<_>>();
                 if !puts.is_empty() {
                     self.append(host, endpoint.0, puts, Vec::new());
+                }
+            }
+            Event::Settled { release } => self.hosts[host].settled = release,
+            Event::Rewrite { endpoint, exact } => {
+                if !exact {
+                    self.rewrite(host, endpoint);
+                }
+                let now = self.local(host);
+                if let Some(pair) = self.hosts[host].pair.as_mut() {
+                    pair.rewritten(now, endpoint);
                 }
             }
             Event::Announce { .. } => self.ledger.announces += 1,
@@ -207,6 +235,34 @@ impl World {
                     self.ledger.mismatches += 1;
                 }
                 self.ledger.warnings.push((host, warning));
+            }
+        }
+    }
+
+    /// Says all that is held once more, in the format that is settled.
+    fn rewrite(&mut self, host: usize, endpoint: EndpointId) {
+        let now = self.local(host);
+        let release = self.hosts[host].settled;
+        let held = self.gw(host, endpoint).map.clone();
+        for (key, value) in held {
+            let value = in_format(&value, release);
+            let puts = vec![(key, Value::new(value.clone()))];
+            let Some(pair) = self.hosts[host].pair.as_mut() else { return };
+            if pair.rewrite(now, endpoint, Batch { puts, deletes: Vec::new() }).is_ok() {
+                self.gw(host, endpoint).map.insert(key, value);
+            }
+        }
+        if self.status(host, endpoint.0).is_some_and(|s| matches!(s.role, Role::Owner(_))) {
+            self.record_log(host, endpoint.0);
+        }
+    }
+
+    /// Whatever crosses the link is in the format that is settled for it.
+    fn check_format<'a>(&self, host: usize, values: impl Iterator<Item = &'a [u8]>) {
+        let release = self.hosts[host].settled;
+        for value in values {
+            if value.get(8).is_some_and(|format| u32::from(*format) != release) {
+                self.fail("invariant 5: a value that is not in the settled format");
             }
         }
     }
@@ -331,6 +387,9 @@ impl World {
 
     fn append(&mut self, host: usize, endpoint: u8, puts: Vec<(u64, Vec<u8>)>, deletes: Vec<u64>) {
         let now = self.local(host);
+        let release = self.hosts[host].settled;
+        let puts: Vec<_> =
+            puts.into_iter().map(|(key, value)| (key, in_format(&value, release))).collect();
         self.ledger.serial += 1;
         let serial = self.ledger.serial;
         self.ledger.content.insert(serial, (puts.clone(), deletes.clone()));
@@ -513,7 +572,7 @@ impl World {
             let Some(owner) = owner else { self.fail("nobody owns") };
             let map = &self.hosts[owner].gateway[usize::from(endpoint)].map;
             for (key, value) in &seen.committed {
-                if map.get(key) != value.as_ref() {
+                if map.get(key).map(|v| body(v)) != value.as_ref().map(|v| body(v)) {
                     self.fail(&format!("invariant 5: key {key} was committed and lost"));
                 }
             }

@@ -59,6 +59,7 @@ fn world(seed: u64, bug: Bug) -> (World, Rng) {
     let mut rng = Rng(seed ^ 0x5eed);
     let mut world = World::new(seed, 1 + rng.below(2) as u8, bug);
     world.slow_counters = 5;
+    world.builds = Some(Rng(seed ^ 0xb011d));
     for host in 0..2 {
         world.hosts[host].rate = 900 + rng.below(201);
     }
@@ -236,6 +237,7 @@ fn deliberate_bugs_are_found() {
         (Bug::OldLogAcked, "invariant 4"),
         (Bug::EmptyBeatsLiving, "invariant"),
         (Bug::HealInOldTerm, "healing"),
+        (Bug::SnapshotAsItWas, "settled format"),
         (Bug::PutLost, "digest"),
         (Bug::DigestIgnored, "invariant 7"),
     ];

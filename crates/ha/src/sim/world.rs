@@ -122,6 +122,10 @@ pub(super) struct Host {
     /// Clock rate in per mille.
     pub(super) rate: u64,
     pub(super) disk: Vec<Option<Term>>,
+    /// What the process speaks; another build may be started next time.
+    pub(super) releases: Releases,
+    /// The release in whose format the gateway writes.
+    pub(super) settled: u32,
     pub(super) lost_terms: bool,
     inbox: VecDeque<Input>,
     stream: Option<usize>,
@@ -160,6 +164,9 @@ pub(super) struct World {
     /// Percent of switchovers whose counters come too late.
     pub(super) slow_counters: u64,
     pub(super) tweak: fn(usize, &mut Config),
+    /// Draws which build is started each time; a stream of its own, so that the rest of a seed stays
+    /// as it is.
+    pub(super) builds: Option<Rng>,
 }
 
 impl World {
@@ -175,6 +182,8 @@ impl World {
             zero: 1_000_000 + rng.below(1_000_000_000),
             rate: 1000,
             disk: vec![Some(Term(0)); usize::from(endpoints)],
+            releases: Releases::default(),
+            settled: 0,
             lost_terms: false,
             inbox: VecDeque::new(),
             stream: None,
@@ -208,6 +217,7 @@ impl World {
             workload: true,
             slow_counters: 0,
             tweak: |_, _| {},
+            builds: None,
         };
         world.at(world.now, Happening::Connect);
         world
@@ -274,6 +284,7 @@ impl World {
         let mut config = Config {
             links: 2,
             boot_wait: Duration::from_micros(self.boot_wait),
+            releases: self.hosts[host].releases,
             endpoints: (0..self.endpoints)
                 .map(|n| EndpointConfig {
                     name: format!("endpoint{n}"),
@@ -296,7 +307,12 @@ impl World {
             self.hosts[host].lost_terms = true;
         }
         let seed = self.rng.draw();
+        if let Some(builds) = &mut self.builds {
+            let newest = 1 + builds.below(2) as u32;
+            self.hosts[host].releases = Releases { own: newest, oldest: 1 };
+        }
         let config = self.config(host);
+        self.hosts[host].settled = config.releases.own;
         let local = self.local(host);
         let h = &mut self.hosts[host];
         let mut pair = Pair::new(config, local, seed, &h.disk).unwrap();

@@ -22,7 +22,16 @@ impl Endpoint {
     /// Brings a connection up: all its children that are ours to start, or all
     /// if none is. False if there is no such connection or nowhere to go.
     pub fn initiate(&mut self, cx: &mut Context<'_>, id: ConnectionId) -> bool {
-        self.held.remove(&id);
+        let Some(conn) = self.registry.by_id(id) else { return false };
+        if self.active {
+            self.knocked.remove(&conn.name);
+            let held = self.notes.hold(&conn.name, false);
+            // Whoever asks again wants to know what fails from now on.
+            if self.notes.fail(&conn.name, None, cx.now) || held {
+                let name = conn.name.clone();
+                self.put_note(&name, cx.now);
+            }
+        }
         let Some(conn) = self.registry.by_id(id) else { return false };
         let mut names: Vec<String> = conn
             .children
@@ -45,11 +54,12 @@ impl Endpoint {
     /// A packet wants a Child SA that is not up (`start = trap`, or a lost one).
     pub fn acquire(&mut self, cx: &mut Context<'_>, id: ConnectionId, child: &str) -> bool {
         let paused = self.due.get(&id).is_some_and(|due| due.at > cx.now);
-        if self.held.contains(&id) || paused || cx.now < self.quiet_until {
+        if paused || cx.now < self.quiet_until {
             return false;
         }
         let allowed = self.registry.by_id(id).is_some_and(|conn| {
-            conn.children.iter().any(|c| c.name == child && c.start != Start::Respond)
+            !self.notes.is_held(&conn.name)
+                && conn.children.iter().any(|c| c.name == child && c.start != Start::Respond)
         });
         allowed && self.bring_up(cx, id, vec![child.to_owned()])
     }
@@ -110,8 +120,10 @@ impl Endpoint {
     /// [`Endpoint::initiate`] or the peer brings it up.
     pub fn terminate(&mut self, cx: &mut Context<'_>, target: Target) -> bool {
         if let Target::Connection(id) = target {
-            self.held.insert(id);
             let name = self.registry.by_id(id).map(|c| c.name.clone()).unwrap_or_default();
+            if self.active && !name.is_empty() && self.notes.hold(&name, true) {
+                self.put_note(&name, cx.now);
+            }
             let unfinished: Vec<IkeSpi> = self
                 .table
                 .of_connection(&name)
@@ -146,9 +158,9 @@ impl Endpoint {
 
     /// Takes back that a terminated connection stays down: one that is ours to start comes up.
     pub fn permit(&mut self, now: Duration, id: ConnectionId) {
-        if self.held.remove(&id)
-            && let Some(name) = self.registry.by_id(id).map(|c| c.name.clone())
-        {
+        let Some(name) = self.registry.by_id(id).map(|c| c.name.clone()) else { return };
+        if self.active && self.notes.hold(&name, false) {
+            self.put_note(&name, now);
             self.review(now, &name);
         }
     }

@@ -11,10 +11,18 @@ use super::{Buried, Endpoint};
 use crate::{
     ActivateError, ChildOp, Context, Doubt, established,
     event::DeleteReason,
-    record::{self, RecordError, Stamp},
+    note::Note,
+    record::{self, Record, RecordError, Stamp},
     state::{Established, IkeSa, Phase},
     sync,
 };
+
+/// What a batch of records holds.
+#[derive(Default)]
+struct Decoded {
+    sas: BTreeMap<IkeSpi, IkeSa>,
+    notes: Vec<Note>,
+}
 
 impl Endpoint {
     /// Applies the records of the owner, in order, each whole. Gives what the
@@ -31,9 +39,14 @@ impl Endpoint {
         if self.active {
             return Err(RecordError::Owner);
         }
+        let Decoded { sas, notes } = self.decode_all(now, puts)?;
         let mut changes: BTreeMap<IkeSpi, Option<IkeSa>> =
             deletes.iter().map(|spi| (*spi, None)).collect();
-        changes.extend(self.decode_all(now, puts)?.into_iter().map(|(spi, sa)| (spi, Some(sa))));
+        changes.extend(sas.into_iter().map(|(spi, sa)| (spi, Some(sa))));
+        for connection in deletes.iter().filter_map(|key| self.registry.noted(*key)) {
+            self.notes.remove(&connection.name);
+        }
+        notes.into_iter().for_each(|note| self.notes.set(note));
         Ok(self.table.commit(&self.registry, changes))
     }
 
@@ -48,13 +61,19 @@ impl Endpoint {
         }
         let all: Vec<IkeSpi> = self.table.iter().map(|sa| sa.spi).collect();
         let changes = all.into_iter().map(|spi| (spi, None)).collect();
+        self.notes.clear();
         Ok(self.table.commit(&self.registry, changes))
     }
 
-    /// Every record as of `now`, its ages fresh.
+    /// Every record as of `now`, its ages fresh, in the format that is written now.
     #[must_use]
     pub fn snapshot(&self, now: Duration) -> Vec<(IkeSpi, Zeroizing<Vec<u8>>)> {
-        self.table.iter().map(|sa| (sa.spi, record::encode(sa, now))).collect()
+        let format = self.format;
+        let notes = self.notes.iter().filter_map(|note| {
+            Some((record::note_key(&note.connection), record::encode_note(note, format, now)?))
+        });
+        let sas = self.table.iter().map(|sa| (sa.spi, record::encode(sa, format, now)));
+        sas.chain(notes).collect()
     }
 
     /// All it takes to fill empty workers.
@@ -208,7 +227,8 @@ impl Endpoint {
         puts: &[(IkeSpi, Zeroizing<Vec<u8>>)],
         deletes: &[IkeSpi],
     ) -> Result<usize, RecordError> {
-        let mut taken = self.decode_all(cx.now, puts)?;
+        let Decoded { sas: mut taken, notes } = self.decode_all(cx.now, puts)?;
+        self.adopt_notes(cx.now, notes, deletes);
         let untouched = |spi: &IkeSpi| {
             self.used.get(spi).is_none_or(|at| *at <= since) || self.is_waiting_in_doubt(*spi)
         };
@@ -263,21 +283,47 @@ impl Endpoint {
         Ok(count)
     }
 
+    /// What an operator said, and what failed, on the other side of a split.
+    fn adopt_notes(&mut self, now: Duration, notes: Vec<Note>, deletes: &[IkeSpi]) {
+        let gone = deletes.iter().filter_map(|key| self.registry.noted(*key));
+        let mut names: Vec<String> = gone.map(|connection| connection.name.clone()).collect();
+        names.iter().for_each(|name| self.notes.remove(name));
+        for note in notes {
+            names.push(note.connection.clone());
+            self.notes.set(note);
+        }
+        for name in names {
+            self.put_note(&name, now);
+        }
+    }
+
     fn decode_all(
         &self,
         now: Duration,
         puts: &[(IkeSpi, Zeroizing<Vec<u8>>)],
-    ) -> Result<BTreeMap<IkeSpi, IkeSa>, RecordError> {
-        let mut all = BTreeMap::new();
-        for (spi, bytes) in puts {
-            let sa = record::decode(bytes, now)?;
-            if sa.spi != *spi {
-                return Err(RecordError::Key);
+    ) -> Result<Decoded, RecordError> {
+        let mut all = Decoded::default();
+        for (key, bytes) in puts {
+            match record::decode(bytes, self.newest_format, now)? {
+                Record::Sa(sa) => {
+                    if sa.spi != *key {
+                        return Err(RecordError::Key);
+                    }
+                    if sa.connection.is_some() && self.registry.of(&sa).is_none() {
+                        return Err(RecordError::Connection);
+                    }
+                    all.sas.insert(*key, *sa);
+                }
+                Record::Note(note) => {
+                    if record::note_key(&note.connection) != *key {
+                        return Err(RecordError::Key);
+                    }
+                    if self.registry.noted(*key).is_none() {
+                        return Err(RecordError::Connection);
+                    }
+                    all.notes.push(note);
+                }
             }
-            if sa.connection.is_some() && self.registry.of(&sa).is_none() {
-                return Err(RecordError::Connection);
-            }
-            all.insert(*spi, sa);
         }
         Ok(all)
     }

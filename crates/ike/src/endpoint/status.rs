@@ -29,6 +29,21 @@ impl Endpoint {
         status
     }
 
+    /// What last failed of a connection, and how long ago, whoever began it and whichever instance
+    /// owned the endpoint then.
+    #[must_use]
+    pub fn last_failure(&self, connection: &str, now: Duration) -> Option<(&str, Duration)> {
+        let known = [self.notes.failed(connection), self.knocked.get(connection)];
+        let failed = known.into_iter().flatten().max_by_key(|failed| failed.at)?;
+        Some((&failed.text, failed.at.age(now)))
+    }
+
+    /// Whether an operator took a connection down.
+    #[must_use]
+    pub fn is_held(&self, connection: &str) -> bool {
+        self.notes.is_held(connection)
+    }
+
     fn ike_status(&self, sa: &IkeSa, now: Duration) -> IkeStatus {
         let conn = self.registry.of(sa);
         let e = sa.established();

@@ -1,5 +1,5 @@
 //! Known answers from elsewhere: a real strongSwan's messages, and the records
-//! that earlier builds wrote.
+//! that builds write, by format.
 
 use crypto::aead::AeadKey;
 use zeroize::Zeroizing;
@@ -136,23 +136,109 @@ fn strongswan_agrees_on_a_rekeyed_ike_sa() {
     assert_eq!(ike.counters().received, 2);
 }
 
-const RECORDS: &str = include_str!("golden/records-1.txt");
+const RECORDS_1: &str = include_str!("golden/records-1.txt");
+const RECORDS_2: &str = include_str!("golden/records-2.txt");
 
-// Records of format 1: every later release reads them, and as long as it writes
+/// A record of a golden file: what it shows, its key, its bytes.
+fn records(file: &'static str) -> Vec<(&'static str, IkeSpi, Vec<u8>)> {
+    let all = lines(file).into_iter().filter(|w| w[0] == "record");
+    all.map(|w| (w[1], IkeSpi(u64::from_str_radix(w[2], 16).unwrap()), unhex(w[3]))).collect()
+}
+
+/// When they are read: long after the host booted, for ages reach back.
+const READ_AT: Duration = Duration::from_secs(5_000_000);
+
+/// What a build that holds one record, and nothing else, would write.
+fn rewritten(key: IkeSpi, bytes: &[u8], format: u8) -> (Endpoint, Vec<Vec<u8>>) {
+    let mut ike = Endpoint::new(config(A));
+    ike.apply(READ_AT, &[(key, Zeroizing::new(bytes.to_vec()))], &[]).unwrap();
+    ike.set_format(format);
+    let all = ike.snapshot(READ_AT);
+    assert!(all.iter().all(|(again, _)| *again == key));
+    (ike, all.into_iter().map(|(_, bytes)| bytes.to_vec()).collect())
+}
+
+// Records of every format: every later release reads them, and as long as it writes
 // the format, writes them so.
 #[test]
 fn golden_records_are_read_and_written() {
-    let now = Duration::from_secs(5_000_000);
-    let all = lines(RECORDS).into_iter().filter(|w| w[0] == "record").collect::<Vec<_>>();
-    assert!(all.len() >= 6);
-    for words in all {
-        let (state, bytes) = (words[1], unhex(words[3]));
-        let spi = IkeSpi(u64::from_str_radix(words[2], 16).unwrap());
+    for (format, file, least) in [(1, RECORDS_1, 13), (2, RECORDS_2, 15)] {
+        let all = records(file);
+        assert!(all.len() >= least);
+        for (state, key, bytes) in all {
+            assert_eq!(bytes[0], format);
+            let (ike, again) = rewritten(key, &bytes, format);
+            assert_eq!(again, [bytes], "{state}");
+            // Those from before the field was there have it unset.
+            assert_eq!(ike.is_waiting_in_doubt(key), state == "in-doubt", "{state}");
+        }
+    }
+}
+
+// The states of both files are the same, so one is translated into the other; notes
+// have no place in format 1.
+#[test]
+fn either_format_is_translated_into_the_other() {
+    let (old, new) = (records(RECORDS_1), records(RECORDS_2));
+    let (notes, sas): (Vec<_>, Vec<_>) = new.into_iter().partition(|r| r.0.starts_with("note"));
+    assert_eq!((old.len(), notes.len()), (sas.len(), 2));
+    for ((state, key, first), (_, _, second)) in old.iter().zip(&sas) {
+        assert_eq!(rewritten(*key, first, 2).1, [second.clone()], "{state}");
+        assert_eq!(rewritten(*key, second, 1).1, [first.clone()], "{state}");
+    }
+    for (state, key, bytes) in notes {
+        let (ike, again) = rewritten(key, &bytes, 1);
+        assert!(again.is_empty(), "{state}");
+        assert_eq!(ike.is_held("c"), state == "note-held");
+        let failed = ike.last_failure("c", READ_AT);
+        let expected = ("authentication failed: we sent IDi gw0.example", Duration::from_secs(90));
+        assert_eq!(failed, (state == "note-failed").then_some(expected));
+    }
+}
+
+// A build that is held at format 1 refuses the next one, as one that never knew it:
+// nothing of the record is applied.
+#[test]
+fn a_held_build_knows_no_newer_format() {
+    for (_, key, bytes) in records(RECORDS_2) {
         let mut ike = Endpoint::new(config(A));
-        ike.apply(now, &[(spi, Zeroizing::new(bytes.clone()))], &[]).unwrap();
-        let again = ike.snapshot(now);
-        assert_eq!(again[0].1.as_slice(), bytes, "{state}");
-        // Those from before the field was there have it unset.
-        assert_eq!(ike.is_waiting_in_doubt(spi), state == "in-doubt", "{state}");
+        ike.hold_format(1);
+        let put = [(key, Zeroizing::new(bytes))];
+        assert!(matches!(ike.apply(READ_AT, &put, &[]), Err(crate::RecordError::Format(2))));
+        assert!(ike.snapshot(READ_AT).is_empty());
+        // Nor does it write it, whatever it is told.
+        let (_, key, bytes) = records(RECORDS_1).remove(2);
+        ike.apply(READ_AT, &[(key, Zeroizing::new(bytes))], &[]).unwrap();
+        ike.set_format(2);
+        assert_eq!(ike.snapshot(READ_AT)[0].1[0], 1);
+    }
+    for format in [0, 3] {
+        let put = [(IkeSpi(1), Zeroizing::new(vec![format, 0]))];
+        let refused = Endpoint::new(config(A)).apply(READ_AT, &put, &[]);
+        assert!(matches!(refused, Err(crate::RecordError::Format(f)) if f == format));
+    }
+}
+
+// Every cut of a note's record, a note under another key, of no connection, or of no kind.
+#[test]
+fn damaged_notes_are_refused() {
+    let notes = records(RECORDS_2).into_iter().filter(|r| r.0.starts_with("note"));
+    for (_, key, bytes) in notes {
+        let refused = |key, bytes: &[u8]| {
+            let put = [(key, Zeroizing::new(bytes.to_vec()))];
+            Endpoint::new(config(A)).apply(READ_AT, &put, &[]).unwrap_err()
+        };
+        for cut in 0..bytes.len() {
+            assert_eq!(refused(key, &bytes[..cut]), crate::RecordError::Malformed);
+        }
+        assert_eq!(refused(IkeSpi(7), &bytes), crate::RecordError::Key);
+        let mut other = bytes.clone();
+        other[1] = 2;
+        assert_eq!(refused(key, &other), crate::RecordError::Malformed);
+        // "c", the connection's name, is the note's first field.
+        let name = bytes.windows(2).position(|w| w == [0x61, b'c']).unwrap();
+        other = bytes.clone();
+        other[name + 1] = b'd';
+        assert_eq!(refused(crate::record::note_key("d"), &other), crate::RecordError::Connection);
     }
 }

@@ -10,6 +10,7 @@ mod faults;
 mod golden;
 mod lifetimes;
 mod mismatch;
+mod notes;
 mod puppet;
 mod takeover;
 
@@ -464,9 +465,11 @@ impl World {
         self.sides[n].plane.sender("net").expect("a Child SA").spi_in
     }
 
+    /// The records of SAs, without notes.
     pub(crate) fn snapshot(&self, n: usize) -> Vec<(IkeSpi, Vec<u8>)> {
         let all = self.sides[n].ike.snapshot(self.now);
-        all.into_iter().map(|(spi, bytes)| (spi, bytes.to_vec())).collect()
+        let sas = all.into_iter().filter(|(key, _)| *key != crate::record::note_key("c"));
+        sas.map(|(spi, bytes)| (spi, bytes.to_vec())).collect()
     }
 
     pub(crate) fn failure(&self, n: usize) -> String {

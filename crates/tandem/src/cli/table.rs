@@ -106,6 +106,9 @@ fn pair_lines(pair: &PairStatus, colour: bool) -> String {
     if let Some(release) = &pair.peer_release {
         text += &format!(" · tandemd {release}");
     }
+    if let Some(format) = pair.format {
+        text += &format!(" · {}", format_line(format, pair));
+    }
     if let Some(why) = &pair.refused {
         text += &format!("\n  {why}");
     }
@@ -125,6 +128,18 @@ fn pair_lines(pair: &PairStatus, colour: bool) -> String {
     }
     if !pair.links.is_empty() {
         text += &format!("\n\n{}", drawn(&links));
+    }
+    text
+}
+
+/// `format 1 (this instance speaks 1, the other 2)`, or without the rest where both speak no newer.
+fn format_line(format: u32, pair: &PairStatus) -> String {
+    let newer = |newest: Option<u32>| newest.is_some_and(|newest| newest > format);
+    let mut text = format!("format {format}");
+    if newer(pair.newest_format) || newer(pair.peer_newest_format) {
+        let newest = |newest: Option<u32>| newest.map_or("?".into(), |n| n.to_string());
+        let (here, there) = (newest(pair.newest_format), newest(pair.peer_newest_format));
+        text += &format!(" (this instance speaks {here}, the other {there})");
     }
     text
 }
@@ -244,7 +259,11 @@ fn tunnels(tunnels: &[TunnelStatus], colour: bool) -> String {
             TunnelState::Connecting | TunnelState::Closing => Mood::Busy,
             TunnelState::Down => Mood::Bad,
         };
-        let mut row = vec![plain(&t.connection), plain(&t.endpoint), cell(state(t.state), mood)];
+        let (word, mood) = match t.state {
+            TunnelState::Down if t.taken_down => ("taken down", Mood::Plain),
+            other => (state(other), mood),
+        };
+        let mut row = vec![plain(&t.connection), plain(&t.endpoint), cell(word, mood)];
         if let Some(ike) = &t.ike {
             let nat = match ike.nat {
                 Nat::None => "–",

@@ -79,7 +79,11 @@ pub(super) struct Parts {
 ///
 /// # Errors
 /// The first thing that cannot be opened.
-pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Parts, String> {
+pub(super) async fn open(
+    loaded: Loaded,
+    keylog: Option<PathBuf>,
+    hold_format: Option<u32>,
+) -> Result<Parts, String> {
     let Loaded { config, daemon: settings, pair_secret, report } = loaded;
     for row in report.rows() {
         warn!(line = row.line, "configuration: {}", row.message);
@@ -243,6 +247,7 @@ pub(super) async fn open(loaded: Loaded, keylog: Option<PathBuf>) -> Result<Part
         rng: Box::new(OsRng),
         seed: OsRng.next_u64(),
         release: env!("CARGO_PKG_VERSION").to_owned(),
+        hold_format,
     };
     let gateway = Gateway::new(start, boottime()).map_err(|error| error.to_string())?;
     Ok(Parts {

@@ -86,7 +86,7 @@ fn pins(lab: &Lab<'_>) -> Result<String> {
 }
 
 /// What trials found, in a line.
-fn tell(event: &str, outcomes: &[Outcome]) -> String {
+pub(super) fn tell(event: &str, outcomes: &[Outcome]) -> String {
     let worst = outcomes.iter().map(|o| o.gap).max().unwrap_or_default();
     let sum = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).sum::<u64>();
     format!(
@@ -117,14 +117,14 @@ fn each(lab: &Lab<'_>, scene: &mut Active, event: Event) -> Result<Vec<Outcome>>
 }
 
 fn adopt(lab: &Lab<'_>) -> Result<String> {
-    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active())?;
+    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active(), &[])?;
     let outcomes = each(lab, &mut scene, Event::Kill)?;
     scene.check_clean()?;
     Ok(tell("kill -9", &outcomes))
 }
 
 fn planned(lab: &Lab<'_>) -> Result<String> {
-    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active())?;
+    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active(), &[])?;
     let drained = each(lab, &mut scene, Event::Drain)?;
     let restarted = each(lab, &mut scene, Event::Restart)?;
     scene.check_clean()?;
