@@ -22,6 +22,7 @@ use wire::id::{ConnectionId, EndpointId, EspSpi};
 use wire::ip::{Fragment, L4, Packet};
 use wire::ts::{AddrRange, TrafficSelector};
 
+use crate::bug::Bug;
 use crate::command::Policy;
 use crate::pin::{self, Lot, Pin};
 use crate::report::{Flow, Report};
@@ -194,6 +195,7 @@ pub(crate) struct Policies {
     asking: bool,
     /// When tunnels were last looked for that are not up.
     missed_at: Duration,
+    pub(crate) bug: Bug,
 }
 
 impl Policies {
@@ -206,6 +208,7 @@ impl Policies {
             uses: 0,
             asking: false,
             missed_at: Duration::ZERO,
+            bug: Bug::None,
         }
     }
 
@@ -332,13 +335,26 @@ impl Policies {
             .take_while(|e| (e.rank, e.tunnel.connection) == (rank, connection))
             .filter(|e| e.covers(packet) && at.is_none_or(|at| at == e.tunnel.endpoint));
         let hash = pin::flow_hash(&packet.pinned_flow(bytes));
+        if self.bug == Bug::PinModulo {
+            let many = alike.clone().count().max(1);
+            return alike.map(|e| e.tunnel).nth(hash as usize % many);
+        }
         let mut best: Option<(Lot, Tunnel)> = None;
         for entry in alike {
             // Older SAs of a tunnel draw what the newest drew, and do not beat it.
-            let lot = entry.pin.draw(hash);
+            let lot = match self.bug {
+                Bug::PinBySa => Pin { id: entry.tunnel.spi_in.0.into(), ..entry.pin }.draw(hash),
+                _ => entry.pin.draw(hash),
+            };
             if best.is_none_or(|(best, _)| lot.beats(&best)) {
                 best = Some((lot, entry.tunnel));
             }
+        }
+        if self.bug == Bug::PinToTheDead {
+            let all = self.configured.iter().filter(|c| c.policy.connection == connection);
+            let lots = all.map(|c| c.policy.pin.draw(hash));
+            let beaten = |(best, _): &(Lot, Tunnel)| lots.clone().any(|lot| lot.beats(best));
+            return best.filter(|best| !beaten(best)).map(|(_, tunnel)| tunnel);
         }
         best.map(|(_, tunnel)| tunnel)
     }

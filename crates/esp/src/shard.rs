@@ -56,7 +56,7 @@ const ENDED_MAX: usize = 256;
 pub struct Shard {
     config: Config,
     table: Table,
-    policies: Policies,
+    pub(crate) policies: Policies,
     endpoints: Vec<Endpoint>,
     stats: Stats,
     /// Answers to commands.

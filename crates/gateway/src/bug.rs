@@ -23,6 +23,16 @@ pub enum Bug {
     CeilingsForgotten,
     /// Invariant 3: the fence word is only ever raised.
     FenceNeverLowered,
+    /// Invariant 6: a shadow's shards use no SA before the endpoint is theirs, so the instances pin flows apart.
+    ShadowNeverUses,
+    /// Planned work costs nothing: a shadow's shards use an SA before its owner's do.
+    ShadowUsesAtOnce,
+    /// Planned work: endpoints go home as soon as home is ready.
+    HoldDownIgnored,
+    /// Planned work: an endpoint that an operator moved away goes home.
+    FailoverNotKept,
+    /// Planned work: an instance that was given an endpoint back, or took it back, declines it for ever.
+    DeclineKept,
 }
 
 #[cfg(feature = "bugs")]

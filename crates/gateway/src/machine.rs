@@ -561,7 +561,11 @@ impl Gateway {
             }
             install(&mut self.outputs, &mut self.spis, e, op, &mut later);
         }
-        let due = now + SHADOW_USE;
+        let due = match self.bug {
+            Bug::ShadowNeverUses => Duration::MAX,
+            Bug::ShadowUsesAtOnce => now,
+            _ => now + SHADOW_USE,
+        };
         self.soon.extend(later.into_iter().map(|spi_in| (due, e.id, spi_in)));
     }
 

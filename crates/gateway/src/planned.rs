@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use wire::id::EndpointId;
 
+use crate::bug::Bug;
 use crate::endpoint::Part;
 use crate::face::{Answer, Moved, Refusal};
 use crate::machine::Gateway;
@@ -91,7 +92,8 @@ impl Gateway {
                 continue;
             }
             let since = *e.welcome_since.get_or_insert(now);
-            let wait = if self.draining { Duration::ZERO } else { config.home_coming.hold_down };
+            let at_once = self.draining || self.bug == Bug::HoldDownIgnored;
+            let wait = if at_once { Duration::ZERO } else { config.home_coming.hold_down };
             if now < since + wait || e.offered_at.is_some_and(|at| now < at + RETRY) {
                 continue;
             }

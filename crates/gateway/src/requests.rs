@@ -6,6 +6,7 @@ use std::time::Duration;
 use ike::config::{ChildConfig, RemoteAddress, Start};
 use wire::id::{ConnectionId, EndpointId, Term};
 
+use crate::bug::Bug;
 use crate::config::Connection;
 use crate::endpoint::{Endpoint, Part};
 use crate::face::{Answer, Moved, Output, Refusal, Request};
@@ -115,7 +116,7 @@ impl Gateway {
         }
         // Away from home it stays until it is moved back.
         for index in waiting.iter().map(|id| usize::from(id.0)) {
-            self.decline(now, index, true);
+            self.decline(now, index, self.bug != Bug::FailoverNotKept);
         }
         self.pending.push(Pending::Failover { ticket, began: now, waiting, done: Vec::new() });
         None

@@ -41,6 +41,10 @@ pub enum Bug {
     EmptyBeatsLiving,
     /// Invariant 5: the winner after a split takes no new term.
     HealInOldTerm,
+    /// Invariants 2, 4, 5: an endpoint is handed to, and taken by, a shadow that is not in sync.
+    SwitchoverInexact,
+    /// Planned work: an endpoint goes home although that declines it.
+    DeclinesIgnored,
     /// Invariant 7: a put is lost at the shadow.
     PutLost,
     /// Invariant 7: a difference of digests is ignored (together with [`Bug::PutLost`]).

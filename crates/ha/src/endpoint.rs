@@ -291,16 +291,19 @@ impl Endpoint {
     }
 
     /// Whether the other could take it from us at any moment, and would.
-    pub(crate) fn is_welcome(&self, contact: &Contact) -> bool {
+    pub(crate) fn is_welcome(&self, contact: &Contact, bug: Bug) -> bool {
         let Role::Owner(owner) = &self.role else { return false };
         let claim = contact.claim(self.hash).filter(|_| contact.alive);
+        if bug == Bug::SwitchoverInexact {
+            return owner.offer.is_none() && claim.is_some();
+        }
         owner.offer.is_none()
             && matches!(owner.stage, Stage::Synced { .. })
             && claim.is_some_and(|claim| {
                 claim.role == ClaimRole::Shadow
                     && claim.synced
                     && claim.uplink
-                    && claim.declines != Some(true)
+                    && (claim.declines != Some(true) || bug == Bug::DeclinesIgnored)
             })
     }
 
