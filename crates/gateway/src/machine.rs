@@ -263,6 +263,8 @@ impl Gateway {
             }
         }
         self.use_soon(now, None);
+        // What IKE decided in this turn is in the log before an endpoint is offered: an offer ends the log.
+        self.pump(now);
         self.plan(now);
         if now >= self.next_query {
             self.next_query = now + QUERY_EVERY;
