@@ -159,6 +159,14 @@ impl World {
             && self.net.switch.iter().zip(owners).all(|(switch, owner)| *switch == Some(*owner))
     }
 
+    /// No instance uses a tunnel any more.
+    fn is_gone(&self, tunnel: (usize, usize)) -> bool {
+        let here = |host: &crate::host::Host| {
+            host.process.as_ref().is_some_and(|p| !p.view.lives(tunnel))
+        };
+        self.hosts.iter().take(2).all(here)
+    }
+
     /// From here on nothing may be lost, nor turned around: of all flows, or of those not through one tunnel.
     fn begin_stretch(&mut self, but: Option<(usize, usize)>) {
         for flow in &mut self.traffic.flows {
@@ -206,7 +214,8 @@ impl World {
                 if exact
                     && owners.len() > 1
                     && self.director.lossless.is_empty()
-                    && now >= since + 2 * FAREWELL =>
+                    && now >= since + FAREWELL
+                    && self.is_gone(self.scene.tunnel_of(host)) =>
             {
                 // It is gone for the pair; when it comes back, nothing that goes through the others may be lost.
                 self.begin_stretch(Some(self.scene.tunnel_of(host)));

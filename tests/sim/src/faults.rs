@@ -187,8 +187,8 @@ pub enum Fault {
     },
 }
 
-/// A peer that leaves is gone after so long; then nothing of its tunnel is left at the pair.
-pub(crate) const FAREWELL: Nanos = 150 * MS;
+/// When a peer has left, nothing of its tunnel is left at the pair after so long.
+pub(crate) const FAREWELL: Nanos = 300 * MS;
 /// A drained instance is stopped after so long.
 const DRAINED: Nanos = 300 * MS;
 
@@ -443,7 +443,9 @@ impl World {
                 self.tell(host, Input::Request(Request::Down { connection }));
                 if let Some(p) = &self.hosts[host].process {
                     let life = p.life;
-                    self.at(self.now + FAREWELL, Event::Vanish { host, life });
+                    // Its word is there, and nothing new can come of it.
+                    let gone = self.now + self.net.wan.delay + self.net.wan.jitter + MS;
+                    self.at(gone, Event::Vanish { host, life });
                 }
             }
         }

@@ -160,8 +160,6 @@ pub struct Process {
     pub view: View,
     /// What operators asked of it.
     pub wishes: Wishes,
-    /// The same before a request of this turn.
-    pub before: Option<Wishes>,
     /// It dies after so many more outputs: a kill in the middle of a turn.
     pub dies_after: Option<u64>,
     /// It stops when it owns nothing.
@@ -309,7 +307,6 @@ impl Host {
             synced: [false; ENDPOINTS],
             view: View::default(),
             wishes: Wishes::default(),
-            before: None,
             dies_after: None,
             stopping: false,
             leave_by: None,

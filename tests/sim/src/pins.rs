@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use crypto::aead::AeadKey;
 use esp::Command;
+use wire::id::{EspSpi, SpiLayout};
 
 use crate::checks::hash;
 use crate::clock::{MS, Nanos};
@@ -73,6 +74,16 @@ impl View {
         let lived = self.lives(tunnel);
         match change {
             Change::Install(spi, key, tunnel) => {
+                let place = |spi| {
+                    let at = SpiLayout::of(EspSpi(spi))?;
+                    Some((at.instance(), at.worker(), at.slot()))
+                };
+                // The shard took it, so what another life chose there is gone.
+                let gone: Vec<u32> =
+                    self.sas.keys().copied().filter(|s| *s != spi && place(*s) == place(spi)).collect();
+                for spi in gone {
+                    self.note(now, Change::Remove(spi));
+                }
                 if self.sas.get(&spi).is_none_or(|known| known.key != key) {
                     self.sas.insert(spi, Known { key, tunnel, used: false });
                 }

@@ -8,7 +8,7 @@
 //! | by one whose uplink is dead | to one whose uplink works |
 //! | to its home | with `preempt`, once that was ready for `hold_down`, and unless it declines |
 
-use gateway::{Answer, Request};
+use gateway::Request;
 
 use crate::clock::{MS, Nanos, S};
 use crate::host::Process;
@@ -48,8 +48,8 @@ fn lately(at: Option<Nanos>, now: Nanos) -> bool {
 }
 
 impl Wishes {
-    /// An operator asks something of a process that owns these endpoints.
-    pub fn ask(&mut self, now: Nanos, request: &Request, owned: [bool; ENDPOINTS]) {
+    /// An operator asked something of a process that offers these endpoints now.
+    pub fn ask(&mut self, now: Nanos, request: &Request, offered: [bool; ENDPOINTS]) {
         match request {
             Request::Drain => {
                 self.draining.get_or_insert(now);
@@ -64,7 +64,7 @@ impl Wishes {
             Request::Failover { endpoint } => {
                 for n in 0..ENDPOINTS {
                     let named = endpoint.as_ref().is_none_or(|name| name == endpoint_name(n));
-                    if named && owned[n] {
+                    if named && offered[n] {
                         self.moved[n] = Some(now);
                         self.declines[n].get_or_insert(now);
                     }
@@ -94,24 +94,21 @@ impl Wishes {
 }
 
 impl World {
-    /// An operator's request to a process; a refusal takes it back.
+    /// A process has just taken up an operator's request.
     pub(crate) fn note_request(&mut self, host: usize, p: &mut Process, request: &Request) {
-        let mut owned = [false; ENDPOINTS];
-        if host < 2 {
-            for status in p.gateway.pair().status(self.hosts[host].local(self.now)).endpoints {
-                if let Some(owned) = owned.get_mut(usize::from(status.endpoint.0)) {
-                    *owned = matches!(status.role, ha::Role::Owner(_) | ha::Role::Offering);
-                }
+        if host >= 2 {
+            return;
+        }
+        let status = p.gateway.pair().status(self.hosts[host].local(self.now));
+        let mut offered = [false; ENDPOINTS];
+        for status in &status.endpoints {
+            if let Some(offered) = offered.get_mut(usize::from(status.endpoint.0)) {
+                *offered = status.role == ha::Role::Offering;
             }
         }
-        p.before = Some(p.wishes.clone());
-        p.wishes.ask(self.now, request, owned);
-    }
-
-    /// An answer in the turn of its request.
-    pub(crate) fn note_answer(p: &mut Process, answer: &Answer) {
-        if let (Answer::Refused { .. }, Some(before)) = (answer, p.before.take()) {
-            p.wishes = before;
+        // A drain is refused if there is nobody to take anything.
+        if *request != Request::Drain || status.contact {
+            p.wishes.ask(self.now, request, offered);
         }
     }
 
@@ -119,8 +116,12 @@ impl World {
     pub(crate) fn note_grant(&mut self, host: usize, p: &Process, endpoint: usize) {
         let now = self.now;
         let giver = &self.hosts[1 - host];
-        // Who died meanwhile cannot be asked.
+        // Who died meanwhile cannot be asked; and what was offered before the taker stood still may be long past.
         let Some(g) = giver.process.as_deref() else { return };
+        let offers = |s: &ha::EndpointStatus| s.role == ha::Role::Offering;
+        if !self.endpoint_status(1 - host, endpoint).as_ref().is_some_and(offers) {
+            return;
+        }
         let dead_uplink = !giver.wan_up[endpoint] || lately(giver.wan_back[endpoint], now);
         let goes = g.leave_by.is_some() || g.stopping;
         if g.wishes.gives(now, endpoint) || dead_uplink || goes {
@@ -157,7 +158,8 @@ impl World {
             let wishes = [0, 1].map(|host: usize| {
                 self.hosts[host].process.as_deref().map(|p| p.wishes.clone()).unwrap_or_default()
             });
-            let abroad = roles[away] == Some(ha::Role::Owner(ha::Mode::Synced))
+            let owns = Some(ha::Role::Owner(ha::Mode::Synced));
+            let abroad = (roles[away] == owns || roles[away] == Some(ha::Role::Offering))
                 && roles[home] == Some(ha::Role::Shadow { synced: true });
             let ready = abroad && wishes[home].declines[n].is_none() && self.hosts[home].wan_up[n];
             let since = &mut self.homes.ready[n];

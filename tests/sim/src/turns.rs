@@ -94,8 +94,8 @@ impl World {
                 Input::Steered(endpoint) => g.note_steered(now, id(endpoint)),
                 Input::Handed(packet) => p.orders.push_back(Order::Handed(packet)),
                 Input::Request(request) => {
+                    g.handle_request(now, 1, &request);
                     self.note_request(host, p, &request);
-                    p.gateway.handle_request(now, 1, &request);
                 }
                 Input::Goodbye => {
                     g.goodbye(now);
@@ -105,9 +105,7 @@ impl World {
                     p.leave_by.get_or_insert(self.now + HAND_OVER);
                 }
             }
-            let lives = self.carry_out(host, p);
-            p.before = None;
-            if !lives {
+            if !self.carry_out(host, p) {
                 return false;
             }
         }
@@ -182,7 +180,7 @@ impl World {
                     self.at(self.now + delay, Event::Disk { host, life, endpoint, term: up_to });
                 }
                 Output::Answer { answer, .. } => {
-                    Self::note_answer(p, &answer);
+
                     if log::verbose() && !matches!(answer, gateway::Answer::Status(_)) {
                         log::say(&format!("  answers {answer:?}"));
                     }

@@ -262,6 +262,11 @@ impl World {
         self.hosts[host].start(self.now, seed, &self.scene, self.bug)?;
         log::set_turn(self.now, host);
         log::say(&format!("starts with term files {:?}", self.hosts[host].disk));
+        for (endpoint, up) in self.hosts[host].wan_up.into_iter().enumerate() {
+            if let (Some(p), false, 0..=1) = (self.hosts[host].process.as_mut(), up, host) {
+                p.inbox.push_back(Input::Uplink(endpoint, up));
+            }
+        }
         self.wake_control(host, self.now);
         Ok(())
     }
@@ -302,7 +307,11 @@ impl World {
             Event::Tell { host, life, input } if self.hosts[host].suspended => {
                 self.at(self.now + 20 * MS, Event::Tell { host, life, input });
             }
-            Event::Tell { host, life, input } => {
+            Event::Tell { host, life, mut input } => {
+                if let Input::Uplink(endpoint, up) = &mut input {
+                    // However late it is told: as it is now.
+                    *up = self.hosts[host].wan_up[*endpoint];
+                }
                 if let Some(p) = self.reads(host)
                     && p.life == life
                 {
@@ -663,6 +672,15 @@ impl World {
         }
         if let Steered::Packet(packet) = what {
             self.crosses(packet);
+            if log::verbose() {
+                log::set_turn(self.now, host);
+                let Handed { endpoint, plain, back, .. } = packet;
+                log::say(&format!(
+                    "  steers {} of {endpoint}{}",
+                    if *plain { "a packet" } else { "an ESP packet" },
+                    if *back { ", back" } else { "" }
+                ));
+            }
         }
         // The link refuses a second copy.
         let Some(delay) = self.net.pair.copies(&mut self.dice)[0] else { return };
@@ -674,8 +692,12 @@ impl World {
         self.at(at, Event::Steered { to: 1 - host, keys, what: what.clone() });
     }
 
-    /// ha.md, "Switchover": steered packets are never steered again, but back, once, while an endpoint moves.
+    /// ha.md, "Switchover": steered packets are never steered again, but back, once, while an endpoint moves. Seen on
+    /// inner packets, of which there is one copy of each.
     fn crosses(&mut self, packet: &Handed) {
+        if !packet.plain {
+            return;
+        }
         let before = self.crossings.entry(hash(&packet.bytes)).or_default();
         *before = before.saturating_add(1);
         let times = *before;
