@@ -31,6 +31,9 @@ pub enum Bug {
     HoldDownIgnored,
     /// Planned work: an endpoint that an operator moved away goes home.
     FailoverNotKept,
+    /// Invariants 1, 2, 4, 5, 7: a drain does not ask whether the other instance is in sync, and neither does that
+    /// (`ha::Bug::SwitchoverInexact`).
+    DrainUnready,
     /// Planned work: an instance that was given an endpoint back, or took it back, declines it for ever.
     DeclineKept,
 }
@@ -40,6 +43,9 @@ impl crate::Gateway {
     /// Switches a deliberate mistake on, for the simulation that must catch it.
     pub fn set_bug(&mut self, bug: Bug) {
         self.bug = bug;
+        if bug == Bug::DrainUnready {
+            self.pair.set_bug(ha::Bug::SwitchoverInexact);
+        }
     }
 
     /// The same for the pair protocol.

@@ -41,7 +41,7 @@ pub enum Bug {
     EmptyBeatsLiving,
     /// Invariant 5: the winner after a split takes no new term.
     HealInOldTerm,
-    /// Invariants 2, 4, 5: an endpoint is handed to, and taken by, a shadow that is not in sync.
+    /// Invariants 1, 2, 4, 5, 7: an endpoint can be handed to, and is taken by, a shadow that is not in sync.
     SwitchoverInexact,
     /// Planned work: an endpoint goes home although that declines it.
     DeclinesIgnored,

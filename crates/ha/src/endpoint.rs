@@ -294,9 +294,6 @@ impl Endpoint {
     pub(crate) fn is_welcome(&self, contact: &Contact, bug: Bug) -> bool {
         let Role::Owner(owner) = &self.role else { return false };
         let claim = contact.claim(self.hash).filter(|_| contact.alive);
-        if bug == Bug::SwitchoverInexact {
-            return owner.offer.is_none() && claim.is_some();
-        }
         owner.offer.is_none()
             && matches!(owner.stage, Stage::Synced { .. })
             && claim.is_some_and(|claim| {

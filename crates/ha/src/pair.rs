@@ -549,8 +549,13 @@ impl Pair {
         let endpoints = self.endpoints.iter().filter_map(Endpoint::timeout);
         let beat =
             (self.contact.peer.is_some() && !self.config.lone).then_some(self.next_heartbeat);
-        let next =
-            endpoints.chain(self.contact.timeout(&self.config)).chain(beat).chain([turn]).min();
+        let doubt = self.contact.doubts_at(&self.config).filter(|at| *at > self.turned_at);
+        let next = endpoints
+            .chain(self.contact.timeout(&self.config))
+            .chain(beat)
+            .chain(doubt)
+            .chain([turn])
+            .min();
         next.unwrap_or(turn).max(self.turned_at)
     }
 
