@@ -120,7 +120,7 @@ pub const ALL: &[(&str, &[u8], Bug)] = &[
     ("failover-not-kept", &[0], Bug::Gateway(gateway::Bug::FailoverNotKept)),
     ("decline-kept", &[0], Bug::Gateway(gateway::Bug::DeclineKept)),
     ("declines-ignored", &[0], Bug::Pair(ha::Bug::DeclinesIgnored)),
-    ("switchover-inexact", &[1, 2, 4, 5, 7], Bug::Pair(ha::Bug::SwitchoverInexact)),
+    ("drain-unready", &[1, 2, 4, 5, 7], Bug::Gateway(gateway::Bug::DrainUnready)),
 ];
 
 /// The mistake of a name.

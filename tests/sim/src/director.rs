@@ -9,7 +9,7 @@
 //! [`GAP`], and the pair must be synced again within [`BOUND`]. In a chaotic one only safety counts, and that in the
 //! end, with everything whole again, traffic flows.
 //!
-//! A careful seed whose networks lose nothing has stretches in which no packet may be lost, nor turned around within
+//! A careful seed whose pair links lose nothing has stretches in which no packet may be lost, nor turned around within
 //! its flow: when nothing happens, during planned work, and while a tunnel comes up beside another.
 
 use crate::clock::{MS, Nanos, S};
@@ -51,6 +51,10 @@ pub struct Director {
     split: bool,
     /// By flow: the first packet that must not be lost; empty outside of such a stretch.
     lossless: Vec<u64>,
+    /// Neighbours were told too late of a switchover in the stretch for order to be kept.
+    pub(crate) unordered: bool,
+    /// A tunnel comes up in the stretch.
+    begins: bool,
     /// What happens in the stretch, for the report.
     course: Option<Fault>,
     dice: Dice2,
@@ -83,6 +87,8 @@ impl Director {
             last_uplink: None,
             split: false,
             lossless: Vec::new(),
+            unordered: false,
+            begins: false,
             course: None,
             dice: Dice2(Dice::new(dice.any(), 7)),
             weather: None,
@@ -150,7 +156,7 @@ impl World {
 
     /// Whether nothing may be lost while nothing goes wrong.
     fn may_be_exact(&self, owners: &[usize]) -> bool {
-        [self.net.pair, self.net.wan].iter().all(|w| w.loss == 0)
+        self.net.pair.loss == 0
             && self.director.careful
             && !self.scene.tight_leases
             && !self.director.split
@@ -177,6 +183,8 @@ impl World {
             if out { u64::MAX } else { flow.next }
         });
         self.director.lossless = first.collect();
+        self.director.unordered = false;
+        self.director.begins = false;
         self.director.course = None;
     }
 
@@ -218,7 +226,11 @@ impl World {
                     && self.is_gone(self.scene.tunnel_of(host)) =>
             {
                 // It is gone for the pair; when it comes back, nothing that goes through the others may be lost.
+                // Flows that move to it may overtake what they sent through another, and what they send may overtake the
+                // last message of its negotiation.
                 self.begin_stretch(Some(self.scene.tunnel_of(host)));
+                self.director.unordered = true;
+                self.director.begins = true;
                 self.director.phase
             }
             Phase::Settle { .. } if steady => {
@@ -236,7 +248,7 @@ impl World {
                 self.director.settled_since = None;
                 Phase::Final { since: now }
             }
-            Phase::Final { .. } if steady => Phase::Done,
+            Phase::Final { .. } if steady && !self.somebody_goes_home() => Phase::Done,
             Phase::Final { since } => self.overdue(since, self.director.phase),
             phase @ (Phase::Fault { .. } | Phase::Chaos { .. } | Phase::Done) => phase,
         };
@@ -327,10 +339,13 @@ impl World {
         let first = std::mem::take(&mut self.director.lossless);
         let course = self.director.course.take();
         for (n, (flow, first)) in self.traffic.flows.iter().zip(first).enumerate() {
-            let missing = flow.missing(first, flow.next.saturating_sub(8));
+            let end = flow.next.saturating_sub(8);
+            let missing = match self.net.wan.loss {
+                0 if !self.director.begins => flow.missing(first, end),
+                _ => flow.missing_at_pair(first, end),
+            };
             let late: Vec<u64> = flow.late.iter().copied().filter(|n| *n >= first).collect();
-            // A neighbour that misses announcements sends to the former owner long after the switchover.
-            let turned = !late.is_empty() && self.net.deaf == 0;
+            let turned = !late.is_empty() && !self.director.unordered;
             if missing.is_empty() && !turned {
                 continue;
             }

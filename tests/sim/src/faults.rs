@@ -253,7 +253,7 @@ impl Fault {
         let other = 1 - owner;
         let mut ms = |about: u64| dice.ms(about * 8 / 10, about * 12 / 10);
         let crash = |host, down, lost_file| Self::Crash { host, down, outputs: None, lost_file };
-        match ms(1_000) % 6 {
+        match ms(1_000) % 7 {
             // A term taken beyond a cut and forgotten, keys known again, then a takeover with the same keys.
             0 => vec![
                 (0, Self::CutAll { from: None, time: ms(1_500) }),
@@ -286,6 +286,12 @@ impl Fault {
             4 => vec![
                 (0, Self::CutAll { from: None, time: ms(6_000) }),
                 (ms(300), crash(other, ms(300), false)),
+            ],
+            // An endpoint is moved away and back; later its home loses it.
+            5 => vec![
+                (0, Self::Failover { endpoint: 0 }),
+                (ms(1_500), Self::Failover { endpoint: 0 }),
+                (ms(3_000), Self::Pause { host: owner, time: ms(400) }),
             ],
             // The owner is suspended again and again.
             _ => vec![

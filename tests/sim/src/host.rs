@@ -152,6 +152,8 @@ pub struct Process {
     pub stream: Option<u64>,
     /// Whose keys its datagrams bear: the newest stream that stood.
     pub keys: u64,
+    /// Until when direct arrivals wait for steered packets, by endpoint.
+    pub held_until: [Duration; ENDPOINTS],
     /// Outbound SAs by SPI.
     pub outbound: BTreeMap<u32, Outbound>,
     /// The owner of an endpoint depends on the shadow: leases bind.
@@ -300,6 +302,7 @@ impl Host {
             in_gap: false,
             fence: [Duration::ZERO; ENDPOINTS],
             present: [false; ENDPOINTS],
+            held_until: [Duration::ZERO; ENDPOINTS],
             address_due: now,
             stream: None,
             keys: 0,

@@ -64,13 +64,15 @@ pub struct View {
 }
 
 impl View {
-    /// A command was carried out.
-    pub fn note(&mut self, now: Nanos, change: Change) {
+    /// A command was carried out. Whether a tunnel came to life or was lost.
+    pub fn note(&mut self, now: Nanos, change: Change) -> bool {
         let (spi, tunnel) = match &change {
             Change::Install(spi, _, tunnel) => (*spi, Some(*tunnel)),
             Change::Use(spi) | Change::Remove(spi) => (*spi, None),
         };
-        let Some(tunnel) = tunnel.or(self.sas.get(&spi).map(|known| known.tunnel)) else { return };
+        let Some(tunnel) = tunnel.or(self.sas.get(&spi).map(|known| known.tunnel)) else {
+            return false;
+        };
         let lived = self.lives(tunnel);
         match change {
             Change::Install(spi, key, tunnel) => {
@@ -97,9 +99,11 @@ impl View {
                 self.sas.remove(&spi);
             }
         }
-        if self.lives(tunnel) != lived {
+        let changed = self.lives(tunnel) != lived;
+        if changed {
             self.changed.insert(tunnel, now);
         }
+        changed
     }
 
     /// Whether an SA may seal.

@@ -149,6 +149,12 @@ impl World {
         self.checks.violate(0, text);
     }
 
+    /// An endpoint is away from its home, and should be on its way there.
+    pub(crate) fn somebody_goes_home(&self) -> bool {
+        let places = self.scene.endpoints.iter().zip(&self.homes.ready);
+        places.into_iter().any(|(place, ready)| place.home_coming.preempt && ready.is_some())
+    }
+
     /// Looks whose home is ready, and, if all is `steady`, whether everybody is where he should be.
     pub(crate) fn watch_homes(&mut self, steady: bool) {
         let now = self.now;

@@ -4,6 +4,7 @@
 //!   IPv4 (20) │ UDP (8) │ MARKER (8) │ flow (8) │ number (8)
 //! ```
 
+use std::fmt;
 use std::net::Ipv4Addr;
 
 use crate::clock::Nanos;
@@ -24,6 +25,12 @@ pub struct Inner {
     pub flow: usize,
     /// Its number.
     pub number: u64,
+}
+
+impl fmt::Display for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.flow, self.number)
+    }
 }
 
 /// One direction to or from what lies behind one peer.
@@ -53,8 +60,30 @@ pub struct Flow {
     /// Towards the pair, by number: the place in the order of arrivals there.
     places: Vec<u32>,
     arrivals: u32,
-    /// Which arrived, one bit each.
-    seen: Vec<u64>,
+    /// Which arrived.
+    seen: Bits,
+    /// Which left the pair.
+    left: Bits,
+}
+
+/// A set of numbers, one bit each.
+#[derive(Debug, Clone, Default)]
+struct Bits(Vec<u64>);
+
+impl Bits {
+    fn has(&self, n: u64) -> bool {
+        self.0.get((n / 64) as usize).is_some_and(|word| word >> (n % 64) & 1 == 1)
+    }
+
+    fn add(&mut self, n: u64) {
+        let at = (n / 64) as usize;
+        if self.0.len() <= at {
+            self.0.resize(at + 1, 0);
+        }
+        if let Some(word) = self.0.get_mut(at) {
+            *word |= 1 << (n % 64);
+        }
+    }
 }
 
 impl Flow {
@@ -73,17 +102,23 @@ impl Flow {
             late: Vec::new(),
             places: Vec::new(),
             arrivals: 0,
-            seen: Vec::new(),
+            seen: Bits::default(),
+            left: Bits::default(),
         }
     }
 
     /// Packets that did not arrive, of those from `first` up to and without `end`.
     #[must_use]
     pub fn missing(&self, first: u64, end: u64) -> Vec<u64> {
-        let came = |n: &u64| {
-            self.seen.get((n / 64) as usize).is_some_and(|word| word >> (n % 64) & 1 == 1)
-        };
-        (first..end).filter(|n| !came(n)).collect()
+        (first..end).filter(|n| !self.seen.has(*n)).collect()
+    }
+
+    /// Those of them that the pair lost, on a WAN that may lose others.
+    #[must_use]
+    pub fn missing_at_pair(&self, first: u64, end: u64) -> Vec<u64> {
+        let reached = |n: u64| self.outward || self.places.get(n as usize).is_some_and(|p| *p > 0);
+        let passed = |n: u64| if self.outward { self.left.has(n) } else { self.seen.has(n) };
+        (first..end).filter(|n| reached(*n) && !passed(*n)).collect()
     }
 
     /// The instance that gets the packets from now on.
@@ -104,6 +139,7 @@ impl Flow {
     /// # Errors
     /// The flow changed its tunnel, and must not.
     pub fn leaves(&mut self, number: u64, now: Pinned) -> Result<(), String> {
+        self.left.add(number);
         if !self.pass(number) {
             self.late.push(number);
             return Ok(());
@@ -183,13 +219,7 @@ impl Traffic {
         if flow.outward == at_pair || number >= flow.next {
             return Err(format!("inner packet {number} came out where it does not belong"));
         }
-        let at = (number / 64) as usize;
-        if flow.seen.len() <= at {
-            flow.seen.resize(at + 1, 0);
-        }
-        if let Some(word) = flow.seen.get_mut(at) {
-            *word |= 1 << (number % 64);
-        }
+        flow.seen.add(number);
         flow.arrived += 1;
         flow.last = now;
         if at_pair {
@@ -271,6 +301,8 @@ mod tests {
         assert_eq!((traffic.flows[0].arrived, traffic.flows[0].last), (1, 5));
         traffic.packet(0);
         assert_eq!(traffic.flows[0].missing(0, 2), [1]);
+        assert_eq!(traffic.flows[0].missing_at_pair(0, 1), [0], "it never left");
+        assert!(traffic.flows[1].missing_at_pair(0, 1).is_empty(), "nor did it come");
         assert!(traffic.arrive(5, true, &packet).is_err(), "it came back to where it began");
         let back = traffic.packet(1).unwrap();
         traffic.arrive(6, true, &back).unwrap();

@@ -289,7 +289,8 @@ impl World {
                 p.wishes.owns(usize::from(endpoint.0));
             }
             // This is said in a grant alone.
-            Command::HoldDirect { endpoint, .. } if host < 2 => {
+            Command::HoldDirect { endpoint, until } if host < 2 => {
+                p.held_until[usize::from(endpoint.0)] = *until;
                 self.note_grant(host, p, usize::from(endpoint.0));
             }
             Command::Lease { spi_in, ceiling } if host < 2 => {
@@ -324,6 +325,9 @@ impl World {
         let Some(mut p) = self.hosts[host].process.take() else { return };
         log::set_turn(now, host);
         self.work(host, &mut p);
+        if p.leaving.is_empty() {
+            self.report(host, &mut p);
+        }
         let report = !p.inbox.is_empty();
         let wakeup =
             p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(now + 20 * US));
@@ -369,7 +373,7 @@ impl World {
             }
             match order {
                 Order::Handed(packet) => self.collect(&mut batch, &packet),
-                Order::Shard(command) => self.apply(p, command),
+                Order::Shard(command) => self.apply(host, p, command),
             }
         }
         if let Some(plain) = collected {
@@ -389,15 +393,27 @@ impl World {
         }
         batch.clear();
         self.batch = batch;
+    }
+
+    /// The worker tells what it knows, after its system calls.
+    fn report(&mut self, host: usize, p: &mut Process) {
+        let local = self.hosts[host].local(self.now);
         while let Some(report) = p.shard.poll_report(local) {
             p.inbox.push_back(Input::Report(Box::new(report)));
         }
     }
 
-    fn apply(&mut self, p: &mut Process, command: Command) {
+    fn apply(&mut self, host: usize, p: &mut Process, command: Command) {
+        if matches!(command, Command::Hold { .. }) {
+            self.burst();
+        }
         let change = Change::of(&command);
         match (p.shard.apply(command), change) {
-            (Ok(()), Some(change)) => p.view.note(self.now, change),
+            (Ok(()), Some(change)) => {
+                if p.view.note(self.now, change) && host < 2 {
+                    self.burst();
+                }
+            }
             // A removal overtook a lease or a window: ordinary.
             (Ok(()), None) | (Err(esp::CommandError::UnknownSa(_)), _) => {}
             (Err(error), _) => {
@@ -503,6 +519,10 @@ impl World {
                     if self.outside_fence(host, &p, endpoint) => {}
                 Leaving::Wan(endpoint, datagram) => self.send_wan(host, &p, endpoint, datagram),
                 Leaving::Lan(endpoint, packet) => {
+                    if let (true, Some(inner)) = (log::verbose(), traffic::inner(&packet)) {
+                        log::set_turn(self.now, host);
+                        log::say(&format!("  delivers {inner} of {endpoint}"));
+                    }
                     self.must_pass(host, &p, endpoint);
                     if let Err(why) = self.traffic.arrive(self.now, host < 2, &packet) {
                         self.checks.violate(0, why);
@@ -510,12 +530,17 @@ impl World {
                 }
             }
         }
+        self.report(host, &mut p);
+        let reported = !p.inbox.is_empty();
         let pending = !p.plain.is_empty() || !p.sealed.is_empty() || !p.orders.is_empty();
         let wakeup =
             p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(self.now + 20 * US));
         self.hosts[host].process = Some(p);
         if pending {
             self.wake_worker(host, self.now + 2 * US);
+        }
+        if reported {
+            self.wake_soon(host);
         }
         if let Some(at) = wakeup {
             self.wake_worker(host, at);

@@ -8,7 +8,7 @@ use wire::natt;
 
 use crate::bugs::Bug;
 use crate::checks::{Checks, Kind, esp_of, hash};
-use crate::clock::{MS, Nanos, S};
+use crate::clock::{MS, Nanos, S, US};
 use crate::dice::Dice;
 use crate::director::Director;
 use crate::faults::Fault;
@@ -60,6 +60,8 @@ pub(crate) enum Event {
     Ask,
     /// Inner packets set out.
     Traffic,
+    /// A few more of them, about something that concerns packets under way.
+    Burst,
     /// Somebody rekeys, now and then, or just once.
     Rekey { again: bool },
     /// A fault begins.
@@ -331,7 +333,12 @@ impl World {
                 self.ask();
                 self.at(self.now + ASK, Event::Ask);
             }
-            Event::Traffic => self.traffic_tick(),
+            Event::Traffic => {
+                self.traffic_tick();
+                let pause = self.dice.ms(8, 32);
+                self.at(self.now + pause, Event::Traffic);
+            }
+            Event::Burst => self.traffic_tick(),
             Event::Rekey { again } => self.rekey(again),
             Event::Fault(fault) => self.begin(fault),
             Event::End(fault) => self.end(fault),
@@ -419,6 +426,10 @@ impl World {
         datagram.inner = self.keys.open(out.key, packet);
         let Some(inner) = datagram.inner.filter(|_| host < 2) else { return };
         let Some(flow) = self.traffic.flows.get_mut(inner.flow) else { return };
+        if log::verbose() {
+            log::set_turn(self.now, host);
+            log::say(&format!("  sends {inner} through {}", out.endpoint));
+        }
         let mut sure = p.view.sure(self.now, flow.peer);
         let entry = flow.entry_of(inner.number).filter(|entry| *entry != host);
         if let Some(entry) = entry {
@@ -505,10 +516,22 @@ impl World {
                 && self.hosts[host].wan_up[endpoint]
                 && !self.dice.chance(self.net.deaf) =>
             {
-                self.net.switch[endpoint] = Some(host);
+                let before = self.net.switch[endpoint].replace(host);
+                if before != Some(host) {
+                    self.note_switched(host, endpoint);
+                }
             }
             None => {}
         }
+    }
+
+    /// Neighbours send to another instance from now on. Direct arrivals wait there for steered packets, but not for ever:
+    /// where neighbours learn of it so late that what they sent before may still be under way then, order is not kept.
+    fn note_switched(&mut self, host: usize, endpoint: usize) {
+        let steering = self.net.pair.delay + self.net.pair.jitter + 500 * US;
+        let then = self.hosts[host].local(self.now + steering);
+        let held = self.hosts[host].process.as_ref().map(|p| p.held_until[endpoint]);
+        self.director.unordered |= held.is_none_or(|held| then >= held);
     }
 
     /// Neighbours whose entry does not answer ask everybody.
@@ -560,8 +583,15 @@ impl World {
                 }
             }
         }
-        let pause = self.dice.ms(8, 32);
-        self.at(self.now + pause, Event::Traffic);
+    }
+
+    /// Packets set out now and every moment for a few milliseconds.
+    pub(crate) fn burst(&mut self) {
+        let mut at = self.now;
+        for _ in 0..12 {
+            at += self.dice.us(20, 400);
+            self.at(at, Event::Burst);
+        }
     }
 
     fn rekey(&mut self, again: bool) {
@@ -675,11 +705,10 @@ impl World {
             if log::verbose() {
                 log::set_turn(self.now, host);
                 let Handed { endpoint, plain, back, .. } = packet;
-                log::say(&format!(
-                    "  steers {} of {endpoint}{}",
-                    if *plain { "a packet" } else { "an ESP packet" },
-                    if *back { ", back" } else { "" }
-                ));
+                let inner = crate::traffic::inner(&packet.bytes).filter(|_| *plain);
+                let what = inner.map_or("ESP".into(), |inner| inner.to_string());
+                let back = if *back { ", back" } else { "" };
+                log::say(&format!("  steers {what} for {endpoint}{back}"));
             }
         }
         // The link refuses a second copy.
