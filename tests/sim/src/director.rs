@@ -177,6 +177,7 @@ impl World {
     fn begin_stretch(&mut self, but: Option<(usize, usize)>) {
         for flow in &mut self.traffic.flows {
             flow.late.clear();
+            flow.unordered = false;
         }
         let first = self.traffic.flows.iter().map(|flow| {
             let out = !flow.outward && but == Some((flow.peer, flow.via));
@@ -345,7 +346,7 @@ impl World {
                 _ => flow.missing_at_pair(first, end),
             };
             let late: Vec<u64> = flow.late.iter().copied().filter(|n| *n >= first).collect();
-            let turned = !late.is_empty() && !self.director.unordered;
+            let turned = !late.is_empty() && !self.director.unordered && !flow.unordered;
             if missing.is_empty() && !turned {
                 continue;
             }

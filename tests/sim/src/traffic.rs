@@ -43,6 +43,8 @@ pub struct Flow {
     /// Outward: the endpoint whose address is the next hop. Else the endpoint whose tunnel the peer takes.
     pub via: usize,
     ports: (u16, u16),
+    /// It sends nothing before.
+    pub rests_until: Nanos,
     /// Number of the next packet.
     pub next: u64,
     /// Packets that arrived.
@@ -57,6 +59,8 @@ pub struct Flow {
     newest: Option<u64>,
     /// Numbers that left the pair after a newer one.
     pub late: Vec<u64>,
+    /// Its order is not promised: its next hop moved, and its tunnel is elsewhere.
+    pub unordered: bool,
     /// Towards the pair, by number: the place in the order of arrivals there.
     places: Vec<u32>,
     arrivals: u32,
@@ -93,6 +97,7 @@ impl Flow {
             outward,
             via,
             ports,
+            rests_until: 0,
             next: 0,
             arrived: 0,
             last: 0,
@@ -100,6 +105,7 @@ impl Flow {
             pinned: None,
             newest: None,
             late: Vec::new(),
+            unordered: false,
             places: Vec::new(),
             arrivals: 0,
             seen: Bits::default(),
@@ -151,6 +157,13 @@ impl Flow {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// The next hop at an endpoint is another instance now. What came to the former one for a tunnel there or elsewhere
+    /// is on its way there still, and nothing waits for it.
+    pub fn next_hop_moves(&mut self, endpoint: usize) {
+        let elsewhere = self.pinned.is_some_and(|pinned| pinned.endpoint != endpoint);
+        self.unordered |= self.outward && self.via == endpoint && elsewhere;
     }
 
     /// A packet reaches the pair from its peer, at whichever instance.

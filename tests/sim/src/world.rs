@@ -532,6 +532,9 @@ impl World {
         let then = self.hosts[host].local(self.now + steering);
         let held = self.hosts[host].process.as_ref().map(|p| p.held_until[endpoint]);
         self.director.unordered |= held.is_none_or(|held| then >= held);
+        for flow in &mut self.traffic.flows {
+            flow.next_hop_moves(endpoint);
+        }
     }
 
     /// Neighbours whose entry does not answer ask everybody.
@@ -562,6 +565,10 @@ impl World {
             if several && f.outward && self.dice.chance(10) {
                 // Its host, or a router there, takes the other next hop from now on.
                 f.via = 1 - f.via;
+                f.rests_until = self.now + 3 * MS;
+            }
+            if self.now < f.rests_until {
+                continue;
             }
             let (to, place) = if f.outward {
                 (self.net.switch[f.via], f.via)
