@@ -33,6 +33,7 @@
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 pub mod batch;
+mod bug;
 pub mod coalesce;
 pub mod command;
 mod ecn;
@@ -48,6 +49,8 @@ pub mod shard;
 mod table;
 
 pub use batch::{Batch, Direction, HEADROOM, SLOT_LEN, Slot, Steered, TAILROOM, Verdict};
+#[cfg(feature = "bugs")]
+pub use bug::Bug;
 pub use command::{
     Command, CommandError, Counters, INITIAL_CEILING, LEASE_MIN, Policy, Sa, ceiling_for,
 };

@@ -22,6 +22,7 @@ use wire::id::{ConnectionId, EndpointId, EspSpi};
 use wire::ip::{Fragment, L4, Packet};
 use wire::ts::{AddrRange, TrafficSelector};
 
+use crate::bug::Bug;
 use crate::command::Policy;
 use crate::pin::{self, Lot, Pin};
 use crate::report::{Flow, Report};
@@ -198,6 +199,7 @@ pub(crate) struct Policies {
     missed_at: Duration,
     /// Endpoints whose tunnels are as good as down.
     shunned: Vec<EndpointId>,
+    pub(crate) bug: Bug,
 }
 
 impl Policies {
@@ -211,6 +213,7 @@ impl Policies {
             asking: false,
             missed_at: Duration::ZERO,
             shunned: Vec::new(),
+            bug: Bug::None,
         }
     }
 
@@ -351,13 +354,26 @@ impl Policies {
         let alike =
             rest.iter().take_while(|e| (e.rank, e.group) == (rank, group)).filter(|e| fits(e));
         let hash = pin::flow_hash(&packet.pinned_flow(bytes));
+        if self.bug == Bug::PinModulo {
+            let many = alike.clone().count().max(1);
+            return alike.map(|e| e.tunnel).nth(hash as usize % many);
+        }
         let mut best: Option<(Lot, Tunnel)> = None;
         for entry in alike {
             // Older SAs of a tunnel draw what the newest drew, and do not beat it.
-            let lot = entry.pin.draw(hash);
+            let lot = match self.bug {
+                Bug::PinBySa => Pin { id: entry.tunnel.spi_in.0.into(), ..entry.pin }.draw(hash),
+                _ => entry.pin.draw(hash),
+            };
             if best.is_none_or(|(best, _)| lot.beats(&best)) {
                 best = Some((lot, entry.tunnel));
             }
+        }
+        if self.bug == Bug::PinToTheDead {
+            let all = self.configured.iter().filter(|c| c.policy.group == group);
+            let lots = all.map(|c| c.policy.pin.draw(hash));
+            let beaten = |(best, _): &(Lot, Tunnel)| lots.clone().any(|lot| lot.beats(best));
+            return best.filter(|best| !beaten(best)).map(|(_, tunnel)| tunnel);
         }
         best.map(|(_, tunnel)| tunnel)
     }

@@ -56,7 +56,7 @@ const ENDED_MAX: usize = 256;
 pub struct Shard {
     config: Config,
     table: Table,
-    policies: Policies,
+    pub(crate) policies: Policies,
     endpoints: Vec<Endpoint>,
     stats: Stats,
     /// Answers to commands.
@@ -166,17 +166,7 @@ impl Shard {
                 let sa = self.table.get_mut(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
                 sa.relocate(local, remote, udp_encap);
             }
-            Command::Remove { spi_in } => {
-                let sa = self.table.remove(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
-                if self.ended.len() >= ENDED_MAX {
-                    self.ended.pop_front();
-                }
-                self.ended.push_back(sa.ended());
-                self.policies.remove(spi_in);
-                self.noted.retain(|spi| *spi != spi_in);
-                self.moved.retain(|spi| *spi != spi_in);
-                self.look_at_leases();
-            }
+            Command::Remove { spi_in } => self.remove(spi_in)?,
             Command::Own { endpoint, term, seq_jump, obey_leases } => {
                 let e = self.endpoint(endpoint)?;
                 if let Some(had) = e.term.filter(|had| *had > term) {
@@ -382,6 +372,19 @@ impl Shard {
         }
     }
 
+    fn remove(&mut self, spi_in: EspSpi) -> Result<(), CommandError> {
+        let sa = self.table.remove(spi_in).ok_or(CommandError::UnknownSa(spi_in))?;
+        if self.ended.len() >= ENDED_MAX {
+            self.ended.pop_front();
+        }
+        self.ended.push_back(sa.ended());
+        self.policies.remove(spi_in);
+        self.noted.retain(|spi| *spi != spi_in);
+        self.moved.retain(|spi| *spi != spi_in);
+        self.look_at_leases();
+        Ok(())
+    }
+
     fn install(&mut self, sa: Sa) -> Result<(), CommandError> {
         let spi_in = sa.spi_in;
         let owned = self.endpoint(sa.endpoint)?.ownership().map(|own| own.term);
@@ -394,6 +397,15 @@ impl Shard {
                 self.policies.refresh(tunnel_of(old), &old.local_ts, &old.remote_ts);
             }
             return Ok(());
+        }
+        // Another instance that lost everything chooses SPIs anew. What its earlier life chose at an endpoint that is
+        // not ours is history, if it did so: that endpoint's records will say so a moment later.
+        let endpoint = sa.endpoint;
+        if let Some(other) = self.table.other_at(spi_in).map(|other| (other.spi_in, other.endpoint))
+            && other.1 != endpoint
+            && self.endpoint(other.1)?.ownership().is_none()
+        {
+            self.remove(other.0)?;
         }
         let mut state = SaState::new(sa, owned)?;
         self.ended.retain(|ended| !state.recall(ended));

@@ -38,6 +38,12 @@ impl Table {
         (sa.spi_in == spi).then_some(sa)
     }
 
+    /// The SA in the place of an SPI, if that is another.
+    pub(crate) fn other_at(&self, spi: EspSpi) -> Option<&SaState> {
+        let sa = self.places.get(Self::place(spi)?)?.as_deref()?;
+        (sa.spi_in != spi).then_some(sa)
+    }
+
     pub(crate) fn insert(&mut self, sa: SaState) -> Result<(), CommandError> {
         let spi = sa.spi_in;
         let place = Self::place(spi)

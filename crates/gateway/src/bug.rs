@@ -23,6 +23,19 @@ pub enum Bug {
     CeilingsForgotten,
     /// Invariant 3: the fence word is only ever raised.
     FenceNeverLowered,
+    /// Invariant 6: a shadow's shards use no SA before the endpoint is theirs, so the instances pin flows apart.
+    ShadowNeverUses,
+    /// Planned work costs nothing: a shadow's shards use an SA before its owner's do.
+    ShadowUsesAtOnce,
+    /// Planned work: endpoints go home as soon as home is ready.
+    HoldDownIgnored,
+    /// Planned work: an endpoint that an operator moved away goes home.
+    FailoverNotKept,
+    /// Invariants 1, 2, 4, 5, 7: a drain does not ask whether the other instance is in sync, and neither does that
+    /// (`ha::Bug::SwitchoverInexact`).
+    DrainUnready,
+    /// Planned work: an instance that was given an endpoint back, or took it back, declines it for ever.
+    DeclineKept,
 }
 
 #[cfg(feature = "bugs")]
@@ -30,6 +43,9 @@ impl crate::Gateway {
     /// Switches a deliberate mistake on, for the simulation that must catch it.
     pub fn set_bug(&mut self, bug: Bug) {
         self.bug = bug;
+        if bug == Bug::DrainUnready {
+            self.pair.set_bug(ha::Bug::SwitchoverInexact);
+        }
     }
 
     /// The same for the pair protocol.

@@ -276,6 +276,8 @@ impl Gateway {
             }
         }
         self.use_soon(now, None);
+        // What IKE decided in this turn is in the log before an endpoint is offered: an offer ends the log.
+        self.pump(now);
         self.plan(now);
         if now >= self.next_query {
             self.next_query = now + QUERY_EVERY;
@@ -580,7 +582,11 @@ impl Gateway {
             }
             install(&mut self.outputs, &mut self.spis, e, op, &mut later);
         }
-        let due = now + SHADOW_USE;
+        let due = match self.bug {
+            Bug::ShadowNeverUses => Duration::MAX,
+            Bug::ShadowUsesAtOnce => now,
+            _ => now + SHADOW_USE,
+        };
         self.soon.extend(later.into_iter().map(|spi_in| (due, e.id, spi_in)));
     }
 

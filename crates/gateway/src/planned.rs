@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use wire::id::EndpointId;
 
+use crate::bug::Bug;
 use crate::endpoint::Part;
 use crate::face::{Answer, Moved, Refusal};
 use crate::machine::Gateway;
@@ -92,12 +93,15 @@ impl Gateway {
             let Some(config) = self.config.endpoint(e.id) else { continue };
             let abroad = config.home != self.config.local && config.home_coming.preempt;
             let leaves = self.draining || abroad;
-            if !leaves || !e.serves(now) || !self.pair.is_welcome(e.ha_id()) {
+            let welcome = self.pair.is_welcome(e.ha_id())
+                || (self.draining && self.bug == Bug::DrainUnready);
+            if !leaves || !e.serves(now) || !welcome {
                 e.welcome_since = None;
                 continue;
             }
             let since = *e.welcome_since.get_or_insert(now);
-            let wait = if self.draining { Duration::ZERO } else { config.home_coming.hold_down };
+            let at_once = self.draining || self.bug == Bug::HoldDownIgnored;
+            let wait = if at_once { Duration::ZERO } else { config.home_coming.hold_down };
             if now < since + wait || e.offered_at.is_some_and(|at| now < at + RETRY) {
                 continue;
             }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ike::config::{ChildConfig, RemoteAddress, Start};
 use wire::id::{ConnectionId, EndpointId, Term};
 
+use crate::bug::Bug;
 use crate::config::Connection;
 use crate::endpoint::{Endpoint, Part};
 use crate::face::{Answer, Moved, Output, Refusal, Request, TunnelUp};
@@ -104,20 +105,29 @@ impl Gateway {
             let text = "this instance does not own it".to_owned();
             return Some(refuse(Refusal::NotOwner, text, "run the command on the other host"));
         }
-        let waiting: Vec<EndpointId> = chosen.iter().map(|e| e.id).collect();
+        let (mut waiting, mut going, mut refused) = (Vec::new(), Vec::new(), None);
         for e in chosen {
-            if let Err(error) = self.pair.switchover(now, e.ha_id()) {
-                let text = format!("endpoint {}: {error}", e.name);
-                return Some(refuse(
-                    Refusal::NotReady,
-                    text,
-                    "wait until `tandem status` shows it synced",
-                ));
+            match self.pair.switchover(now, e.ha_id()) {
+                Ok(()) => {
+                    waiting.push(e.id);
+                    going.push(e.name.clone());
+                }
+                Err(error) => refused = Some(format!("endpoint {}: {error}", e.name)),
             }
         }
         // Away from home it stays until it is moved back.
         for index in waiting.iter().map(|id| usize::from(id.0)) {
-            self.decline(now, index, true);
+            self.decline(now, index, self.bug != Bug::FailoverNotKept);
+        }
+        if let Some(mut text) = refused {
+            if !going.is_empty() {
+                text.push_str(&format!("; handed over: {}", going.join(", ")));
+            }
+            return Some(refuse(
+                Refusal::NotReady,
+                text,
+                "wait until `tandem status` shows it synced",
+            ));
         }
         self.pending.push(Pending::Failover { ticket, began: now, waiting, done: Vec::new() });
         None

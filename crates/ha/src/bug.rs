@@ -43,6 +43,10 @@ pub enum Bug {
     HealInOldTerm,
     /// Invariant 5: a snapshot leaves with values in the format they were put in, whatever is settled.
     SnapshotAsItWas,
+    /// Invariants 1, 2, 4, 5, 7: an endpoint can be handed to, and is taken by, a shadow that is not in sync.
+    SwitchoverInexact,
+    /// Planned work: an endpoint goes home although that declines it.
+    DeclinesIgnored,
     /// Invariant 7: a put is lost at the shadow.
     PutLost,
     /// Invariant 7: a difference of digests is ignored (together with [`Bug::PutLost`]).

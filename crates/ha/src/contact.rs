@@ -475,6 +475,13 @@ impl Contact {
         again.chain([silence]).min()
     }
 
+    /// When an owner is out of contact for its fence, if nothing more is heard (fence, rule 2). A turn must find that out
+    /// before the fence closes, and with an echo that was old already, less than an interval lies between the two.
+    pub(crate) fn doubts_at(&self, config: &Config) -> Option<Duration> {
+        let ageing = self.echoed_at()? + config.fence_after.saturating_sub(config.heartbeat);
+        Some(ageing.max(self.heard_at()? + config.heartbeat * 2))
+    }
+
     /// Numbers a heartbeat and fills in what contact needs. The same number goes out on all links.
     pub(crate) fn stamp(&mut self, now: Duration, heartbeat: &mut Heartbeat) -> bool {
         let Some(peer) = &self.peer else { return false };

@@ -301,7 +301,7 @@ impl Endpoint {
     }
 
     /// Whether the other could take it from us at any moment, and would.
-    pub(crate) fn is_welcome(&self, contact: &Contact) -> bool {
+    pub(crate) fn is_welcome(&self, contact: &Contact, bug: Bug) -> bool {
         let Role::Owner(owner) = &self.role else { return false };
         let claim = contact.claim(self.hash).filter(|_| contact.alive);
         owner.offer.is_none()
@@ -311,7 +311,7 @@ impl Endpoint {
                 claim.role == ClaimRole::Shadow
                     && claim.synced
                     && claim.uplink
-                    && claim.declines != Some(true)
+                    && (claim.declines != Some(true) || bug == Bug::DeclinesIgnored)
             })
     }
 

@@ -589,8 +589,13 @@ impl Pair {
         let endpoints = self.endpoints.iter().filter_map(Endpoint::timeout);
         let beat =
             (self.contact.peer.is_some() && !self.config.lone).then_some(self.next_heartbeat);
-        let next =
-            endpoints.chain(self.contact.timeout(&self.config)).chain(beat).chain([turn]).min();
+        let doubt = self.contact.doubts_at(&self.config).filter(|at| *at > self.turned_at);
+        let next = endpoints
+            .chain(self.contact.timeout(&self.config))
+            .chain(beat)
+            .chain(doubt)
+            .chain([turn])
+            .min();
         next.unwrap_or(turn).max(self.turned_at)
     }
 
@@ -610,7 +615,7 @@ impl Pair {
     /// [decline](Pair::decline) it.
     #[must_use]
     pub fn is_welcome(&self, endpoint: EndpointId) -> bool {
-        self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.is_welcome(&self.contact))
+        self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.is_welcome(&self.contact, self.bug))
     }
 
     /// Whether flows may be pinned to the endpoint's tunnels. Always true but for an endpoint whose addresses cannot

@@ -4,6 +4,9 @@
 //! Those of the pair protocol live in `ha`, those of its composition in `gateway`, both as test-only switches. Those
 //! of the runtime, which the simulation plays itself, live here.
 
+use esp::Command;
+use wire::id::Term;
+
 /// A mistake of the runtime around a gateway, or of what reaches its shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
@@ -13,6 +16,40 @@ pub enum Runtime {
     TermNotInIv,
     /// A packet without an SA leaves as it is.
     SendInClear,
+    /// One fence word for all endpoints.
+    OneFenceForAll,
+    /// Packets from the other instance look as if they came from the LAN or the WAN.
+    SteeredUnmarked,
+    /// The shard is not told that the other instance owns an endpoint.
+    SteerMissing,
+    /// A new owner does not hold what arrives directly.
+    HoldDirectMissing,
+    /// A former owner does not hand back what it was handed too late.
+    HandBackMissing,
+    /// Pins depend on the instance.
+    PinsDiffer,
+}
+
+impl Runtime {
+    /// What the mistake makes of a command to an instance's shard; `false` if it does not get there.
+    #[must_use]
+    pub fn spoil(self, host: usize, command: &mut Command) -> bool {
+        match (self, command) {
+            (Self::TermNotInIv, Command::Own { term, .. }) => *term = Term(2),
+            // Keys know their first term, and none gives an IV in a term before that.
+            (Self::TermNotInIv, Command::Install(sa)) => sa.born = Term(2),
+            (Self::PinsDiffer, Command::Policies(policies)) => {
+                for policy in policies {
+                    policy.pin.id ^= host as u64;
+                }
+            }
+            (Self::SteerMissing, Command::Steer { .. })
+            | (Self::HoldDirectMissing, Command::HoldDirect { .. })
+            | (Self::HandBackMissing, Command::HandBack { .. }) => return false,
+            _ => {}
+        }
+        true
+    }
 }
 
 /// One deliberate mistake.
@@ -22,6 +59,8 @@ pub enum Bug {
     Pair(ha::Bug),
     /// In the composition.
     Gateway(gateway::Bug),
+    /// In the shards.
+    Shard(esp::Bug),
     /// In the runtime.
     Runtime(Runtime),
 }
@@ -33,8 +72,9 @@ pub enum Bug {
 /// gateway applies a record before it handles anything else), `OldLogAcked` (a takeover closes the stream, so no
 /// record of the old term arrives) and `HealInOldTerm` (a loser stands down at the hello, before the winner hears its
 /// heartbeats; where both go on from one history, the winner's term is above both anyway).
-/// Invariant 6 (a flow keeps its tunnel) has no mistake yet: with one endpoint a connection has one tunnel, so there is
-/// nothing to move a flow to. It comes with active-active, in a later issue, as does its check.
+///
+/// What ha.md promises of planned work, and its rules about steering, have no number: 5 where packets are lost or turned
+/// around though nothing went wrong, else 0.
 pub const ALL: &[(&str, &[u8], Bug)] = &[
     ("term-reuse", &[1], Bug::Pair(ha::Bug::TermReuse)),
     // 0: a shadow takes nothing of a term of its own parity, so before two instances can ever use one term with the
@@ -65,6 +105,22 @@ pub const ALL: &[(&str, &[u8], Bug)] = &[
     ("put-lost", &[7], Bug::Pair(ha::Bug::PutLost)),
     ("digest-ignored", &[7], Bug::Pair(ha::Bug::DigestIgnored)),
     ("send-in-clear", &[8], Bug::Runtime(Runtime::SendInClear)),
+    ("one-fence-for-all", &[3], Bug::Runtime(Runtime::OneFenceForAll)),
+    ("pins-differ", &[6], Bug::Runtime(Runtime::PinsDiffer)),
+    ("pin-modulo", &[6], Bug::Shard(esp::Bug::PinModulo)),
+    ("pin-by-sa", &[6], Bug::Shard(esp::Bug::PinBySa)),
+    ("pin-to-the-dead", &[6], Bug::Shard(esp::Bug::PinToTheDead)),
+    ("shadow-never-uses", &[6], Bug::Gateway(gateway::Bug::ShadowNeverUses)),
+    ("shadow-uses-at-once", &[5], Bug::Gateway(gateway::Bug::ShadowUsesAtOnce)),
+    ("steered-unmarked", &[0], Bug::Runtime(Runtime::SteeredUnmarked)),
+    ("steer-missing", &[5], Bug::Runtime(Runtime::SteerMissing)),
+    ("hand-back-missing", &[5], Bug::Runtime(Runtime::HandBackMissing)),
+    ("hold-direct-missing", &[5], Bug::Runtime(Runtime::HoldDirectMissing)),
+    ("hold-down-ignored", &[0], Bug::Gateway(gateway::Bug::HoldDownIgnored)),
+    ("failover-not-kept", &[0], Bug::Gateway(gateway::Bug::FailoverNotKept)),
+    ("decline-kept", &[0], Bug::Gateway(gateway::Bug::DeclineKept)),
+    ("declines-ignored", &[0], Bug::Pair(ha::Bug::DeclinesIgnored)),
+    ("drain-unready", &[1, 2, 4, 5, 7], Bug::Gateway(gateway::Bug::DrainUnready)),
 ];
 
 /// The mistake of a name.

@@ -7,7 +7,7 @@
 //! | 3 fence | [`Checks::fences`], after every step |
 //! | 4 message ids | [`Checks::wan`] |
 //! | 5 no SA lost | [`Checks::wan`] (a new IKE_SA_INIT), [`Checks::healed`], and the gap in traffic (`director`) |
-//! | 6 pinning | a later issue's: see [`crate::bugs::ALL`] |
+//! | 6 pinning | `pins`, on every packet that leaves the pair, opened |
 //! | 7 digests | [`Checks::logs`], byte by byte, [`Checks::installed`]; `ha`'s own comparison is an ERROR |
 //! | 8 nothing in clear | [`Checks::wan`] |
 
@@ -18,7 +18,9 @@ use wire::id::EspSpi;
 use wire::natt;
 
 use crate::clock::{Nanos, S};
+use crate::host::Outbound;
 use crate::network::Datagram;
+use crate::scene::{ENDPOINTS, endpoint_name};
 use crate::traffic;
 
 /// SAs that were there during a partition may be used by both sides of it: for this long after it, too.
@@ -56,11 +58,11 @@ pub struct Checks {
     /// The newest moment of an allowed overlap: IKE SAs that were there then are excused from invariant 4 for their
     /// lives, since both sides may have used one message id, and the winner repeats its own request whenever it must.
     pub split_at: Option<Nanos>,
-    /// The same, until the pair is healed: then the winner numbers its packets above both, so that Child SAs have no
-    /// further excuse.
-    pub unhealed: Option<Nanos>,
+    /// The same by endpoint, until it is healed: then the winner numbers its packets above both, so that Child SAs have
+    /// no further excuse.
+    pub unhealed: [Option<Nanos>; ENDPOINTS],
     /// The same, for their lives, where a side of it died before they met: nobody knows what that one used.
-    unknown: Option<Nanos>,
+    unknown: [Option<Nanos>; ENDPOINTS],
     /// IKE SAs that were made.
     pub ike_sas: u64,
     /// ESP packets checked.
@@ -76,9 +78,12 @@ pub struct Checks {
     ids: HashMap<Sender, Ids>,
     /// By instance: the ceilings it knows, by inbound SPI.
     ceilings: [HashMap<u32, u64>; 2],
-    compared: (u64, u64),
-    /// By instance: the highest term of a rival that it has heard of as an owner while it owned itself.
-    rivals: [u64; 2],
+    /// By endpoint: term and position where logs were compared.
+    compared: [(u64, u64); ENDPOINTS],
+    /// By endpoint: life, term and position of the shadow that was looked at.
+    looked: [(u64, u64, u64); ENDPOINTS],
+    /// By endpoint and instance: the highest term of a rival that it has heard of as an owner while it owned itself.
+    rivals: [[u64; 2]; ENDPOINTS],
 }
 
 /// A hash for comparison of datagrams and keys (FNV-1a, then a finisher).
@@ -93,6 +98,15 @@ pub fn hash(bytes: &[u8]) -> u64 {
 
 fn word(bytes: &[u8], at: usize) -> Option<[u8; 8]> {
     bytes.get(at..at + 8)?.try_into().ok()
+}
+
+/// The ESP packet in a datagram, if it is one.
+#[must_use]
+pub fn esp_of(datagram: &Datagram) -> Option<&[u8]> {
+    match natt::classify(&datagram.bytes) {
+        natt::Datagram::Esp(packet) if datagram.from.port() != 500 => Some(packet),
+        _ => None,
+    }
 }
 
 /// The term of an acknowledgement on the pair's stream, if the frame is one: in release 1, `[4, [id, term, …]]` in
@@ -120,11 +134,12 @@ impl Checks {
         self.violation.get_or_insert((invariant, text));
     }
 
-    /// A datagram leaves. `key` finds the sender's key of an outbound SPI.
+    /// A datagram leaves, through a tunnel at `endpoint` if it is ESP. `key` finds the sender's key of an outbound SPI.
     pub fn wan(
         &mut self,
         now: Nanos,
         datagram: &Datagram,
+        endpoint: usize,
         key: impl Fn(u32) -> Option<u64>,
     ) -> Kind {
         self.trace =
@@ -137,7 +152,7 @@ impl Checks {
         } else {
             match natt::classify(&datagram.bytes) {
                 natt::Datagram::Esp(packet) => {
-                    self.esp(now, packet, key);
+                    self.esp(now, packet, endpoint, key);
                     return Kind::Esp;
                 }
                 natt::Datagram::Ike(ike) => ike,
@@ -151,7 +166,13 @@ impl Checks {
         self.ike(now, ike)
     }
 
-    fn esp(&mut self, now: Nanos, packet: &[u8], key: impl Fn(u32) -> Option<u64>) {
+    fn esp(
+        &mut self,
+        now: Nanos,
+        packet: &[u8],
+        endpoint: usize,
+        key: impl Fn(u32) -> Option<u64>,
+    ) {
         self.esp_packets += 1;
         let head = wire::esp::Header::parse(packet);
         let (Some(head), Some(iv)) = (head, word(packet, 8)) else {
@@ -179,7 +200,7 @@ impl Checks {
             }
             Entry::Occupied(_) => {}
         }
-        if !self.esp_seqs.insert((key, seq)) && !self.excused_numbers(key) {
+        if !self.esp_seqs.insert((key, seq)) && !self.excused_numbers(endpoint, key) {
             self.violate(2, format!("SPI {}: sequence number {seq} was sent twice", head.spi));
         }
     }
@@ -246,8 +267,8 @@ impl Checks {
     }
 
     /// The same of a Child SA's key and its numbers.
-    fn excused_numbers(&self, key: u64) -> bool {
-        self.excused(key, self.unhealed.max(self.unknown))
+    fn excused_numbers(&self, endpoint: usize, key: u64) -> bool {
+        self.excused(key, self.unhealed[endpoint].max(self.unknown[endpoint]))
     }
 
     /// An instance knows of a ceiling.
@@ -263,9 +284,10 @@ impl Checks {
     }
 
     /// The shard of a synced owner sealed a packet.
-    pub fn sealed(&mut self, instance: usize, spi_in: EspSpi, key: u64, seq: u32) {
+    pub fn sealed(&mut self, instance: usize, out: &Outbound, seq: u32) {
+        let spi_in = out.spi_in;
         let known = self.ceiling_of(1 - instance, spi_in).unwrap_or(0);
-        if u64::from(seq) >= known && !self.excused_numbers(key) {
+        if u64::from(seq) >= known && !self.excused_numbers(out.endpoint, out.key) {
             let text = format!(
                 "SA {spi_in}: sequence number {seq} is not below the acknowledged lease {known}"
             );
@@ -273,39 +295,40 @@ impl Checks {
         }
     }
 
-    /// Both instances pass the fence now.
-    pub fn fences(&mut self, now: Nanos, allowed: bool) {
+    /// Both instances pass the fence of an endpoint now.
+    pub fn fences(&mut self, now: Nanos, endpoint: usize, allowed: bool) {
         if !allowed {
-            self.violate(3, "two instances pass the fence".into());
+            let name = endpoint_name(endpoint);
+            self.violate(3, format!("two instances pass the fence of endpoint {name}"));
         }
-        (self.split_at, self.unhealed) = (Some(now), Some(now));
+        self.split_at = Some(now);
+        self.unhealed[endpoint] = Some(now);
     }
 
     /// A process came or went: what it knew of its rival is gone.
     pub fn forget_rivals(&mut self) {
-        self.rivals = [0; 2];
-        self.unknown = self.unknown.max(self.unhealed);
+        self.rivals = [[0; 2]; ENDPOINTS];
+        for (unknown, unhealed) in self.unknown.iter_mut().zip(self.unhealed) {
+            *unknown = (*unknown).max(unhealed);
+        }
     }
 
     /// ha.md, "Terms": after a split the winner's term is above both, as soon as it has heard of its rival.
-    pub fn healed(&mut self, status: [&ha::EndpointStatus; 2]) {
+    pub fn healed(&mut self, endpoint: usize, status: [&ha::EndpointStatus; 2]) {
+        let rivals = &mut self.rivals[endpoint];
         let owns = |s: &ha::EndpointStatus| matches!(s.role, ha::Role::Owner(_));
         let synced = status.iter().any(|s| s.role == ha::Role::Shadow { synced: true });
         let [a, b] = status;
         for (mine, theirs, at) in [(a, b, 0), (b, a, 1)] {
             if owns(mine) && owns(theirs) && mine.peer_owns {
-                self.rivals[at] = self.rivals[at].max(theirs.term.0);
+                rivals[at] = rivals[at].max(theirs.term.0);
             } else if owns(mine) && synced {
-                if mine.term.0 < self.rivals[at] {
-                    self.violate(
-                        5,
-                        format!(
-                            "term {} won a split against term {}",
-                            mine.term.0, self.rivals[at]
-                        ),
-                    );
+                let rival = rivals[at];
+                *rivals = [0; 2];
+                if mine.term.0 < rival {
+                    let text = format!("term {} won a split against term {rival}", mine.term.0);
+                    return self.violate(5, text);
                 }
-                self.rivals = [0; 2];
             }
         }
     }
@@ -320,8 +343,20 @@ impl Checks {
         }
     }
 
+    /// Whether what a synced shadow holds has not been looked at since its log moved.
+    pub fn is_new_to_look_at(&mut self, life: u64, status: &ha::EndpointStatus) -> bool {
+        let at = (life, status.term.0, status.position.0);
+        let looked = &mut self.looked[usize::from(status.endpoint.0)];
+        std::mem::replace(looked, at) != at
+    }
+
     /// Compares the logs of owner and shadow, where they stand at the same place.
-    pub fn logs(&mut self, pairs: [&ha::Pair; 2], status: [&ha::EndpointStatus; 2]) {
+    pub fn logs(
+        &mut self,
+        endpoint: usize,
+        pairs: [&ha::Pair; 2],
+        status: [&ha::EndpointStatus; 2],
+    ) {
         let [a, b] = status;
         let owners = status.iter().filter(|s| matches!(s.role, ha::Role::Owner(_))).count();
         let synced = status.iter().any(|s| matches!(s.role, ha::Role::Owner(ha::Mode::Synced)));
@@ -329,19 +364,19 @@ impl Checks {
         let alike = (a.term, a.lineage, a.position) == (b.term, b.lineage, b.position);
         if owners == 1 && shadows == 1 && synced && alike {
             // Healed: from here on the winner goes on above both, and nobody else sends.
-            self.unhealed = None;
+            self.unhealed[endpoint] = None;
         }
         if owners != 1
             || shadows != 1
             || !synced
             || !alike
-            || self.compared == (a.term.0, a.position.0)
+            || self.compared[endpoint] == (a.term.0, a.position.0)
         {
             return;
         }
-        self.compared = (a.term.0, a.position.0);
-        let endpoint = ha::EndpointId(0);
-        if a.digest != b.digest || !pairs[0].values(endpoint).eq(pairs[1].values(endpoint)) {
+        self.compared[endpoint] = (a.term.0, a.position.0);
+        let id = a.endpoint;
+        if a.digest != b.digest || !pairs[0].values(id).eq(pairs[1].values(id)) {
             self.violate(
                 7,
                 format!("the logs differ at position {} of term {}", a.position.0, a.term.0),
@@ -358,7 +393,7 @@ mod tests {
     fn esp(seq: u32, iv: u8, body: u8) -> Datagram {
         let at = SocketAddr::from(([1, 2, 3, 4], 4500));
         let bytes = [&[0, 16, 0, 1][..], &seq.to_be_bytes(), &[iv; 8], &[body; 32]].concat();
-        Datagram { from: at, to: at, bytes }
+        Datagram { from: at, to: at, bytes, inner: None }
     }
 
     fn ike(id: u8, iv: u8, body: u8, exchange: u8) -> Datagram {
@@ -370,14 +405,14 @@ mod tests {
         bytes.extend([body; 32]);
         let len = bytes.len() as u32;
         bytes[24..28].copy_from_slice(&len.to_be_bytes());
-        Datagram { from: at, to: at, bytes }
+        Datagram { from: at, to: at, bytes, inner: None }
     }
 
     fn run(datagrams: &[Datagram], split: bool) -> Option<u8> {
         let mut checks = Checks::default();
         for datagram in datagrams {
-            checks.wan(5, datagram, |_| Some(9));
-            (checks.split_at, checks.unhealed) = (split.then_some(5), split.then_some(5));
+            checks.wan(5, datagram, 0, |_| Some(9));
+            (checks.split_at, checks.unhealed[0]) = (split.then_some(5), split.then_some(5));
         }
         checks.violation.map(|(number, _)| number)
     }
@@ -404,15 +439,16 @@ mod tests {
             [(false, false, None), (false, true, Some(2)), (true, true, None)]
         {
             let mut checks = Checks::default();
-            checks.wan(5, &esp(1, 1, 1), |_| Some(9));
-            checks.fences(5, true);
+            checks.wan(5, &esp(1, 1, 1), 0, |_| Some(9));
+            checks.fences(5, 0, true);
+            checks.fences(5, 1, true);
             if died {
                 checks.forget_rivals();
             }
             if healed {
-                checks.unhealed = None;
+                checks.unhealed[0] = None;
             }
-            checks.wan(6, &esp(1, 2, 2), |_| Some(9));
+            checks.wan(6, &esp(1, 2, 2), 0, |_| Some(9));
             assert_eq!(checks.violation.map(|(number, _)| number), found);
         }
     }
@@ -421,9 +457,10 @@ mod tests {
     fn a_seal_above_the_other_sides_ceiling_is_found() {
         let mut checks = Checks::default();
         checks.ceiling(1, EspSpi(7), 100);
-        checks.sealed(0, EspSpi(7), 1, 99);
+        let out = Outbound { key: 1, spi_in: EspSpi(7), endpoint: 0 };
+        checks.sealed(0, &out, 99);
         assert!(checks.violation.is_none());
-        checks.sealed(0, EspSpi(7), 1, 100);
+        checks.sealed(0, &out, 100);
         assert_eq!(checks.violation.map(|(number, _)| number), Some(2));
     }
 
@@ -455,8 +492,8 @@ mod tests {
         let shadow = |term| status(ha::Role::Shadow { synced: true }, term);
         for (winner, found) in [(9, None), (5, Some(5))] {
             let mut checks = Checks::default();
-            checks.healed([&owner(5), &owner(8)]);
-            checks.healed([&owner(winner), &shadow(winner)]);
+            checks.healed(0, [&owner(5), &owner(8)]);
+            checks.healed(0, [&owner(winner), &shadow(winner)]);
             assert_eq!(checks.violation.map(|(number, _)| number), found);
         }
     }

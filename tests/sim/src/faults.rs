@@ -13,7 +13,7 @@
 //! | slow shadow | [`Fault::Lag`], [`Fault::Slow`] |
 //! | rekeys by both sides throughout | always: lifetimes of seconds on both sides, `Event::Rekey`, and more at each fault |
 //!
-//! Beyond that: records that cannot be decoded, switchovers, planned stops, peers that restart.
+//! Beyond that: records that cannot be decoded, planned work of every kind, tunnels that peers close, peers that restart.
 
 use gateway::Request;
 
@@ -22,6 +22,7 @@ use crate::dice::Dice;
 use crate::host::{Input, Process};
 use crate::log;
 use crate::network::Weather;
+use crate::scene::{ENDPOINTS, Scene, connection_name, endpoint_name};
 use crate::world::{Event, World};
 
 /// After a partition healed, how long the instances may take to notice each other.
@@ -88,10 +89,12 @@ pub enum Fault {
         /// For how long.
         time: Nanos,
     },
-    /// An instance's WAN interface goes down.
+    /// An instance's WAN interface goes down: that of one endpoint, or all.
     Uplink {
         /// Where.
         host: usize,
+        /// Whose.
+        endpoint: Option<usize>,
         /// For how long.
         time: Nanos,
     },
@@ -142,15 +145,41 @@ pub enum Fault {
         /// For how long.
         time: Nanos,
     },
-    /// An operator hands the endpoint over.
+    /// Operators have both instances hand over all that they own.
     Switchover,
-    /// A planned stop, and a start later.
+    /// An operator has an endpoint handed over.
+    Failover {
+        /// Which.
+        endpoint: usize,
+    },
+    /// An operator drains an instance, and takes that back later.
+    Drain {
+        /// Where.
+        host: usize,
+        /// For how long.
+        time: Nanos,
+    },
+    /// A planned stop that waits for nothing, and a start later.
     Stop {
         /// Where.
         host: usize,
     },
-    /// A peer loses everything and starts again.
+    /// A planned stop as `tandemd` does it, and a start later: half of a rolling restart.
+    Restart {
+        /// Where.
+        host: usize,
+        /// Drained before.
+        drain: bool,
+    },
+    /// A peer's gateway loses everything and starts again.
     PeerRestart {
+        /// Which host.
+        host: usize,
+        /// For how long it is away.
+        down: Nanos,
+    },
+    /// A peer's gateway closes its tunnel and goes, and starts again.
+    PeerLeave {
         /// Which host.
         host: usize,
         /// For how long it is away.
@@ -158,14 +187,21 @@ pub enum Fault {
     },
 }
 
+/// When a peer has left, nothing of its tunnel is left at the pair after so long.
+pub(crate) const FAREWELL: Nanos = 300 * MS;
+/// A drained instance is stopped after so long.
+const DRAINED: Nanos = 300 * MS;
+
 impl Fault {
     /// Draws one that may come alone.
-    pub(crate) fn draw(dice: &mut Dice, links: usize, peers: usize) -> Self {
+    pub(crate) fn draw(dice: &mut Dice, scene: &Scene) -> Self {
+        let (links, endpoints) = (scene.links, scene.endpoints.len());
+        let peer = |dice: &mut Dice| 2 + dice.below(scene.hosts() as u64 - 2) as usize;
         let host = dice.below(2) as usize;
         let time = if dice.chance(500) { dice.ms(20, 400) } else { dice.ms(400, 3_000) };
         let down = if dice.chance(300) { dice.ms(20, 200) } else { dice.ms(200, 3_000) };
         let from = dice.chance(600).then_some(dice.below(2) as usize);
-        match dice.below(32) {
+        match dice.below(40) {
             0..=4 => Self::Crash {
                 host,
                 down,
@@ -179,7 +215,10 @@ impl Fault {
             10 | 11 => Self::Cut { link: dice.below(links as u64) as usize, from, time },
             12 | 13 => Self::CutAll { from: Some(dice.below(2) as usize), time },
             14 => Self::CutAll { from: None, time },
-            15 | 16 => Self::Uplink { host, time },
+            15 | 16 => {
+                let one = dice.chance(500).then_some(dice.below(endpoints as u64) as usize);
+                Self::Uplink { host, endpoint: one, time }
+            }
             17 => Self::PairWeather {
                 loss: dice.below(200),
                 duplicate: dice.below(200),
@@ -196,14 +235,15 @@ impl Fault {
             22 => Self::Slow { host, time },
             23..=26 => Self::Switchover,
             27 => Self::Stop { host },
-            28 => Self::PeerRestart {
-                host: 2 + dice.below(peers as u64) as usize,
-                down: dice.ms(10, 1_000),
-            },
+            28 => Self::PeerRestart { host: peer(dice), down: dice.ms(10, 1_000) },
             29 | 30 => {
                 let records = if dice.chance(700) { 1 } else { u32::MAX };
                 Self::Spoil { host, records, time }
             }
+            31 | 32 => Self::Failover { endpoint: dice.below(endpoints as u64) as usize },
+            33 | 34 => Self::Drain { host, time: time + 100 * MS },
+            35 | 36 => Self::Restart { host, drain: dice.chance(500) },
+            37 | 38 => Self::PeerLeave { host: peer(dice), down: FAREWELL + dice.ms(300, 3_000) },
             _ => Self::Crash { host, down, outputs: None, lost_file: false },
         }
     }
@@ -213,7 +253,7 @@ impl Fault {
         let other = 1 - owner;
         let mut ms = |about: u64| dice.ms(about * 8 / 10, about * 12 / 10);
         let crash = |host, down, lost_file| Self::Crash { host, down, outputs: None, lost_file };
-        match ms(1_000) % 6 {
+        match ms(1_000) % 7 {
             // A term taken beyond a cut and forgotten, keys known again, then a takeover with the same keys.
             0 => vec![
                 (0, Self::CutAll { from: None, time: ms(1_500) }),
@@ -222,7 +262,7 @@ impl Fault {
             ],
             // The shadow cannot take over at once, and does so when what it knows is old.
             1 => vec![
-                (0, Self::Uplink { host: other, time: ms(3_500) }),
+                (0, Self::Uplink { host: other, endpoint: None, time: ms(3_500) }),
                 (ms(200), Self::CutAll { from: Some(owner), time: ms(6_000) }),
                 (ms(900), Self::Slow { host: owner, time: ms(100) }),
                 (ms(1_800), Self::Slow { host: owner, time: ms(100) }),
@@ -247,6 +287,12 @@ impl Fault {
                 (0, Self::CutAll { from: None, time: ms(6_000) }),
                 (ms(300), crash(other, ms(300), false)),
             ],
+            // An endpoint is moved away and back; later its home loses it.
+            5 => vec![
+                (0, Self::Failover { endpoint: 0 }),
+                (ms(1_500), Self::Failover { endpoint: 0 }),
+                (ms(3_000), Self::Pause { host: owner, time: ms(400) }),
+            ],
             // The owner is suspended again and again.
             _ => vec![
                 (0, Self::Suspend { host: owner, time: ms(300) }),
@@ -260,7 +306,9 @@ impl Fault {
     /// Whether established SAs may be lost by this one: the peer threw them away, or both instances went on alone.
     pub(crate) fn may_lose_sas(self, links: usize) -> bool {
         match self {
-            Self::PeerRestart { .. } | Self::CutAll { from: None, .. } => true,
+            Self::PeerRestart { .. }
+            | Self::PeerLeave { .. }
+            | Self::CutAll { from: None, .. } => true,
             Self::Cut { from: None, .. } => links == 1,
             _ => false,
         }
@@ -268,20 +316,24 @@ impl Fault {
 
     /// Whether both instances went on alone: some SAs may fall apart much later.
     pub(crate) fn splits(self, links: usize) -> bool {
-        self.may_lose_sas(links) && !matches!(self, Self::PeerRestart { .. })
+        self.may_lose_sas(links)
+            && !matches!(self, Self::PeerRestart { .. } | Self::PeerLeave { .. })
     }
 
     /// Whether not one packet may be lost by it: a planned move, or a mishap of the standby alone (ha.md, "What we
-    /// promise").
-    pub(crate) fn costs_nothing(self, owner: usize) -> bool {
+    /// promise"). `idle`: instances that own nothing, and will not soon.
+    pub(crate) fn costs_nothing(self, idle: [bool; 2]) -> bool {
         match self {
-            Self::Switchover => true,
+            Self::Switchover
+            | Self::Failover { .. }
+            | Self::Drain { .. }
+            | Self::Restart { .. } => true,
             Self::Crash { host, .. }
             | Self::PowerCut { host, .. }
             | Self::Pause { host, .. }
             | Self::Suspend { host, .. }
             | Self::ClockStop { host, .. }
-            | Self::Stop { host } => host != owner,
+            | Self::Stop { host } => idle.get(host).copied().unwrap_or(false),
             _ => false,
         }
     }
@@ -291,7 +343,8 @@ impl Fault {
         match self {
             Self::Crash { down, .. }
             | Self::PowerCut { down, .. }
-            | Self::PeerRestart { down, .. } => down,
+            | Self::PeerRestart { down, .. }
+            | Self::PeerLeave { down, .. } => down,
             Self::Pause { time, .. }
             | Self::Suspend { time, .. }
             | Self::ClockStop { time, .. }
@@ -302,9 +355,11 @@ impl Fault {
             | Self::WanWeather { time, .. }
             | Self::Lag { time, .. }
             | Self::Spoil { time, .. }
-            | Self::Slow { time, .. } => time,
-            Self::Switchover => 100 * MS,
+            | Self::Slow { time, .. }
+            | Self::Drain { time, .. } => time,
+            Self::Switchover | Self::Failover { .. } => 100 * MS,
             Self::Stop { .. } => 3 * S,
+            Self::Restart { .. } => 5 * S,
         }
     }
 }
@@ -352,7 +407,7 @@ impl World {
             }
             Fault::Cut { link, from, .. } => self.cut(link..link + 1, from, false),
             Fault::CutAll { from, .. } => self.cut(0..self.scene.links, from, false),
-            Fault::Uplink { host, .. } => self.uplink(host, false),
+            Fault::Uplink { host, endpoint, .. } => self.uplink(host, endpoint, false),
             Fault::PairWeather { loss, duplicate, jitter, .. } => {
                 self.net.pair = Weather { loss, duplicate, jitter, ..self.net.pair };
             }
@@ -368,11 +423,37 @@ impl World {
                 }
                 return;
             }
+            Fault::Failover { endpoint } => {
+                let endpoint = Some(endpoint_name(endpoint).to_owned());
+                for host in 0..2 {
+                    let request = Request::Failover { endpoint: endpoint.clone() };
+                    self.tell(host, Input::Request(request));
+                }
+                return;
+            }
+            Fault::Drain { host, .. } => self.tell(host, Input::Request(Request::Drain)),
             Fault::Stop { host } => {
                 self.tell(host, Input::Goodbye);
                 return;
             }
+            Fault::Restart { host, drain } => {
+                if drain {
+                    self.tell(host, Input::Request(Request::Drain));
+                }
+                self.tell_later(host, if drain { DRAINED } else { 0 }, Input::Leave);
+                return;
+            }
             Fault::PeerRestart { host, .. } => self.hosts[host].process = None,
+            Fault::PeerLeave { host, .. } => {
+                let connection = connection_name(self.scene.tunnel_of(host).0);
+                self.tell(host, Input::Request(Request::Down { connection }));
+                if let Some(p) = &self.hosts[host].process {
+                    let life = p.life;
+                    // Its word is there, and nothing new can come of it.
+                    let gone = self.now + self.net.wan.delay + self.net.wan.jitter + MS;
+                    self.at(gone, Event::Vanish { host, life });
+                }
+            }
         }
         self.at(self.now + fault.lasts(), Event::End(fault));
     }
@@ -381,7 +462,9 @@ impl World {
         log::set_turn(self.now, usize::MAX);
         log::say(&format!("END of {fault:?}"));
         match fault {
-            Fault::Crash { host, .. } | Fault::PeerRestart { host, .. } => self.restart(host),
+            Fault::Crash { host, .. }
+            | Fault::PeerRestart { host, .. }
+            | Fault::PeerLeave { host, .. } => self.restart(host),
             Fault::PowerCut { host, .. } => {
                 if !self.hosts[host].up {
                     self.hosts[host].reboot(self.now, &mut self.dice);
@@ -393,7 +476,8 @@ impl World {
             | Fault::ClockStop { host, .. } => self.resume(host),
             Fault::Cut { link, from, .. } => self.cut(link..link + 1, from, true),
             Fault::CutAll { from, .. } => self.cut(0..self.scene.links, from, true),
-            Fault::Uplink { host, .. } => self.uplink(host, true),
+            Fault::Uplink { host, endpoint, .. } => self.uplink(host, endpoint, true),
+            Fault::Drain { host, .. } => self.tell(host, Input::Request(Request::Undrain)),
             Fault::PairWeather { .. } => {
                 self.net.pair = self.director.pair_weather(self.net.pair);
             }
@@ -401,7 +485,10 @@ impl World {
             Fault::Lag { from, .. } => self.net.lag[from] = 0,
             Fault::Spoil { host, .. } => self.spoil(host, 0),
             Fault::Slow { host, .. } => self.hosts[host].slow = false,
-            Fault::Switchover | Fault::Stop { .. } => {}
+            Fault::Switchover
+            | Fault::Failover { .. }
+            | Fault::Stop { .. }
+            | Fault::Restart { .. } => {}
         }
     }
 
@@ -425,7 +512,10 @@ impl World {
             if let Some(p) = &mut self.hosts[host].process {
                 p.dies_after = None;
             }
-            self.uplink(host, true);
+            self.uplink(host, None, true);
+            if host < 2 {
+                self.tell(host, Input::Request(Request::Undrain));
+            }
         }
         self.net.lag = [0; 2];
         self.net.pair = self.director.pair_weather(self.net.pair);
@@ -435,9 +525,20 @@ impl World {
     }
 
     fn tell(&mut self, host: usize, input: Input) {
+        self.tell_later(host, 0, input);
+    }
+
+    fn tell_later(&mut self, host: usize, after: Nanos, input: Input) {
         if let Some(p) = self.reads(host) {
             let life = p.life;
-            self.at(self.now, Event::Tell { host, life, input });
+            self.at(self.now + after, Event::Tell { host, life, input });
+        }
+    }
+
+    /// A peer's gateway ends.
+    pub(crate) fn vanish(&mut self, host: usize, life: u64) {
+        if self.hosts[host].process.as_ref().is_some_and(|p| p.life == life) {
+            self.hosts[host].process = None;
         }
     }
 
@@ -445,7 +546,7 @@ impl World {
         if let Fault::Crash { host, lost_file: true, .. }
         | Fault::PowerCut { host, lost_file: true, .. } = fault
         {
-            self.hosts[host].disk = None;
+            self.hosts[host].disk = [None; ENDPOINTS];
         }
     }
 
@@ -530,15 +631,21 @@ impl World {
         }
     }
 
-    fn uplink(&mut self, host: usize, up: bool) {
-        if self.hosts[host].wan_up == up {
-            return;
-        }
-        self.hosts[host].wan_up = up;
-        if let (Some(p), true) = (&self.hosts[host].process, host < 2) {
-            let life = p.life;
-            let notice = self.dice.ms(1, 20);
-            self.at(self.now + notice, Event::Tell { host, life, input: Input::Uplink(up) });
+    fn uplink(&mut self, host: usize, endpoint: Option<usize>, up: bool) {
+        for n in 0..ENDPOINTS {
+            if endpoint.is_some_and(|endpoint| endpoint != n) || self.hosts[host].wan_up[n] == up {
+                continue;
+            }
+            self.hosts[host].wan_up[n] = up;
+            if up {
+                self.hosts[host].wan_back[n] = Some(self.now);
+            }
+            if let (Some(p), true) = (&self.hosts[host].process, host < 2) {
+                let life = p.life;
+                let notice = self.dice.ms(1, 20);
+                let input = Input::Uplink(n, up);
+                self.at(self.now + notice, Event::Tell { host, life, input });
+            }
         }
     }
 }

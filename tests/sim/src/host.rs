@@ -17,13 +17,17 @@ use wire::id::{EspSpi, Term};
 use crate::clock::{Clock, Nanos};
 use crate::dice::{Dice, generator};
 use crate::network::Datagram;
-use crate::scene::{Scene, name_of};
+use crate::pins::View;
+use crate::planned::Wishes;
+use crate::scene::{ENDPOINTS, Scene, name_of};
 
 /// What waits for the control loop.
 #[derive(Debug)]
 pub enum Input {
     /// An IKE message.
     Ike {
+        /// Where it came to.
+        endpoint: usize,
         /// The peer.
         from: SocketAddr,
         /// Our address.
@@ -43,36 +47,55 @@ pub enum Input {
     StreamDown(bool),
     /// A probe ended.
     Probe(u8, ha::Probe),
-    /// The WAN interface works, or does not.
-    Uplink(bool),
-    /// A reservation is on disk.
-    Reserved(Term),
+    /// An endpoint's WAN interface works, or does not.
+    Uplink(usize, bool),
+    /// A reservation of an endpoint is on disk.
+    Reserved(usize, Term),
     /// The worker's.
     Report(Box<esp::Report>),
-    /// The worker steered something.
-    Steered,
+    /// The worker steered what came from a peer for this endpoint.
+    Steered(usize),
+    /// A packet from the other instance, for the worker.
+    Handed(Handed),
     /// An operator's.
     Request(Request),
-    /// A planned stop.
+    /// A planned stop that does not wait until everything is handed over.
     Goodbye,
+    /// A planned stop.
+    Leave,
 }
 
 /// What a worker has decided and not yet done.
 #[derive(Debug)]
 pub enum Leaving {
-    /// To the WAN, inside the fence.
-    Wan(Datagram),
-    /// To the LAN, inside the fence.
-    Lan(Vec<u8>),
-    /// To the other instance: plain or ESP.
-    Steer {
-        /// An inner packet on its way out, not an ESP packet on its way in.
-        plain: bool,
-        /// It had come from there.
-        back: bool,
-        /// As it was read.
-        bytes: Vec<u8>,
-    },
+    /// To the WAN, inside the fence of its endpoint.
+    Wan(usize, Datagram),
+    /// To the LAN, inside the fence of the endpoint it came through.
+    Lan(usize, Vec<u8>),
+    /// To the other instance.
+    Steer(Handed),
+}
+
+/// A packet that goes over the pair link.
+#[derive(Debug, Clone)]
+pub struct Handed {
+    /// The endpoint it belongs to.
+    pub endpoint: usize,
+    /// An inner packet on its way out, not an ESP packet on its way in.
+    pub plain: bool,
+    /// It had come from there.
+    pub back: bool,
+    /// As it was read.
+    pub bytes: Vec<u8>,
+}
+
+/// What waits for the worker in its ordered queue.
+#[derive(Debug)]
+pub enum Order {
+    /// For the shard.
+    Shard(esp::Command),
+    /// A packet from the other instance.
+    Handed(Handed),
 }
 
 /// A packet that waits for the worker.
@@ -82,8 +105,6 @@ pub struct Packet {
     pub bytes: Vec<u8>,
     /// Source of the outer packet.
     pub peer: Option<SocketAddr>,
-    /// Over the pair link.
-    pub steered: Option<esp::Steered>,
 }
 
 /// An outbound SA as its shard was told.
@@ -93,6 +114,8 @@ pub struct Outbound {
     pub key: u64,
     /// The inbound SPI that names it.
     pub spi_in: EspSpi,
+    /// The endpoint of its tunnel, as its owner counts.
+    pub endpoint: usize,
 }
 
 /// One life of a daemon.
@@ -107,8 +130,8 @@ pub struct Process {
     pub inbox: VecDeque<Input>,
     /// When the control loop's next turn is.
     pub control_due: Nanos,
-    /// For the shard.
-    pub commands: VecDeque<esp::Command>,
+    /// For the worker.
+    pub orders: VecDeque<Order>,
     /// Read from the TUN.
     pub plain: VecDeque<Packet>,
     /// Read from the socket.
@@ -119,26 +142,32 @@ pub struct Process {
     pub leaving: Vec<Leaving>,
     /// The worker is between its decision and its system call.
     pub in_gap: bool,
-    /// The fence word.
-    pub fence: Duration,
-    /// The virtual address is here.
-    pub present: bool,
+    /// The fence words.
+    pub fence: [Duration; ENDPOINTS],
+    /// The virtual addresses that are here.
+    pub present: [bool; ENDPOINTS],
     /// When the task that sets addresses and announces them is done with what it has.
     pub address_due: Nanos,
     /// The stream it knows.
     pub stream: Option<u64>,
     /// Whose keys its datagrams bear: the newest stream that stood.
     pub keys: u64,
+    /// Until when direct arrivals wait for steered packets, by endpoint.
+    pub held_until: [Duration; ENDPOINTS],
     /// Outbound SAs by SPI.
     pub outbound: BTreeMap<u32, Outbound>,
-    /// The owner depends on the shadow: leases bind.
-    pub synced: bool,
-    /// The shard's term.
-    pub term: Term,
+    /// The owner of an endpoint depends on the shadow: leases bind.
+    pub synced: [bool; ENDPOINTS],
+    /// The tunnels that its shard uses.
+    pub view: View,
+    /// What operators asked of it.
+    pub wishes: Wishes,
     /// It dies after so many more outputs: a kill in the middle of a turn.
     pub dies_after: Option<u64>,
     /// It stops when it owns nothing.
     pub stopping: bool,
+    /// It is to stop by then at the latest, and hands over what it owns.
+    pub leave_by: Option<Nanos>,
 }
 
 /// A machine.
@@ -155,14 +184,16 @@ pub struct Host {
     pub suspended: bool,
     /// The hypervisor's pause or its aftermath: the fence may be open although the other took over.
     pub stopped_until: Nanos,
-    /// Its WAN interface works.
-    pub wan_up: bool,
+    /// Its WAN interfaces work, by endpoint.
+    pub wan_up: [bool; ENDPOINTS],
+    /// When an interface came back last.
+    pub wan_back: [Option<Nanos>; ENDPOINTS],
     /// The kernel still frees the memory of a dead daemon: its port looks open.
     pub closing_until: Nanos,
     /// Its threads wake up late.
     pub slow: bool,
-    /// The term file.
-    pub disk: Option<Term>,
+    /// The term files.
+    pub disk: [Option<Term>; ENDPOINTS],
     /// The daemon.
     pub process: Option<Box<Process>>,
     /// Lives so far.
@@ -181,10 +212,11 @@ impl Host {
             paused: false,
             suspended: false,
             stopped_until: 0,
-            wan_up: true,
+            wan_up: [true; ENDPOINTS],
+            wan_back: [None; ENDPOINTS],
             closing_until: 0,
             slow: false,
-            disk: None,
+            disk: [None; ENDPOINTS],
             process: None,
             lives: 0,
         }
@@ -202,10 +234,10 @@ impl Host {
         self.clock.local(now)
     }
 
-    /// Whether what leaves now passes the fence.
+    /// Whether what leaves now passes the fence of an endpoint.
     #[must_use]
-    pub fn passes(&self, now: Nanos) -> bool {
-        self.up && self.process.as_ref().is_some_and(|p| self.local(now) < p.fence)
+    pub fn passes(&self, now: Nanos, endpoint: usize) -> bool {
+        self.up && self.process.as_ref().is_some_and(|p| self.local(now) < p.fence[endpoint])
     }
 
     /// How long a thread takes to wake up.
@@ -227,7 +259,7 @@ impl Host {
         self.lives += 1;
         let config = match self.index {
             index @ 0..=1 => scene.instance(index as u8)?,
-            index => scene.peer(index - 2)?,
+            index => scene.gateway(index)?,
         };
         // Streams of chance: one per host and life, far from those of the world.
         let stream = 1_000 + self.index as u64 * 1_000_000 + self.lives;
@@ -235,7 +267,7 @@ impl Host {
             config,
             rng: Box::new(generator(seed, stream)),
             seed: Dice::new(seed, stream + 500_000).any(),
-            terms: vec![self.disk],
+            terms: self.disk.to_vec(),
             release: "sim".into(),
             // Neighbouring builds, in every order of upgrades and ways back.
             hold_format: Dice::new(seed, stream + 700_000).chance(400).then_some(1),
@@ -247,30 +279,42 @@ impl Host {
             Some(crate::bugs::Bug::Gateway(bug)) if self.index < 2 => gateway.set_bug(bug),
             _ => {}
         }
-        let config =
-            esp::Config { max_slots: 8192, queue_len: 64, slot_len: 512, ..esp::Config::default() };
+        let config = esp::Config {
+            endpoints: if self.index < 2 { scene.endpoints.len() } else { 1 },
+            max_slots: 8192,
+            queue_len: 128,
+            slot_len: 512,
+            ..esp::Config::default()
+        };
+        let mut shard = esp::Shard::new(config);
+        if let (Some(crate::bugs::Bug::Shard(bug)), 0..=1) = (bug, self.index) {
+            shard.set_bug(bug);
+        }
         self.process = Some(Box::new(Process {
             gateway,
-            shard: esp::Shard::new(config),
+            shard,
             life: self.lives,
             inbox: VecDeque::new(),
             control_due: Nanos::MAX,
-            commands: VecDeque::new(),
+            orders: VecDeque::new(),
             plain: VecDeque::new(),
             sealed: VecDeque::new(),
             worker_due: Nanos::MAX,
             leaving: Vec::new(),
             in_gap: false,
-            fence: Duration::ZERO,
-            present: false,
+            fence: [Duration::ZERO; ENDPOINTS],
+            present: [false; ENDPOINTS],
+            held_until: [Duration::ZERO; ENDPOINTS],
             address_due: now,
             stream: None,
             keys: 0,
             outbound: BTreeMap::new(),
-            synced: false,
-            term: Term(0),
+            synced: [false; ENDPOINTS],
+            view: View::default(),
+            wishes: Wishes::default(),
             dies_after: None,
             stopping: false,
+            leave_by: None,
         }));
         Ok(())
     }
@@ -294,7 +338,6 @@ impl std::fmt::Debug for Process {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Process")
             .field("life", &self.life)
-            .field("term", &self.term)
             .finish_non_exhaustive()
     }
 }

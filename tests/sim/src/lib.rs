@@ -11,7 +11,8 @@
 //! | [`world`] | the queue of events |
 //! | [`faults`], [`director`] | what goes wrong, when, and what must hold afterwards |
 //! | [`traffic`] | numbered inner packets |
-//! | [`checks`] | the invariants |
+//! | [`checks`], [`pins`] | the invariants |
+//! | [`planned`] | what operators ask, and where endpoints should be |
 //! | [`bugs`] | deliberate mistakes that must be caught |
 //! | [`log`] | an ERROR in the log is a failure |
 
@@ -24,6 +25,8 @@ pub mod faults;
 pub mod host;
 pub mod log;
 pub mod network;
+pub mod pins;
+pub mod planned;
 pub mod scene;
 pub mod traffic;
 mod turns;

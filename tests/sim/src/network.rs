@@ -1,9 +1,9 @@
-//! The pair links, the WAN and the switch in front of the virtual address.
+//! The pair links, the WAN and the switch in front of the virtual addresses.
 //!
 //! ```text
 //!   left ══ link 0, 1 (datagrams; one stream) ══ right
 //!     └──────────── switch ─────────────┘
-//!                     │ to whoever announced the address last
+//!                     │ to whoever announced an address last
 //!                    WAN ── peers
 //! ```
 
@@ -11,6 +11,8 @@ use std::net::SocketAddr;
 
 use crate::clock::{Nanos, US};
 use crate::dice::Dice;
+use crate::scene::ENDPOINTS;
+use crate::traffic::Inner;
 
 /// A UDP datagram on the WAN.
 #[derive(Debug, Clone)]
@@ -21,6 +23,8 @@ pub struct Datagram {
     pub to: SocketAddr,
     /// UDP payload.
     pub bytes: Vec<u8>,
+    /// Which inner packet is inside, as far as it was opened.
+    pub inner: Option<Inner>,
 }
 
 /// How a medium treats datagrams.
@@ -92,10 +96,12 @@ pub struct Network {
     pub stream: Option<Stream>,
     /// Streams so far.
     pub streams: u64,
-    /// Which instance gets what is sent to the virtual address.
-    pub switch: Option<usize>,
-    /// Questions about the virtual address without an answer, in a row.
-    pub unanswered: u32,
+    /// By endpoint: which instance gets what is sent to its virtual address.
+    pub switch: [Option<usize>; ENDPOINTS],
+    /// Questions about it without an answer, in a row.
+    pub unanswered: [u32; ENDPOINTS],
+    /// By sender: nothing that is steered arrives before this. A link without loss keeps the order.
+    pub steered_at: [Nanos; 2],
     /// Announcements that the switch misses, in a thousand.
     pub deaf: u64,
 }
@@ -124,8 +130,9 @@ impl Network {
             lag: [0; 2],
             stream: None,
             streams: 0,
-            switch: None,
-            unanswered: 0,
+            switch: [None; ENDPOINTS],
+            unanswered: [0; ENDPOINTS],
+            steered_at: [0; 2],
             deaf: if dice.chance(300) { 300 } else { 0 },
         }
     }

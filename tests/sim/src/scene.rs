@@ -1,4 +1,14 @@
-//! Who is there: the pair `left` and `right` with one endpoint, and lone gateways as its peers; their configurations.
+//! Who is there: the pair `left` and `right` with one endpoint or two, and lone gateways as its peers; their
+//! configurations.
+//!
+//! ```text
+//!   behind the pair ── left ─── main ──┐          ┌── gateway of the tunnel at main ────┐
+//!                                      ├── WAN ───┤                                     ├── behind peer n
+//!                   ── right ── second ┘          └── gateway of the tunnel at second ──┘
+//! ```
+//! A peer has one address and a connection to every endpoint of the pair. Each of its tunnels ends in a gateway of its
+//! own, told apart by the pair's address: so a tunnel can come and go alone, and it is the simulation that says which
+//! tunnel a flow towards the pair takes.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -17,8 +27,27 @@ use wire::ts::{AddrRange, TrafficSelector};
 
 use crate::dice::Dice;
 
-/// The pair's virtual address.
-pub const VIRTUAL: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+/// Most endpoints of a scene.
+pub const ENDPOINTS: usize = 2;
+const NAMES: [&str; ENDPOINTS] = ["main", "second"];
+
+/// The name of an endpoint of the pair.
+#[must_use]
+pub fn endpoint_name(endpoint: usize) -> &'static str {
+    NAMES.get(endpoint).copied().unwrap_or("?")
+}
+
+/// The virtual address of an endpoint of the pair.
+#[must_use]
+pub const fn virtual_address(endpoint: usize) -> Ipv4Addr {
+    Ipv4Addr::new(203, 0, 113, 10 + 10 * endpoint as u8)
+}
+
+/// Which endpoint of the pair has an address.
+#[must_use]
+pub fn endpoint_at(address: IpAddr) -> Option<usize> {
+    (0..ENDPOINTS).find(|endpoint| IpAddr::V4(virtual_address(*endpoint)) == address)
+}
 
 /// WAN address of a peer.
 #[must_use]
@@ -41,6 +70,17 @@ pub fn beyond(peer: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 2 + peer as u8, 0, 5)
 }
 
+/// An endpoint of the pair.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// The instance that is its home.
+    pub home: usize,
+    /// Its tunnels' share of flows.
+    pub weight: u32,
+    /// How it comes home.
+    pub home_coming: HomeComing,
+}
+
 /// What a seed decides about the scene.
 #[derive(Debug, Clone)]
 pub struct Scene {
@@ -48,8 +88,8 @@ pub struct Scene {
     pub peers: usize,
     /// Pair links.
     pub links: usize,
-    /// The instance that is the endpoint's home.
-    pub home: u8,
+    /// The pair's endpoints: one, or two with different homes.
+    pub endpoints: Vec<Place>,
     /// Per peer: whether the pair initiates, or else the peer.
     pub pair_initiates: Vec<bool>,
     /// New SAs begin close to the end of their first lease, as if after a burst: so that leases matter at this rate of
@@ -92,6 +132,20 @@ fn lifetimes(dice: &mut Dice) -> Timers {
     }
 }
 
+fn places(dice: &mut Dice) -> Vec<Place> {
+    let home = dice.below(2) as usize;
+    let preempt = dice.chance(600);
+    let hold_down = Duration::from_millis(dice.between(400, 3_000));
+    let place = |endpoint: usize, weight| Place {
+        home: (home + endpoint) % 2,
+        weight,
+        home_coming: HomeComing { preempt, hold_down },
+    };
+    let weights = if dice.chance(700) { [1, 1] } else { [dice.between(1, 3), dice.between(1, 3)] };
+    let endpoints = if dice.chance(500) { 2 } else { 1 };
+    (0..endpoints).zip(weights).map(|(n, weight)| place(n, weight as u32)).collect()
+}
+
 impl Scene {
     /// Draws one.
     #[must_use]
@@ -100,7 +154,7 @@ impl Scene {
         Self {
             peers,
             links: if dice.chance(850) { 2 } else { 1 },
-            home: dice.below(2) as u8,
+            endpoints: places(dice),
             tight_leases: dice.chance(600),
             pair_initiates: (0..peers).map(|_| dice.chance(500)).collect(),
             timers: PairTimers {
@@ -120,6 +174,25 @@ impl Scene {
         self.links == 1
     }
 
+    /// The hosts: two instances, then a gateway for each tunnel.
+    #[must_use]
+    pub fn hosts(&self) -> usize {
+        2 + self.peers * self.endpoints.len()
+    }
+
+    /// The gateway at the far end of a tunnel.
+    #[must_use]
+    pub fn far_end(&self, peer: usize, endpoint: usize) -> usize {
+        2 + peer * self.endpoints.len() + endpoint
+    }
+
+    /// The peer and the endpoint whose tunnel ends at this host, which is no instance.
+    #[must_use]
+    pub fn tunnel_of(&self, host: usize) -> (usize, usize) {
+        let n = host.saturating_sub(2);
+        (n / self.endpoints.len(), n % self.endpoints.len())
+    }
+
     /// The configuration of an instance of the pair, 0 or 1.
     ///
     /// # Errors
@@ -132,62 +205,75 @@ impl Scene {
             links: (0..self.links).map(|n| link(index, n)).collect(),
         };
         let instances = vec![instance(0), instance(1)];
-        let interface = instances.iter().map(|i| (i.name.clone(), "eth0".to_owned())).collect();
+        let interface: BTreeMap<_, _> =
+            instances.iter().map(|i| (i.name.clone(), "eth0".to_owned())).collect();
+        let here = 0..self.endpoints.len();
         let connections = (0..self.peers)
             .map(|peer| ConnectionParts {
-                endpoints: vec!["main".into()],
+                endpoints: here.clone().map(|n| endpoint_name(n).to_owned()).collect(),
                 remotes: RemoteAddress::Ip(peer_address(peer).into()).into(),
-                ike: self.connection(peer, true),
+                ike: self.connection(peer, 0, true),
             })
             .collect();
+        let endpoints = here.zip(&self.endpoints).map(|(n, place)| {
+            let home = name_of(place.home);
+            let mut parts =
+                endpoint(endpoint_name(n), &home, virtual_address(n), interface.clone());
+            parts.weight = place.weight;
+            parts.home_coming = place.home_coming;
+            parts
+        });
         made(Parts {
             local: name_of(usize::from(index)),
             pair: Some(PairParts { timers: self.timers, digest_key: Secret::from_slice(&[7; 32]) }),
+            endpoints: endpoints.collect(),
             instances,
-            endpoints: vec![endpoint(&name_of(usize::from(self.home)), VIRTUAL, interface)],
             connections,
             limits: limits(),
             keylog: false,
         })
     }
 
-    /// The configuration of a peer.
+    /// The configuration of a peer's gateway.
     ///
     /// # Errors
     /// What the gateway's own checks found.
-    pub fn peer(&self, peer: usize) -> Result<Config, String> {
-        let name = name_of(2 + peer);
+    pub fn gateway(&self, host: usize) -> Result<Config, String> {
+        let (peer, towards) = self.tunnel_of(host);
+        let name = name_of(host);
         made(Parts {
             local: name.clone(),
             pair: None,
             instances: vec![Instance { name: name.clone(), index: 0, links: Vec::new() }],
             endpoints: vec![endpoint(
+                "main",
                 &name,
                 peer_address(peer),
                 BTreeMap::from([(name.clone(), "eth0".to_owned())]),
             )],
             connections: vec![ConnectionParts {
                 endpoints: vec!["main".into()],
-                remotes: RemoteAddress::Ip(VIRTUAL.into()).into(),
-                ike: self.connection(peer, false),
+                remotes: RemoteAddress::Ip(virtual_address(towards).into()).into(),
+                ike: self.connection(peer, towards, false),
             }],
             limits: limits(),
             keylog: false,
         })
     }
 
-    fn connection(&self, peer: usize, of_pair: bool) -> ConnectionConfig {
+    fn connection(&self, peer: usize, endpoint: usize, of_pair: bool) -> ConnectionConfig {
+        let ours_at = virtual_address(endpoint);
         let ours = fqdn("gw.example");
         let theirs = fqdn(&format!("peer{peer}.example"));
         let (local, remote) = (ts(INSIDE), ts(beyond(peer)));
         let (local_id, remote_id) = if of_pair { (ours, theirs) } else { (theirs, ours) };
         let (local_ts, remote_ts) = if of_pair { (local, remote) } else { (remote, local) };
         let initiates = self.pair_initiates.get(peer).copied().unwrap_or(false) == of_pair;
-        let remote_address = if of_pair { peer_address(peer) } else { VIRTUAL };
+        let remote_address = if of_pair { peer_address(peer) } else { ours_at };
         ConnectionConfig {
             name: connection_name(peer),
             id: ConnectionId(0),
-            local_address: IpAddr::V4(if of_pair { VIRTUAL } else { peer_address(peer) }),
+            local_address: IpAddr::V4(if of_pair { ours_at } else { peer_address(peer) }),
             remote_address: RemoteAddress::Ip(remote_address.into()),
             local_id,
             remote_id,
@@ -213,7 +299,7 @@ pub fn connection_name(peer: usize) -> String {
     format!("branch{peer}")
 }
 
-/// The name of a host: two instances, then peers.
+/// The name of a host: two instances, then gateways of peers.
 #[must_use]
 pub fn name_of(host: usize) -> String {
     match host {
@@ -225,7 +311,7 @@ pub fn name_of(host: usize) -> String {
 
 fn fqdn(name: &str) -> ike::Identity {
     // A name with a dot and nothing else is always an FQDN.
-    name.parse().unwrap_or_else(|_| ike::Identity::address(VIRTUAL.into()))
+    name.parse().unwrap_or_else(|_| ike::Identity::address(INSIDE.into()))
 }
 
 /// The /24 around a host.
@@ -236,16 +322,20 @@ fn ts(host: Ipv4Addr) -> TrafficSelector {
     TrafficSelector::all(range.unwrap_or(AddrRange::ALL_V4))
 }
 
-fn endpoint(home: &str, address: Ipv4Addr, interface: BTreeMap<String, String>) -> EndpointParts {
+fn endpoint(
+    name: &str,
+    home: &str,
+    address: Ipv4Addr,
+    interface: BTreeMap<String, String>,
+) -> EndpointParts {
     EndpointParts {
-        name: "main".into(),
+        name: name.into(),
         home: home.into(),
         wan: WanParts { address: address.into(), prefix: Some(24), gateway: None, interface },
         lan: None,
         on_failure: OnFailure::Adopt,
         weight: 1,
-        // The simulation moves endpoints by its own plan.
-        home_coming: HomeComing { preempt: false, ..HomeComing::default() },
+        home_coming: HomeComing::default(),
     }
 }
 
@@ -272,8 +362,10 @@ mod tests {
             for index in 0..2 {
                 scene.instance(index).unwrap();
             }
-            for peer in 0..scene.peers {
-                scene.peer(peer).unwrap();
+            for host in 2..scene.hosts() {
+                scene.gateway(host).unwrap();
+                let (peer, endpoint) = scene.tunnel_of(host);
+                assert_eq!(scene.far_end(peer, endpoint), host);
             }
         }
     }

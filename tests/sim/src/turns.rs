@@ -1,6 +1,6 @@
 //! The two actors of a daemon: the control loop's turn and the worker's, as `tandem` runs them.
 
-use wire::id::{EndpointId, Term};
+use wire::id::EndpointId;
 use wire::natt::NON_ESP_MARKER;
 
 use esp::{Command, Direction, Reason, Verdict};
@@ -9,14 +9,18 @@ use gateway::{Gateway, Output};
 use crate::bugs::{Bug, Runtime};
 use crate::checks::hash;
 use crate::clock::{MS, Nanos, US};
-use crate::host::{Input, Leaving, Outbound, Packet, Process};
+use crate::host::{Handed, Input, Leaving, Order, Outbound, Packet, Process};
 use crate::log;
 use crate::network::{Datagram, Item};
-use crate::scene::VIRTUAL;
+use crate::pins::Change;
+use crate::scene::{ENDPOINTS, virtual_address};
+use crate::traffic;
 use crate::world::{Event, Steered, World};
 
-/// The only endpoint.
-pub(crate) const MAIN: EndpointId = EndpointId(0);
+/// A planned stop waits for so long for everything to be handed over, as `tandemd` does,
+const HAND_OVER: Nanos = 1_500 * MS;
+/// and then steers stragglers for so long.
+const STRAGGLERS: Nanos = 300 * MS;
 /// Room for one batch's packets of one direction.
 const BATCH: usize = 32;
 
@@ -45,7 +49,7 @@ impl World {
                 let down = self.director.downtime();
                 self.at(now + 5 * MS, Event::Exit { host, life, down });
             }
-            let commands = !p.commands.is_empty();
+            let commands = !p.orders.is_empty();
             self.hosts[host].process = Some(p);
             let wake = self.hosts[host].wake(&mut self.dice);
             self.wake_control(host, due.max(now + US) + wake);
@@ -53,14 +57,7 @@ impl World {
                 self.wake_worker_soon(host);
             }
             if host < 2 {
-                let role = self.pair_status(host).map(|status| status.role);
-                if let Some(p) = &mut self.hosts[host].process {
-                    p.synced = matches!(
-                        role,
-                        Some(ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering)
-                    );
-                }
-                self.compare_logs();
+                self.compare_logs(host);
             }
         } else {
             self.gone(host, &p, false);
@@ -83,22 +80,29 @@ impl World {
         while let Some(input) = p.inbox.pop_front() {
             let g = &mut p.gateway;
             match input {
-                Input::Ike { from, to, bytes, steered } => {
-                    g.handle_ike(now, MAIN, from, to, &bytes, steered)
+                Input::Ike { endpoint, from, to, bytes, steered } => {
+                    g.handle_ike(now, id(endpoint), from, to, &bytes, steered)
                 }
                 Input::Heartbeat(link, bytes) => g.handle_heartbeat(now, link, &bytes),
                 Input::Frame(bytes) => g.handle_frame(now, &bytes),
                 Input::StreamUp(link) => g.handle_stream_up(now, link),
                 Input::StreamDown(goodbye) => g.handle_stream_down(now, goodbye),
                 Input::Probe(link, result) => g.handle_probe_result(now, link, result),
-                Input::Uplink(up) => g.handle_uplink(now, MAIN, up),
-                Input::Reserved(term) => g.handle_reserved(now, MAIN, term),
+                Input::Uplink(endpoint, up) => g.handle_uplink(now, id(endpoint), up),
+                Input::Reserved(endpoint, term) => g.handle_reserved(now, id(endpoint), term),
                 Input::Report(report) => g.handle_report(now, *report),
-                Input::Steered => g.note_steered(now, MAIN),
-                Input::Request(request) => g.handle_request(now, 1, &request),
+                Input::Steered(endpoint) => g.note_steered(now, id(endpoint)),
+                Input::Handed(packet) => p.orders.push_back(Order::Handed(packet)),
+                Input::Request(request) => {
+                    g.handle_request(now, 1, &request);
+                    self.note_request(host, p, &request);
+                }
                 Input::Goodbye => {
                     g.goodbye(now);
                     p.stopping = true;
+                }
+                Input::Leave => {
+                    p.leave_by.get_or_insert(self.now + HAND_OVER);
                 }
             }
             if !self.carry_out(host, p) {
@@ -106,7 +110,23 @@ impl World {
             }
         }
         p.gateway.handle_turn(now);
-        self.carry_out(host, p)
+        if !self.carry_out(host, p) {
+            return false;
+        }
+        if let Some(deadline) = p.leave_by.filter(|_| !p.stopping) {
+            p.gateway.leave(now);
+            if !self.carry_out(host, p) {
+                return false;
+            }
+            if p.gateway.owns_nothing() && deadline > self.now + STRAGGLERS {
+                p.leave_by = Some(self.now + STRAGGLERS);
+            } else if self.now >= deadline {
+                p.gateway.goodbye(now);
+                p.stopping = true;
+                return self.carry_out(host, p);
+            }
+        }
+        true
     }
 
     /// Carries the outputs out, in order; `false` if the process died between two of them.
@@ -119,9 +139,10 @@ impl World {
                 }
             }
             match output {
-                Output::Ike { endpoint: _, from, to, bytes } => {
+                Output::Ike { endpoint, from, to, bytes } => {
                     // ha.md, the fence: control compares it before IKE.
-                    if self.outside_fence(host, p) {
+                    let endpoint = usize::from(endpoint.0);
+                    if self.outside_fence(host, p, endpoint) {
                         continue;
                     }
                     let bytes = if from.port() == 500 || bytes.len() == 1 {
@@ -129,34 +150,37 @@ impl World {
                     } else {
                         [&NON_ESP_MARKER[..], &bytes].concat()
                     };
-                    self.send_wan(host, p, Datagram { from, to, bytes });
+                    self.send_wan(host, p, endpoint, Datagram { from, to, bytes, inner: None });
                 }
-                Output::SteerIke { endpoint: _, from, to, bytes } => {
+                Output::SteerIke { endpoint, from, to, bytes } => {
                     let keys = p.keys;
-                    self.steer(host, keys, &Steered::Ike(from, to, bytes));
+                    let endpoint = usize::from(endpoint.0);
+                    self.steer(host, keys, &Steered::Ike(endpoint, from, to, bytes));
                 }
                 Output::Pair(transmit) => self.pair_transmit(host, p, transmit),
                 Output::Shard(command) => self.command(host, p, command),
-                Output::Fence { endpoint: _, valid_until } => {
+                Output::Fence { endpoint, valid_until } => {
                     let local = self.hosts[host].local(self.now);
-                    if log::verbose() && (valid_until > local) != (p.fence > local) {
-                        log::say(if valid_until > local {
-                            "  fence opens"
-                        } else {
-                            "  fence closes"
-                        });
+                    let fence = &mut p.fence[usize::from(endpoint.0)];
+                    if log::verbose() && (valid_until > local) != (*fence > local) {
+                        let what = if valid_until > local { "opens" } else { "closes" };
+                        log::say(&format!("  fence of {endpoint} {what}"));
                     }
-                    p.fence = valid_until;
+                    *fence = valid_until;
                 }
-                Output::Addresses { endpoint: _, present } => {
-                    self.address_task(host, p, Some(present))
+                Output::Addresses { endpoint, present } => {
+                    self.address_task(host, p, usize::from(endpoint.0), Some(present))
                 }
-                Output::Announce { endpoint: _ } => self.address_task(host, p, None),
-                Output::Reserve { endpoint: _, up_to } => {
+                Output::Announce { endpoint } => {
+                    self.address_task(host, p, usize::from(endpoint.0), None)
+                }
+                Output::Reserve { endpoint, up_to } => {
                     let delay = self.dice.us(100, 20_000);
-                    self.at(self.now + delay, Event::Disk { host, life: p.life, term: up_to });
+                    let (endpoint, life) = (usize::from(endpoint.0), p.life);
+                    self.at(self.now + delay, Event::Disk { host, life, endpoint, term: up_to });
                 }
                 Output::Answer { answer, .. } => {
+
                     if log::verbose() && !matches!(answer, gateway::Answer::Status(_)) {
                         log::say(&format!("  answers {answer:?}"));
                     }
@@ -167,24 +191,28 @@ impl World {
         true
     }
 
-    fn outside_fence(&self, host: usize, p: &Process) -> bool {
-        self.hosts[host].local(self.now) >= p.fence
-            && self.bug != Some(Bug::Runtime(Runtime::IgnoreFence))
+    fn outside_fence(&self, host: usize, p: &Process, endpoint: usize) -> bool {
+        self.hosts[host].local(self.now) >= self.fences(p)[endpoint]
     }
 
-    fn address_task(&mut self, host: usize, p: &mut Process, present: Option<bool>) {
-        p.address_due = p.address_due.max(self.now) + self.dice.us(30, 1_500);
-        self.at(p.address_due, Event::Address { host, life: p.life, present });
-    }
-
-    fn steer(&mut self, host: usize, keys: u64, what: &Steered) {
-        if host >= 2 {
-            return;
+    /// The fence words as the worker and the IKE sockets read them.
+    fn fences(&self, p: &Process) -> [std::time::Duration; ENDPOINTS] {
+        match self.bug {
+            Some(Bug::Runtime(Runtime::IgnoreFence)) => [std::time::Duration::MAX; ENDPOINTS],
+            Some(Bug::Runtime(Runtime::OneFenceForAll)) => [p.fence[0].max(p.fence[1]); ENDPOINTS],
+            _ => p.fence,
         }
-        let link = (0..self.scene.links)
-            .find(|link| self.net.links[*link].iter().all(|up| *up))
-            .unwrap_or(0);
-        self.send_link(host, link, || Event::Steered { to: 1 - host, keys, what: what.clone() });
+    }
+
+    fn address_task(
+        &mut self,
+        host: usize,
+        p: &mut Process,
+        endpoint: usize,
+        present: Option<bool>,
+    ) {
+        p.address_due = p.address_due.max(self.now) + self.dice.us(30, 1_500);
+        self.at(p.address_due, Event::Address { host, life: p.life, endpoint, present });
     }
 
     fn pair_transmit(&mut self, host: usize, p: &mut Process, transmit: ha::Transmit) {
@@ -220,9 +248,9 @@ impl World {
     /// ha.md, "Takeover, in order": nothing of the old term is acknowledged by a new owner.
     fn check_ack(&mut self, host: usize, p: &Process, bytes: &[u8]) {
         if let Some(term) = crate::checks::acked_term(bytes) {
-            let status = p.gateway.pair().status(self.hosts[host].local(self.now));
-            let owned = status.endpoints.first().filter(|s| matches!(s.role, ha::Role::Owner(_)));
-            if owned.is_some_and(|owned| owned.term.0 != term) {
+            let status = p.gateway.pair().status(self.hosts[host].local(self.now)).endpoints;
+            // An owner of all acknowledges nothing but what is of its own terms.
+            if status.iter().all(|s| matches!(s.role, ha::Role::Owner(_)) && s.term.0 != term) {
                 self.checks
                     .violate(4, format!("an owner acknowledged a record of the old term {term}"));
             }
@@ -231,17 +259,21 @@ impl World {
 
     /// A command on its way to the shard: what it means is noted, then it queues.
     fn command(&mut self, host: usize, p: &mut Process, mut command: Command) {
-        if self.bug == Some(Bug::Runtime(Runtime::TermNotInIv)) && host < 2 {
-            match &mut command {
-                Command::Own { term, .. } => *term = Term(2),
-                // Keys know their first term, and none gives an IV in a term before that.
-                Command::Install(sa) => sa.born = Term(2),
-                _ => {}
-            }
+        if let (Some(Bug::Runtime(bug)), 0..=1) = (self.bug, host)
+            && !bug.spoil(host, &mut command)
+        {
+            return;
         }
         match &mut command {
             Command::Install(sa) => {
-                let out = Outbound { key: hash(sa.keymat_out.expose()), spi_in: sa.spi_in };
+                let key = hash(sa.keymat_out.expose());
+                let endpoint = if host < 2 {
+                    usize::from(sa.endpoint.0)
+                } else {
+                    self.scene.tunnel_of(host).1
+                };
+                let out = Outbound { key, spi_in: sa.spi_in, endpoint };
+                self.keys.note(sa);
                 p.outbound.insert(sa.spi_out.0, out);
                 if host < 2 {
                     self.checks.ceiling(host, sa.spi_in, sa.ceiling);
@@ -252,8 +284,14 @@ impl World {
                     sa.next_seq = esp::INITIAL_CEILING - 2 - few;
                 }
             }
-            Command::Own { seq_jump, .. } if host < 2 && *seq_jump >= 1 << 28 => {
-                self.checks.doubt = true;
+            Command::Own { endpoint, seq_jump, .. } if host < 2 => {
+                self.checks.doubt |= *seq_jump >= 1 << 28;
+                p.wishes.owns(usize::from(endpoint.0));
+            }
+            // This is said in a grant alone.
+            Command::HoldDirect { endpoint, until } if host < 2 => {
+                p.held_until[usize::from(endpoint.0)] = *until;
+                self.note_grant(host, p, usize::from(endpoint.0));
             }
             Command::Lease { spi_in, ceiling } if host < 2 => {
                 self.checks.ceiling(host, *spi_in, *ceiling)
@@ -268,7 +306,7 @@ impl World {
         {
             log::say(&format!("  shard ← {}", brief(&command)));
         }
-        p.commands.push_back(command);
+        p.orders.push_back(Order::Shard(command));
     }
 
     // ---- worker
@@ -287,6 +325,9 @@ impl World {
         let Some(mut p) = self.hosts[host].process.take() else { return };
         log::set_turn(now, host);
         self.work(host, &mut p);
+        if p.leaving.is_empty() {
+            self.report(host, &mut p);
+        }
         let report = !p.inbox.is_empty();
         let wakeup =
             p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(now + 20 * US));
@@ -312,76 +353,118 @@ impl World {
 
     fn work(&mut self, host: usize, p: &mut Process) {
         let local = self.hosts[host].local(self.now);
-        while let Some(command) = p.commands.pop_front() {
-            if let Command::Own { term, .. } = &command {
-                p.term = *term;
-            }
-            if let Err(error) = p.shard.apply(command) {
-                match error {
-                    // A removal overtook a lease or a window: ordinary.
-                    esp::CommandError::UnknownSa(_) => {}
-                    error => {
-                        self.checks.violate(0, format!("the shard refused a command: {error}"))
-                    }
+        let fences = self.fences(p);
+        let mut batch = std::mem::replace(&mut self.batch, esp::Batch::new(0, 0));
+        batch.clear();
+        // Steered packets keep their place among the commands.
+        let mut collected = None;
+        while let Some(order) = p.orders.pop_front() {
+            let plain = match &order {
+                Order::Handed(packet) => Some(packet.plain),
+                Order::Shard(_) => None,
+            };
+            if collected != plain || batch.is_full() {
+                if let Some(plain) = collected {
+                    judge(&mut p.shard, plain, local, &fences, &mut batch);
+                    self.decide(host, p, &mut batch);
+                    batch.clear();
                 }
+                collected = plain;
+            }
+            match order {
+                Order::Handed(packet) => self.collect(&mut batch, &packet),
+                Order::Shard(command) => self.apply(host, p, command),
             }
         }
-        let open = self.bug == Some(Bug::Runtime(Runtime::IgnoreFence));
-        let fences = [if open { std::time::Duration::MAX } else { p.fence }];
-        let mut batch = std::mem::replace(&mut self.batch, esp::Batch::new(0, 0));
+        if let Some(plain) = collected {
+            judge(&mut p.shard, plain, local, &fences, &mut batch);
+            self.decide(host, p, &mut batch);
+        }
         while p.shard.flush(local, &fences, &mut batch) > 0 {
             self.decide(host, p, &mut batch);
         }
-        if !p.plain.is_empty() {
-            fill(&mut batch, &mut p.plain);
-            p.shard.outbound(local, &fences, &mut batch);
-            self.decide(host, p, &mut batch);
-        }
-        if !p.sealed.is_empty() {
-            fill(&mut batch, &mut p.sealed);
-            p.shard.inbound(local, &fences, &mut batch);
-            self.decide(host, p, &mut batch);
+        for plain in [true, false] {
+            let packets = if plain { &mut p.plain } else { &mut p.sealed };
+            if !packets.is_empty() {
+                fill(&mut batch, packets);
+                judge(&mut p.shard, plain, local, &fences, &mut batch);
+                self.decide(host, p, &mut batch);
+            }
         }
         batch.clear();
         self.batch = batch;
+    }
+
+    /// The worker tells what it knows, after its system calls.
+    fn report(&mut self, host: usize, p: &mut Process) {
+        let local = self.hosts[host].local(self.now);
         while let Some(report) = p.shard.poll_report(local) {
             p.inbox.push_back(Input::Report(Box::new(report)));
         }
     }
 
+    fn apply(&mut self, host: usize, p: &mut Process, command: Command) {
+        if matches!(command, Command::Hold { .. }) {
+            self.burst();
+        }
+        let change = Change::of(&command);
+        match (p.shard.apply(command), change) {
+            (Ok(()), Some(change)) => {
+                if p.view.note(self.now, change) && host < 2 {
+                    self.burst();
+                }
+            }
+            // A removal overtook a lease or a window: ordinary.
+            (Ok(()), None) | (Err(esp::CommandError::UnknownSa(_)), _) => {}
+            (Err(error), _) => {
+                self.checks.violate(0, format!("the shard refused a command: {error}"))
+            }
+        }
+    }
+
+    /// Puts a packet of the other instance into the batch.
+    fn collect(&self, batch: &mut esp::Batch, packet: &Handed) {
+        let Some(slot) = batch.push() else { return };
+        slot.fill(&packet.bytes);
+        let steered = esp::Steered { endpoint: id(packet.endpoint), back: packet.back };
+        let unmarked = self.bug == Some(Bug::Runtime(Runtime::SteeredUnmarked));
+        slot.steered = (!unmarked).then_some(steered);
+    }
+
     fn decide(&mut self, host: usize, p: &mut Process, batch: &mut esp::Batch) {
         for slot in batch.slots_mut() {
             match slot.verdict() {
-                Verdict::Send { from, to, .. } => {
+                Verdict::Send { endpoint, from, to, .. } => {
                     let bytes = slot.packet().to_vec();
-                    if host < 2
-                        && p.synced
-                        && let Some(head) = wire::esp::Header::parse(&bytes)
-                        && let Some(out) = p.outbound.get(&head.spi.0)
-                    {
-                        let seq = bytes
-                            .get(4..8)
-                            .and_then(|b| b.try_into().ok())
-                            .map_or(0, u32::from_be_bytes);
-                        self.checks.sealed(host, out.spi_in, out.key, seq);
+                    if host < 2 {
+                        self.sealed(host, p, &bytes);
                     }
-                    p.leaving.push(Leaving::Wan(Datagram { from, to, bytes }));
+                    let datagram = Datagram { from, to, bytes, inner: None };
+                    p.leaving.push(Leaving::Wan(usize::from(endpoint.0), datagram));
                 }
-                Verdict::Deliver { .. } => p.leaving.push(Leaving::Lan(slot.packet().to_vec())),
-                Verdict::Steer { .. } => {
+                Verdict::Deliver { endpoint } => {
+                    let bytes = slot.packet().to_vec();
+                    p.leaving.push(Leaving::Lan(usize::from(endpoint.0), bytes));
+                }
+                Verdict::Steer { endpoint } => {
                     let plain = slot.direction() == Direction::Outbound;
                     let back = slot.steered.is_some();
-                    p.leaving.push(Leaving::Steer { plain, back, bytes: slot.packet().to_vec() });
-                    p.inbox.push_back(Input::Steered);
+                    let endpoint = usize::from(endpoint.0);
+                    let bytes = slot.packet().to_vec();
+                    p.leaving.push(Leaving::Steer(Handed { endpoint, plain, back, bytes }));
+                    if !plain {
+                        p.inbox.push_back(Input::Steered(endpoint));
+                    }
                 }
                 Verdict::Drop(Reason::NoSa)
                     if self.bug == Some(Bug::Runtime(Runtime::SendInClear)) =>
                 {
-                    let at = |port| std::net::SocketAddr::from((VIRTUAL, port));
-                    let datagram =
-                        Datagram { from: at(4500), to: at(4500), bytes: slot.packet().to_vec() };
-                    p.leaving.push(Leaving::Wan(datagram));
+                    let at = |port| std::net::SocketAddr::from((virtual_address(0), port));
+                    let bytes = slot.packet().to_vec();
+                    let datagram = Datagram { from: at(4500), to: at(4500), bytes, inner: None };
+                    p.leaving.push(Leaving::Wan(0, datagram));
                 }
+                Verdict::Drop(Reason::NoSa) if host < 2 => self.unsealed(p, slot.packet()),
                 Verdict::Drop(Reason::Unjudged) | Verdict::Pending => {
                     self.checks.violate(0, "the shard did not decide on a packet".into());
                 }
@@ -390,6 +473,31 @@ impl World {
                 }
                 Verdict::Drop(_) | Verdict::Held => {}
             }
+        }
+    }
+
+    /// A shard of the pair sealed a packet: below its lease, and with an SA that it may use.
+    fn sealed(&mut self, host: usize, p: &Process, packet: &[u8]) {
+        let Some(head) = wire::esp::Header::parse(packet) else { return };
+        let Some(out) = p.outbound.get(&head.spi.0) else { return };
+        let seq = packet.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes);
+        if p.synced[out.endpoint] {
+            self.checks.sealed(host, out, seq);
+        }
+        if !p.view.uses(out.spi_in.0) {
+            let text = format!("SA {} seals, and is not in use", out.spi_in);
+            self.checks.violate(6, text);
+        }
+    }
+
+    /// A packet found no SA: then none of its connection's tunnels lives.
+    fn unsealed(&mut self, p: &Process, packet: &[u8]) {
+        let flow = traffic::inner(packet).and_then(|inner| self.traffic.flows.get(inner.flow));
+        let Some(flow) = flow else { return };
+        let sure = p.view.sure(self.now, flow.peer);
+        if let Some(lives) = sure.iter().position(|sure| *sure) {
+            let text = format!("a packet found no SA, and the tunnel at endpoint {lives} lives");
+            self.checks.violate(6, text);
         }
     }
 
@@ -404,32 +512,35 @@ impl World {
             return;
         }
         p.in_gap = false;
-        let outside = self.outside_fence(host, &p);
         for leaving in std::mem::take(&mut p.leaving) {
             match leaving {
-                Leaving::Steer { plain, back, bytes } => {
-                    let what = match plain {
-                        true => Steered::Plain(bytes, back),
-                        false => Steered::Esp(bytes, back),
-                    };
-                    self.steer(host, p.keys, &what);
-                }
-                _ if outside => {}
-                Leaving::Wan(datagram) => self.send_wan(host, &p, datagram),
-                Leaving::Lan(packet) => {
-                    self.must_pass(host, &p);
+                Leaving::Steer(packet) => self.steer(host, p.keys, &Steered::Packet(packet)),
+                Leaving::Wan(endpoint, _) | Leaving::Lan(endpoint, _)
+                    if self.outside_fence(host, &p, endpoint) => {}
+                Leaving::Wan(endpoint, datagram) => self.send_wan(host, &p, endpoint, datagram),
+                Leaving::Lan(endpoint, packet) => {
+                    if let (true, Some(inner)) = (log::verbose(), traffic::inner(&packet)) {
+                        log::set_turn(self.now, host);
+                        log::say(&format!("  delivers {inner} of {endpoint}"));
+                    }
+                    self.must_pass(host, &p, endpoint);
                     if let Err(why) = self.traffic.arrive(self.now, host < 2, &packet) {
                         self.checks.violate(0, why);
                     }
                 }
             }
         }
-        let pending = !p.plain.is_empty() || !p.sealed.is_empty() || !p.commands.is_empty();
+        self.report(host, &mut p);
+        let reported = !p.inbox.is_empty();
+        let pending = !p.plain.is_empty() || !p.sealed.is_empty() || !p.orders.is_empty();
         let wakeup =
             p.shard.next_wakeup().map(|at| self.hosts[host].clock.when(at).max(self.now + 20 * US));
         self.hosts[host].process = Some(p);
         if pending {
             self.wake_worker(host, self.now + 2 * US);
+        }
+        if reported {
+            self.wake_soon(host);
         }
         if let Some(at) = wakeup {
             self.wake_worker(host, at);
@@ -443,9 +554,26 @@ fn fill(batch: &mut esp::Batch, packets: &mut std::collections::VecDeque<Packet>
         let Some(packet) = packets.pop_front() else { break };
         let Some(slot) = batch.push() else { break };
         slot.fill(&packet.bytes);
-        slot.steered = packet.steered;
         slot.peer = packet.peer;
     }
+}
+
+fn judge(
+    shard: &mut esp::Shard,
+    plain: bool,
+    now: std::time::Duration,
+    fences: &[std::time::Duration],
+    batch: &mut esp::Batch,
+) {
+    if plain {
+        shard.outbound(now, fences, batch);
+    } else {
+        shard.inbound(now, fences, batch);
+    }
+}
+
+fn id(endpoint: usize) -> EndpointId {
+    EndpointId(endpoint as u8)
 }
 
 /// A command without its keys and selectors.

@@ -1,24 +1,24 @@
 //! The world: hosts, what lies between them, and the queue of what happens next. One seed, one course of events.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-use std::net::IpAddr;
+use std::collections::{BinaryHeap, HashMap};
 
 use wire::id::Term;
 use wire::natt;
 
 use crate::bugs::Bug;
-use crate::checks::{Checks, Kind};
-use crate::clock::{MS, Nanos, S};
+use crate::checks::{Checks, Kind, esp_of, hash};
+use crate::clock::{MS, Nanos, S, US};
 use crate::dice::Dice;
 use crate::director::Director;
 use crate::faults::Fault;
-use crate::host::{Host, Input, Packet, Process};
+use crate::host::{Handed, Host, Input, Packet, Process};
 use crate::log;
 use crate::network::{Datagram, Item, Network, Stream};
-use crate::scene::{Scene, VIRTUAL, name_of, peer_of};
+use crate::pins::{Keys, Pinned};
+use crate::planned::Homes;
+use crate::scene::{Scene, endpoint_at, name_of, peer_of};
 use crate::traffic::Traffic;
-use crate::turns::MAIN;
 
 /// Packets that a socket or the TUN holds for a daemon that does not read.
 const SOCKET: usize = 512;
@@ -51,21 +51,25 @@ pub(crate) enum Event {
     /// Something for a control loop, if that process still lives.
     Tell { host: usize, life: u64, input: Input },
     /// An address is set (or removed), or announced.
-    Address { host: usize, life: u64, present: Option<bool> },
+    Address { host: usize, life: u64, endpoint: usize, present: Option<bool> },
     /// A term is on disk.
-    Disk { host: usize, life: u64, term: Term },
+    Disk { host: usize, life: u64, endpoint: usize, term: Term },
     /// The instances try to connect.
     Connect,
-    /// Neighbours ask for the virtual address.
+    /// Neighbours ask for the virtual addresses.
     Ask,
     /// Inner packets set out.
     Traffic,
+    /// A few more of them, about something that concerns packets under way.
+    Burst,
     /// Somebody rekeys, now and then, or just once.
     Rekey { again: bool },
     /// A fault begins.
     Fault(Fault),
     /// It ends.
     End(Fault),
+    /// A peer's gateway ends.
+    Vanish { host: usize, life: u64 },
     /// A process that said goodbye is gone.
     Exit { host: usize, life: u64, down: Nanos },
     /// The director looks around.
@@ -75,11 +79,9 @@ pub(crate) enum Event {
 /// What is steered.
 #[derive(Debug, Clone)]
 pub(crate) enum Steered {
-    /// An inner packet, and whether it is handed back.
-    Plain(Vec<u8>, bool),
-    /// The same for an ESP packet.
-    Esp(Vec<u8>, bool),
-    Ike(std::net::SocketAddr, std::net::SocketAddr, Vec<u8>),
+    Packet(Handed),
+    /// What came to an endpoint, from whom, to which address.
+    Ike(usize, std::net::SocketAddr, std::net::SocketAddr, Vec<u8>),
 }
 
 struct Next {
@@ -121,6 +123,10 @@ pub struct World {
     pub(crate) bug: Option<Bug>,
     pub(crate) director: Director,
     pub(crate) batch: esp::Batch,
+    pub(crate) keys: Keys,
+    pub(crate) homes: Homes,
+    /// How often a packet crossed the pair link, by its hash.
+    crossings: HashMap<u64, u8>,
     /// Until when two senders are allowed: a full partition and its aftermath.
     pub(crate) partition_until: Nanos,
     /// Steps in which two senders were excused by a cut, by a clock that stood still.
@@ -142,14 +148,14 @@ impl World {
         let mut dice = Dice::new(seed, 0);
         let scene = Scene::draw(&mut dice);
         let net = Network::draw(&mut dice, scene.links);
-        let hosts = (0..2 + scene.peers).map(|index| Host::new(index, 0, &mut dice)).collect();
+        let hosts = (0..scene.hosts()).map(|index| Host::new(index, 0, &mut dice)).collect();
         let director = Director::new(&mut dice);
         let mut world = Self {
             seed,
             now: 0,
             order: 0,
             queue: BinaryHeap::new(),
-            traffic: Traffic::new(scene.peers),
+            traffic: Traffic::new(&scene, &mut dice),
             scene,
             hosts,
             net,
@@ -158,6 +164,9 @@ impl World {
             bug,
             director,
             batch: esp::Batch::new(64, 512),
+            keys: Keys::default(),
+            homes: Homes::default(),
+            crossings: HashMap::new(),
             partition_until: 0,
             excuses: [0; 2],
             deaf_since: None,
@@ -206,8 +215,10 @@ impl World {
     }
 
     fn check(&mut self) {
-        if self.hosts[0].passes(self.now) && self.hosts[1].passes(self.now) {
-            self.overlap();
+        for endpoint in 0..self.scene.endpoints.len() {
+            if self.hosts.iter().take(2).all(|host| host.passes(self.now, endpoint)) {
+                self.overlap(endpoint);
+            }
         }
         for error in log::take_errors() {
             let told = error.contains("cannot be used") || error.contains("unusable, and not");
@@ -221,14 +232,19 @@ impl World {
         }
     }
 
-    /// Both instances pass the fence now.
-    fn overlap(&mut self) {
-        let stopped = self.hosts.iter().take(2).any(|host| self.now < host.stopped_until);
+    /// The clock of an instance stands still, or did so until a moment ago.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.hosts.iter().take(2).any(|host| self.now < host.stopped_until)
+    }
+
+    /// Both instances pass the fence of an endpoint now.
+    fn overlap(&mut self, endpoint: usize) {
+        let stopped = self.is_stopped();
         let cut = self.now < self.partition_until;
         for (count, excuse) in self.excuses.iter_mut().zip([cut, stopped]) {
             *count += u64::from(excuse);
         }
-        self.checks.fences(self.now, stopped || cut);
+        self.checks.fences(self.now, endpoint, stopped || cut);
     }
 
     pub(crate) fn at(&mut self, at: Nanos, event: Event) {
@@ -247,7 +263,12 @@ impl World {
         }
         self.hosts[host].start(self.now, seed, &self.scene, self.bug)?;
         log::set_turn(self.now, host);
-        log::say(&format!("starts with term file {:?}", self.hosts[host].disk));
+        log::say(&format!("starts with term files {:?}", self.hosts[host].disk));
+        for (endpoint, up) in self.hosts[host].wan_up.into_iter().enumerate() {
+            if let (Some(p), false, 0..=1) = (self.hosts[host].process.as_mut(), up, host) {
+                p.inbox.push_back(Input::Uplink(endpoint, up));
+            }
+        }
         self.wake_control(host, self.now);
         Ok(())
     }
@@ -288,7 +309,11 @@ impl World {
             Event::Tell { host, life, input } if self.hosts[host].suspended => {
                 self.at(self.now + 20 * MS, Event::Tell { host, life, input });
             }
-            Event::Tell { host, life, input } => {
+            Event::Tell { host, life, mut input } => {
+                if let Input::Uplink(endpoint, up) = &mut input {
+                    // However late it is told: as it is now.
+                    *up = self.hosts[host].wan_up[*endpoint];
+                }
                 if let Some(p) = self.reads(host)
                     && p.life == life
                 {
@@ -296,8 +321,10 @@ impl World {
                     self.wake_soon(host);
                 }
             }
-            Event::Address { host, life, present } => self.address(host, life, present),
-            Event::Disk { host, life, term } => self.written(host, life, term),
+            Event::Address { host, life, endpoint, present } => {
+                self.address(host, life, endpoint, present)
+            }
+            Event::Disk { host, life, endpoint, term } => self.written(host, life, endpoint, term),
             Event::Connect => {
                 self.connect();
                 self.at(self.now + RETRY, Event::Connect);
@@ -306,10 +333,16 @@ impl World {
                 self.ask();
                 self.at(self.now + ASK, Event::Ask);
             }
-            Event::Traffic => self.traffic_tick(),
+            Event::Traffic => {
+                self.traffic_tick();
+                let pause = self.dice.ms(8, 32);
+                self.at(self.now + pause, Event::Traffic);
+            }
+            Event::Burst => self.traffic_tick(),
             Event::Rekey { again } => self.rekey(again),
             Event::Fault(fault) => self.begin(fault),
             Event::End(fault) => self.end(fault),
+            Event::Vanish { host, life } => self.vanish(host, life),
             Event::Exit { host, life, down } => self.exit(host, life, down),
             Event::Direct => self.direct(),
         }
@@ -354,20 +387,30 @@ impl World {
 
     // ---- the WAN
 
-    /// A datagram leaves a host: everything on the wire passes here.
-    pub(crate) fn send_wan(&mut self, host: usize, p: &Process, datagram: Datagram) {
-        self.must_pass(host, p);
-        let kind =
-            self.checks.wan(self.now, &datagram, |spi| p.outbound.get(&spi).map(|out| out.key));
-        if let Kind::Ike(exchange, id, response) = kind
-            && log::verbose()
-        {
-            log::set_turn(self.now, host);
-            let spi = datagram.bytes.get(4..12).unwrap_or_default();
-            let what = if response { "response" } else { "request" };
-            log::say(&format!("  IKE {exchange} {what} {id} ({spi:02x?}) to {}", datagram.to));
+    /// A datagram leaves a host from one of its endpoints: everything on the wire passes here.
+    pub(crate) fn send_wan(
+        &mut self,
+        host: usize,
+        p: &Process,
+        endpoint: usize,
+        mut datagram: Datagram,
+    ) {
+        self.must_pass(host, p, endpoint);
+        let tunnel = if host < 2 { endpoint } else { self.scene.tunnel_of(host).1 };
+        let kind = self.checks.wan(self.now, &datagram, tunnel, |spi| {
+            p.outbound.get(&spi).map(|out| out.key)
+        });
+        match kind {
+            Kind::Esp => self.look_inside(host, p, &mut datagram),
+            Kind::Ike(exchange, id, response) if log::verbose() => {
+                log::set_turn(self.now, host);
+                let spi = datagram.bytes.get(4..12).unwrap_or_default();
+                let what = if response { "response" } else { "request" };
+                log::say(&format!("  IKE {exchange} {what} {id} ({spi:02x?}) to {}", datagram.to));
+            }
+            Kind::Ike(..) | Kind::Keepalive => {}
         }
-        if !self.hosts[host].wan_up {
+        if !self.hosts[host].wan_up[endpoint] {
             return;
         }
         for delay in self.net.wan.copies(&mut self.dice).into_iter().flatten() {
@@ -375,23 +418,60 @@ impl World {
         }
     }
 
-    /// Whoever sends for the pair, or delivers, passes the fence.
-    pub(crate) fn must_pass(&mut self, host: usize, p: &Process) {
-        if host < 2 && self.hosts[host].local(self.now) >= p.fence {
+    /// Opens an ESP packet on the wire. What leaves the pair must keep to its flow's tunnel.
+    fn look_inside(&mut self, host: usize, p: &Process, datagram: &mut Datagram) {
+        let Some(packet) = esp_of(datagram) else { return };
+        let out = wire::esp::Header::parse(packet).and_then(|head| p.outbound.get(&head.spi.0));
+        let Some(out) = out else { return };
+        datagram.inner = self.keys.open(out.key, packet);
+        let Some(inner) = datagram.inner.filter(|_| host < 2) else { return };
+        let Some(flow) = self.traffic.flows.get_mut(inner.flow) else { return };
+        if log::verbose() {
+            log::set_turn(self.now, host);
+            log::say(&format!("  sends {inner} through {}", out.endpoint));
+        }
+        let mut sure = p.view.sure(self.now, flow.peer);
+        let entry = flow.entry_of(inner.number).filter(|entry| *entry != host);
+        if let Some(entry) = entry {
+            let view = self.hosts[entry].process.as_deref().map(|p| &p.view);
+            for (n, sure) in sure.iter_mut().enumerate() {
+                *sure &= view.is_some_and(|view| view.is_sure(self.now, (flow.peer, n)));
+            }
+        }
+        let left = flow.leaves(inner.number, Pinned { endpoint: out.endpoint, sure });
+        if let Err(why) = left
+            && !self.is_stopped()
+        {
+            self.checks.violate(6, why);
+        }
+    }
+
+    /// Whoever sends for an endpoint of the pair, or delivers, passes its fence.
+    pub(crate) fn must_pass(&mut self, host: usize, p: &Process, endpoint: usize) {
+        if host < 2 && self.hosts[host].local(self.now) >= p.fence[endpoint] {
             self.checks.violate(3, "something left outside the fence".into());
-        } else if host < 2 && self.hosts[1 - host].passes(self.now) {
-            self.overlap();
+        } else if host < 2 && self.hosts[1 - host].passes(self.now, endpoint) {
+            self.overlap(endpoint);
         }
     }
 
     fn wan_arrives(&mut self, datagram: Datagram) {
-        let to = if datagram.to.ip() == IpAddr::V4(VIRTUAL) {
-            self.net.switch
-        } else {
-            peer_of(datagram.to.ip(), self.scene.peers).map(|peer| peer + 2)
+        let (to, endpoint) = match (endpoint_at(datagram.to.ip()), endpoint_at(datagram.from.ip()))
+        {
+            (Some(endpoint), _) => (self.net.switch[endpoint], endpoint),
+            (None, Some(endpoint)) => {
+                let peer = peer_of(datagram.to.ip(), self.scene.peers);
+                (peer.map(|peer| self.scene.far_end(peer, endpoint)), 0)
+            }
+            (None, None) => return,
         };
-        let Some(to) = to.filter(|to| self.hosts[*to].wan_up) else { return };
-        let Some(p) = self.reads(to).filter(|p| p.present) else { return };
+        let Some(to) = to.filter(|to| self.hosts[*to].wan_up[endpoint]) else { return };
+        if let (Some(inner), 0..=1) = (datagram.inner, to)
+            && let Some(flow) = self.traffic.flows.get_mut(inner.flow)
+        {
+            flow.reaches(inner.number);
+        }
+        let Some(p) = self.reads(to).filter(|p| p.present[endpoint]) else { return };
         let ike = if datagram.to.port() == 500 {
             datagram.bytes.as_slice()
         } else {
@@ -399,12 +479,8 @@ impl World {
                 natt::Datagram::Ike(ike) => ike,
                 natt::Datagram::Esp(_) => {
                     if p.sealed.len() < SOCKET {
-                        let packet = Packet {
-                            bytes: datagram.bytes,
-                            peer: Some(datagram.from),
-                            steered: None,
-                        };
-                        p.sealed.push_back(packet);
+                        let peer = Some(datagram.from);
+                        p.sealed.push_back(Packet { bytes: datagram.bytes, peer });
                         self.wake_worker_soon(to);
                     }
                     return;
@@ -415,6 +491,7 @@ impl World {
         if p.inbox.len() < 4 * SOCKET {
             let bytes = ike.to_vec();
             p.inbox.push_back(Input::Ike {
+                endpoint,
                 from: datagram.from,
                 to: datagram.to,
                 bytes,
@@ -424,67 +501,113 @@ impl World {
         }
     }
 
-    fn address(&mut self, host: usize, life: u64, present: Option<bool>) {
-        let open = self.hosts[host].passes(self.now);
+    fn address(&mut self, host: usize, life: u64, endpoint: usize, present: Option<bool>) {
+        let open = self.hosts[host].passes(self.now, endpoint);
         if self.hosts[host].paused {
-            return self.at(self.now + 5 * MS, Event::Address { host, life, present });
+            let again = Event::Address { host, life, endpoint, present };
+            return self.at(self.now + 5 * MS, again);
         }
         let Some(p) = self.reads(host).filter(|p| p.life == life) else { return };
         match present {
-            Some(present) => p.present = present,
+            Some(present) => p.present[endpoint] = present,
             // The fence is compared before ARP leaves, too.
             None if host < 2
                 && open
-                && self.hosts[host].wan_up
+                && self.hosts[host].wan_up[endpoint]
                 && !self.dice.chance(self.net.deaf) =>
             {
-                self.net.switch = Some(host);
+                let before = self.net.switch[endpoint].replace(host);
+                if before != Some(host) {
+                    self.note_switched(host, endpoint);
+                }
             }
             None => {}
         }
     }
 
+    /// Neighbours send to another instance from now on. Direct arrivals wait there for steered packets, but not for ever:
+    /// where neighbours learn of it so late that what they sent before may still be under way then, order is not kept.
+    fn note_switched(&mut self, host: usize, endpoint: usize) {
+        let steering = self.net.pair.delay + self.net.pair.jitter + 500 * US;
+        let then = self.hosts[host].local(self.now + steering);
+        let held = self.hosts[host].process.as_ref().map(|p| p.held_until[endpoint]);
+        self.director.unordered |= held.is_none_or(|held| then >= held);
+        for flow in &mut self.traffic.flows {
+            flow.next_hop_moves(endpoint);
+        }
+    }
+
     /// Neighbours whose entry does not answer ask everybody.
     fn ask(&mut self) {
-        let answers = |host: &Host| {
-            host.runs()
-                && host.wan_up
-                && host.passes(self.now)
-                && host.process.as_ref().is_some_and(|p| p.present)
-        };
-        if self.net.switch.is_some_and(|host| answers(&self.hosts[host])) {
-            self.net.unanswered = 0;
-            return;
-        }
-        // An entry is given up after several questions without an answer.
-        self.net.unanswered += 1;
-        if self.net.switch.is_none() || self.net.unanswered >= 3 {
-            self.net.switch = (0..2).find(|host| answers(&self.hosts[*host]));
+        for endpoint in 0..self.scene.endpoints.len() {
+            let answers = |host: &Host| {
+                host.runs()
+                    && host.wan_up[endpoint]
+                    && host.passes(self.now, endpoint)
+                    && host.process.as_ref().is_some_and(|p| p.present[endpoint])
+            };
+            if self.net.switch[endpoint].is_some_and(|host| answers(&self.hosts[host])) {
+                self.net.unanswered[endpoint] = 0;
+                continue;
+            }
+            // An entry is given up after several questions without an answer.
+            self.net.unanswered[endpoint] += 1;
+            if self.net.switch[endpoint].is_none() || self.net.unanswered[endpoint] >= 3 {
+                self.net.switch[endpoint] = (0..2).find(|host| answers(&self.hosts[*host]));
+            }
         }
     }
 
     fn traffic_tick(&mut self) {
+        let several = self.scene.endpoints.len() > 1;
         for flow in 0..self.traffic.flows.len() {
-            let outward = self.traffic.flows[flow].outward;
-            let to =
-                if outward { self.net.switch } else { Some(2 + self.traffic.flows[flow].peer) };
-            for _ in 0..self.dice.between(1, 2) {
+            let f = &mut self.traffic.flows[flow];
+            if several && f.outward && self.dice.chance(10) {
+                // Its host, or a router there, takes the other next hop from now on.
+                f.via = 1 - f.via;
+                f.rests_until = self.now + 3 * MS;
+            }
+            if self.now < f.rests_until {
+                continue;
+            }
+            let (to, place) = if f.outward {
+                (self.net.switch[f.via], f.via)
+            } else {
+                (Some(self.scene.far_end(f.peer, f.via)), 0)
+            };
+            // About as many packets in all, however many flows.
+            let (low, high) = if several { (0, 2) } else { (1, 2) };
+            for _ in 0..self.dice.between(low, high) {
                 let Some(bytes) = self.traffic.packet(flow) else { continue };
                 let Some(to) = to else { continue };
-                if let Some(p) = self.reads(to).filter(|p| p.present && p.plain.len() < SOCKET) {
-                    p.plain.push_back(Packet { bytes, peer: None, steered: None });
+                let reads = |p: &&mut Process| p.present[place] && p.plain.len() < SOCKET;
+                if let Some(p) = self.reads(to).filter(reads) {
+                    p.plain.push_back(Packet { bytes, peer: None });
+                    if to < 2 {
+                        self.traffic.flows[flow].enters_at(to);
+                    }
                     self.wake_worker_soon(to);
                 }
             }
         }
-        let pause = self.dice.ms(8, 32);
-        self.at(self.now + pause, Event::Traffic);
+    }
+
+    /// Packets set out now and every moment for a few milliseconds.
+    pub(crate) fn burst(&mut self) {
+        let mut at = self.now;
+        for _ in 0..12 {
+            at += self.dice.us(20, 400);
+            self.at(at, Event::Burst);
+        }
     }
 
     fn rekey(&mut self, again: bool) {
         let host = self.dice.below(self.hosts.len() as u64) as usize;
-        let peer =
-            if host >= 2 { host - 2 } else { self.dice.below(self.scene.peers as u64) as usize };
+        let peer = if host >= 2 {
+            self.scene.tunnel_of(host).0
+        } else {
+            self.dice.below(self.scene.peers as u64) as usize
+        };
         let (ike, children) = (self.dice.chance(400), self.dice.chance(600));
         if let Some(p) = self.reads(host) {
             let connection = crate::scene::connection_name(peer);
@@ -501,18 +624,19 @@ impl World {
         }
     }
 
-    fn written(&mut self, host: usize, life: u64, term: Term) {
+    fn written(&mut self, host: usize, life: u64, endpoint: usize, term: Term) {
         if self.hosts[host].suspended {
-            return self.at(self.now + 20 * MS, Event::Disk { host, life, term });
+            return self.at(self.now + 20 * MS, Event::Disk { host, life, endpoint, term });
         }
         let alive = self.hosts[host].process.as_ref().is_some_and(|p| p.life == life);
         // A write that was under way when the process died may or may not have happened.
         if !self.hosts[host].up || !(alive || self.dice.chance(500)) {
             return;
         }
-        self.hosts[host].disk = self.hosts[host].disk.max(Some(term));
+        let file = &mut self.hosts[host].disk[endpoint];
+        *file = (*file).max(Some(term));
         if let Some(p) = self.reads(host).filter(|p| p.life == life) {
-            p.inbox.push_back(Input::Reserved(term));
+            p.inbox.push_back(Input::Reserved(endpoint, term));
             self.wake_soon(host);
         }
     }
@@ -574,24 +698,61 @@ impl World {
         }
     }
 
-    fn steered_arrives(&mut self, to: usize, keys: u64, what: Steered) {
-        let Some(p) = self.reads(to).filter(|p| p.keys == keys) else { return };
-        match what {
-            Steered::Ike(from, at, bytes) => {
-                p.inbox.push_back(Input::Ike { from, to: at, bytes, steered: true });
-                self.wake_soon(to);
-            }
-            Steered::Plain(bytes, back) => {
-                let steered = Some(esp::Steered { endpoint: MAIN, back });
-                p.plain.push_back(Packet { bytes, peer: None, steered });
-                self.wake_worker_soon(to);
-            }
-            Steered::Esp(bytes, back) => {
-                let steered = Some(esp::Steered { endpoint: MAIN, back });
-                p.sealed.push_back(Packet { bytes, peer: None, steered });
-                self.wake_worker_soon(to);
+    /// Something for the other instance sets out.
+    pub(crate) fn steer(&mut self, host: usize, keys: u64, what: &Steered) {
+        if host >= 2 {
+            return;
+        }
+        let link = self.net.two_way().unwrap_or(0);
+        if !self.net.carries(link, host) || !self.hosts[host].up {
+            return;
+        }
+        if let Steered::Packet(packet) = what {
+            self.crosses(packet);
+            if log::verbose() {
+                log::set_turn(self.now, host);
+                let Handed { endpoint, plain, back, .. } = packet;
+                let inner = crate::traffic::inner(&packet.bytes).filter(|_| *plain);
+                let what = inner.map_or("ESP".into(), |inner| inner.to_string());
+                let back = if *back { ", back" } else { "" };
+                log::say(&format!("  steers {what} for {endpoint}{back}"));
             }
         }
+        // The link refuses a second copy.
+        let Some(delay) = self.net.pair.copies(&mut self.dice)[0] else { return };
+        let mut at = self.now + delay;
+        if self.net.pair.loss == 0 {
+            at = at.max(self.net.steered_at[host] + 1);
+            self.net.steered_at[host] = at;
+        }
+        self.at(at, Event::Steered { to: 1 - host, keys, what: what.clone() });
+    }
+
+    /// ha.md, "Switchover": steered packets are never steered again, but back, once, while an endpoint moves. Seen on
+    /// inner packets, of which there is one copy of each.
+    fn crosses(&mut self, packet: &Handed) {
+        if !packet.plain {
+            return;
+        }
+        let before = self.crossings.entry(hash(&packet.bytes)).or_default();
+        *before = before.saturating_add(1);
+        let times = *before;
+        if times > 2 || (times == 2) != packet.back {
+            let text = format!("a packet crossed the pair link {times} times (back: {})", packet.back);
+            self.checks.violate(0, text);
+        }
+    }
+
+    fn steered_arrives(&mut self, to: usize, keys: u64, what: Steered) {
+        let Some(p) = self.reads(to).filter(|p| p.keys == keys) else { return };
+        p.inbox.push_back(match what {
+            Steered::Ike(endpoint, from, to, bytes) => {
+                Input::Ike { endpoint, from, to, bytes, steered: true }
+            }
+            Steered::Packet(packet) if p.inbox.len() < 4 * SOCKET => Input::Handed(packet),
+            Steered::Packet(_) => return,
+        });
+        self.wake_soon(to);
     }
 
     fn probed(&mut self, from: usize, life: u64, link: usize) {
@@ -703,24 +864,47 @@ impl World {
         }
     }
 
-    /// What an instance is for the endpoint, by its own pair protocol.
-    pub(crate) fn pair_status(&self, host: usize) -> Option<ha::EndpointStatus> {
+    /// What an instance is for its endpoints, by its own pair protocol.
+    pub(crate) fn pair_status(&self, host: usize) -> Option<Vec<ha::EndpointStatus>> {
         let host = self.hosts.get(host)?;
         let p = host.process.as_ref()?;
-        p.gateway.pair().status(host.local(self.now)).endpoints.into_iter().next()
+        Some(p.gateway.pair().status(host.local(self.now)).endpoints)
     }
 
-    /// Both logs are compared where they can be.
-    pub(crate) fn compare_logs(&mut self) {
-        let (Some(a), Some(b)) = (self.pair_status(0), self.pair_status(1)) else { return };
-        self.checks.healed([&a, &b]);
-        if let (Some(left), Some(right)) = (&self.hosts[0].process, &self.hosts[1].process) {
-            self.checks.logs([left.gateway.pair(), right.gateway.pair()], [&a, &b]);
-            for (host, p, status) in [(0, left, &a), (1, right, &b)] {
-                if status.role == (ha::Role::Shadow { synced: true }) {
+    /// The same for one endpoint.
+    pub(crate) fn endpoint_status(
+        &self,
+        host: usize,
+        endpoint: usize,
+    ) -> Option<ha::EndpointStatus> {
+        self.pair_status(host)?.into_iter().nth(endpoint)
+    }
+
+    /// An instance had its turn: both logs are compared where they can be.
+    pub(crate) fn compare_logs(&mut self, turned: usize) {
+        let status = [self.pair_status(0), self.pair_status(1)];
+        if let (Some(p), Some(status)) = (&mut self.hosts[turned].process, &status[turned]) {
+            for (synced, status) in p.synced.iter_mut().zip(status) {
+                *synced = matches!(
+                    status.role,
+                    ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering
+                );
+            }
+        }
+        let [Some(a), Some(b)] = status else { return };
+        let (Some(left), Some(right)) = (&self.hosts[0].process, &self.hosts[1].process) else {
+            return;
+        };
+        for (n, (a, b)) in a.iter().zip(&b).enumerate() {
+            self.checks.healed(n, [a, b]);
+            self.checks.logs(n, [left.gateway.pair(), right.gateway.pair()], [a, b]);
+            for (host, p, status) in [(0, left, a), (1, right, b)] {
+                if status.role == (ha::Role::Shadow { synced: true })
+                    && self.checks.is_new_to_look_at(p.life, status)
+                {
                     let now = self.hosts[host].local(self.now);
-                    let held = p.gateway.held_records(now, wire::id::EndpointId(0));
-                    let log = p.gateway.pair().values(ha::EndpointId(0)).map(|(key, _)| key);
+                    let held = p.gateway.held_records(now, wire::id::EndpointId(n as u8));
+                    let log = p.gateway.pair().values(status.endpoint).map(|(key, _)| key);
                     self.checks.installed(held, log.collect());
                 }
             }
@@ -729,9 +913,12 @@ impl World {
 
     /// One line about both instances.
     pub(crate) fn describe(&self) -> String {
+        let one =
+            |s: &ha::EndpointStatus| format!("{:?} term {} pos {}", s.role, s.term.0, s.position.0);
         let of = |host: usize| match self.pair_status(host) {
-            Some(s) => {
-                format!("{} {:?} term {} pos {}", name_of(host), s.role, s.term.0, s.position.0)
+            Some(status) => {
+                let list: Vec<String> = status.iter().map(one).collect();
+                format!("{} {}", name_of(host), list.join(" and "))
             }
             None => format!("{} dead", name_of(host)),
         };
