@@ -11,6 +11,7 @@ mod operator;
 mod pair;
 mod protection;
 mod stage;
+mod steering;
 mod two_hosts;
 mod uplink;
 
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Scenario> {
         pair::SCENARIOS,
         uplink::SCENARIOS,
         active::SCENARIOS,
+        steering::SCENARIOS,
         ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]
