@@ -1,5 +1,6 @@
 //! The loop itself.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -20,11 +21,15 @@ use super::counters::add;
 use super::{
     BATCH, Counters, EndpointSocket, LONG_IKE_QUEUE, Start, WorkerCommand, WorkerEvent, is_long,
 };
-use crate::link::{STEER_HEADROOM, STEER_TAILROOM, SteerHead, SteerKind, SteerSender};
+use crate::link::{
+    Arrival, STEER_HEADROOM, STEER_TAILROOM, SteerHead, SteerKind, SteerPort, SteerSender,
+};
 
 const TUN: u64 = 0;
 const COMMANDS: u64 = 1;
 const FIRST_SOCKET: u64 = 2;
+/// The pair links' sockets count up from here.
+const FIRST_LINK: u64 = 1 << 32;
 
 /// Steering frames are sealed in the slot itself.
 const _: () = assert!(STEER_HEADROOM <= esp::HEADROOM && STEER_TAILROOM <= esp::TAILROOM);
@@ -46,8 +51,10 @@ pub(super) struct State {
     commands: QueueReceiver<WorkerCommand>,
     poller: Poller,
     batch: Batch,
-    /// Which way the steered packets in the batch go; `None` while there are none.
-    collecting: Option<Direction>,
+    /// What control passed on: steered datagrams that came to its socket.
+    strays: VecDeque<(u8, Vec<u8>)>,
+    /// Where the first packet of the next batch waits, when steered packets change their direction.
+    spare: Slot,
     metas: Box<[RecvMeta; BATCH]>,
     /// The fence words as last read.
     fences: Vec<Duration>,
@@ -59,7 +66,9 @@ pub(super) struct State {
 struct Io {
     tun: Arc<Tun>,
     words: Arc<[AtomicU64]>,
+    /// Who seals what is handed over.
     steer: Option<SteerSender>,
+    steering: Option<SteerPort>,
     /// When each endpoint's handing over was last told.
     steered_told: Vec<Duration>,
     outlet: Outlet,
@@ -112,6 +121,24 @@ impl Outlet {
         }
         taken
     }
+
+    /// An IKE message for control, counted. False when it was dropped.
+    fn take_ike(
+        &self,
+        counters: &Counters,
+        message: &[u8],
+        event: impl FnOnce(Vec<u8>) -> WorkerEvent,
+    ) -> bool {
+        let long = is_long(message);
+        // Counted before it is queued, since control counts it out; and looked at before it is copied.
+        let room = !long || self.long_ike.fetch_add(1, Ordering::AcqRel) < LONG_IKE_QUEUE;
+        let taken = room && self.ike(event(message.to_vec()));
+        if long && !taken {
+            self.long_ike.fetch_sub(1, Ordering::AcqRel);
+        }
+        add(if taken { &counters.ike_received } else { &counters.ike_dropped }, 1);
+        taken
+    }
 }
 
 /// Whether the thread goes on.
@@ -134,9 +161,15 @@ impl State {
         for (place, token) in start.sockets.iter().zip(FIRST_SOCKET..) {
             poller.add(&place.socket, token)?;
         }
+        let links = start.steering.iter().flat_map(SteerPort::sockets);
+        for (socket, token) in links.zip(FIRST_LINK..) {
+            poller.add(socket, token)?;
+        }
         let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
         Ok(Self {
             batch: Batch::new(BATCH, shard.slot_len),
+            spare: Slot::new(shard.slot_len),
+            strays: VecDeque::new(),
             shard: Shard::new(shard),
             fences: vec![Duration::ZERO; start.fences.len()],
             io: Io {
@@ -144,6 +177,7 @@ impl State {
                 tun: start.tun,
                 words: start.fences,
                 steer: None,
+                steering: start.steering,
                 steered_told: vec![Duration::ZERO; start.endpoints],
                 outlet,
                 counters,
@@ -151,7 +185,6 @@ impl State {
             sockets: start.sockets,
             commands,
             poller,
-            collecting: None,
             metas: Box::new([RecvMeta::EMPTY; BATCH]),
             kept: None,
         })
@@ -178,8 +211,16 @@ impl State {
                     COMMANDS => {
                         self.commands.event().clear();
                     }
+                    link @ FIRST_LINK.. => {
+                        if self.read_link((link - FIRST_LINK) as u8) == Flow::Stop {
+                            return Ok(());
+                        }
+                    }
                     socket => while self.read_socket((socket - FIRST_SOCKET) as usize) {},
                 }
+            }
+            if self.take_strays() == Flow::Stop {
+                return Ok(());
             }
         }
     }
@@ -193,20 +234,18 @@ impl State {
         }
     }
 
-    /// Applies all commands that are there. Steered packets between two other commands are
-    /// judged between them.
+    /// Applies all commands that are there.
     fn obey(&mut self) -> Flow {
         loop {
             let command = match self.commands.take() {
                 Ok(Some(command)) => command,
-                Ok(None) => break,
+                Ok(None) => return Flow::Go,
                 Err(_) => return Flow::Stop,
             };
-            if !matches!(command, WorkerCommand::Steered { .. }) {
-                self.judge_steered();
-            }
             match command {
-                WorkerCommand::Steered { head, bytes } => self.collect(&head, &bytes),
+                WorkerCommand::Steered { link, datagram } => {
+                    self.strays.push_back((link, datagram));
+                }
                 WorkerCommand::Shard(command) => {
                     if let Err(error) = self.shard.apply(command) {
                         match error {
@@ -222,39 +261,60 @@ impl State {
                 WorkerCommand::Stop => return Flow::Stop,
             }
         }
-        self.judge_steered();
+    }
+
+    /// What one receive on a pair link brought.
+    fn read_link(&mut self, link: u8) -> Flow {
+        if !self.io.steering.as_mut().is_some_and(|steering| steering.refill(link)) {
+            return Flow::Go;
+        }
+        let mut way = None;
+        while let Some(arrival) = self.io.steering.as_mut().and_then(|port| port.take(link)) {
+            let outlet = (&self.io.outlet, &*self.io.counters);
+            let (batch, spare) = (&mut self.batch, &mut self.spare);
+            match collect(arrival, link, outlet, batch, spare, &mut way) {
+                Collected::Goes => {}
+                Collected::Waits(next) => {
+                    if self.judge_steered(&mut way) == Flow::Stop {
+                        return Flow::Stop;
+                    }
+                    way = Some(next);
+                    if let Some(slot) = self.batch.push() {
+                        std::mem::swap(slot, &mut self.spare);
+                    }
+                }
+            }
+        }
+        self.judge_steered(&mut way)
+    }
+
+    /// Steered datagrams that control passed on.
+    fn take_strays(&mut self) -> Flow {
+        while let Some((link, mut datagram)) = self.strays.pop_front() {
+            let Some(port) = &mut self.io.steering else { continue };
+            let mut way = None;
+            let outlet = (&self.io.outlet, &*self.io.counters);
+            let (batch, spare) = (&mut self.batch, &mut self.spare);
+            let arrival = port.open(link, &mut datagram);
+            // The batch is empty, so nothing waits.
+            let _ = collect(arrival, link, outlet, batch, spare, &mut way);
+            if self.judge_steered(&mut way) == Flow::Stop {
+                return Flow::Stop;
+            }
+        }
         Flow::Go
     }
 
-    /// Puts a packet from the other instance into the batch, which holds one direction at a time.
-    fn collect(&mut self, head: &SteerHead, bytes: &[u8]) {
-        let direction = match head.kind {
-            SteerKind::Plain => Direction::Outbound,
-            SteerKind::Esp => Direction::Inbound,
-            // Control handles these itself.
-            SteerKind::Ike => return,
-        };
-        if self.batch.is_full() || self.collecting.is_some_and(|collecting| collecting != direction)
-        {
-            self.judge_steered();
+    /// Judges and writes the steered packets collected in the batch, which go this way.
+    fn judge_steered(&mut self, way: &mut Option<Direction>) -> Flow {
+        let Some(direction) = way.take() else { return Flow::Go };
+        // What the other hands over left after its control had heard of what ours decided: an `Own` that it counts on
+        // stands in the queue by now, though perhaps not yet when the queue was looked at last.
+        if self.obey() == Flow::Stop {
+            return Flow::Stop;
         }
-        let Some(slot) = self.batch.push() else { return };
-        if !slot.fill(bytes) {
-            self.batch.pop();
-            add(&self.io.counters.truncated, 1);
-            return;
-        }
-        slot.steered = Some(Steered { endpoint: head.endpoint, back: head.back });
-        slot.peer = head.from.filter(|_| direction == Direction::Inbound);
-        self.collecting = Some(direction);
-        add(&self.io.counters.steered_in, 1);
-    }
-
-    /// Judges and writes the steered packets collected in the batch.
-    fn judge_steered(&mut self) {
-        if let Some(direction) = self.collecting.take() {
-            self.judge(direction);
-        }
+        self.judge(direction);
+        Flow::Go
     }
 
     /// Asks the shard about the batch, writes it and empties it.
@@ -354,6 +414,60 @@ impl State {
     }
 }
 
+/// What became of a steered packet.
+enum Collected {
+    /// It is in the batch, or was dealt with.
+    Goes,
+    /// It is in the spare slot: the batch must be judged first. It goes this way.
+    Waits(Direction),
+}
+
+/// Puts a packet into the batch, whose packets go one way.
+fn collect(
+    arrival: Arrival<'_>,
+    link: u8,
+    (outlet, counters): (&Outlet, &Counters),
+    batch: &mut Batch,
+    spare: &mut Slot,
+    way: &mut Option<Direction>,
+) -> Collected {
+    let (head, packet) = match arrival {
+        Arrival::Steered(head, packet) => (head, packet),
+        Arrival::Stray(datagram) => {
+            outlet.ike(WorkerEvent::Stray { link, datagram: datagram.to_vec() });
+            return Collected::Goes;
+        }
+        Arrival::Refused => return Collected::Goes,
+    };
+    let direction = match head.kind {
+        SteerKind::Plain => Direction::Outbound,
+        SteerKind::Esp => Direction::Inbound,
+        SteerKind::Ike => {
+            outlet.take_ike(counters, packet, |bytes| WorkerEvent::SteeredIke { head, bytes });
+            return Collected::Goes;
+        }
+    };
+    let waits = batch.is_full() || way.is_some_and(|way| way != direction);
+    let slot = if waits { Some(&mut *spare) } else { batch.push() };
+    let Some(slot) = slot else { return Collected::Goes };
+    slot.clear();
+    if !slot.fill(packet) {
+        if !waits {
+            batch.pop();
+        }
+        add(&counters.truncated, 1);
+        return Collected::Goes;
+    }
+    slot.steered = Some(Steered { endpoint: head.endpoint, back: head.back });
+    slot.peer = head.from.filter(|_| direction == Direction::Inbound);
+    add(&counters.steered_in, 1);
+    if waits {
+        return Collected::Waits(direction);
+    }
+    *way = Some(direction);
+    Collected::Goes
+}
+
 impl Io {
     /// Until when an endpoint may send.
     fn valid_until(&self, endpoint: EndpointId) -> Duration {
@@ -386,25 +500,17 @@ impl Io {
     }
 
     /// False when it was dropped.
-    fn take_ike(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) -> bool {
-        let event = WorkerEvent::Ike { endpoint, from: meta.from, bytes: bytes.to_vec() };
-        let taken = self.outlet.ike(event);
-        let counter = if taken { &self.counters.ike_received } else { &self.counters.ike_dropped };
-        add(counter, 1);
-        taken
+    fn take_ike(&self, meta: &RecvMeta, message: &[u8], endpoint: EndpointId) -> bool {
+        let from = meta.from;
+        let event = |bytes| WorkerEvent::Ike { endpoint, from, bytes };
+        self.outlet.take_ike(&self.counters, message, event)
     }
 
     /// A datagram that no slot holds: an IKE message, or nothing of ours.
     fn take_long(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) {
         match natt::classify(bytes) {
             Datagram::Ike(message) if is_long(message) => {
-                let long = &self.outlet.long_ike;
-                // Counted before it is queued, since control counts it out; and looked at before it is copied.
-                let room = long.fetch_add(1, Ordering::AcqRel) < LONG_IKE_QUEUE;
-                add(&self.counters.ike_dropped, u64::from(!room));
-                if !room || !self.take_ike(meta, message, endpoint) {
-                    long.fetch_sub(1, Ordering::AcqRel);
-                }
+                self.take_ike(meta, message, endpoint);
             }
             _ => add(&self.counters.truncated, 1),
         }
@@ -431,7 +537,7 @@ impl Io {
             });
             sent += socket.send(items) as u64;
         }
-        let (mut written, mut refused, mut unencapsulated) = (0, 0, 0);
+        let (mut written, mut refused, mut unencapsulated, mut to_steer) = (0, 0, 0, 0);
         let now = boottime();
         let mut rest = batch.slots_mut();
         while !rest.is_empty() {
@@ -452,10 +558,18 @@ impl Io {
                     written += taken;
                     refused += count as u64 - taken;
                 }
-                Verdict::Steer { endpoint } => self.hand_over(now, endpoint, slot, sockets),
+                Verdict::Steer { endpoint } => {
+                    to_steer += 1;
+                    self.seal_steered(now, endpoint, slot, sockets);
+                }
                 Verdict::Send { udp_encap: false, .. } => unencapsulated += 1,
                 Verdict::Send { .. } | Verdict::Held | Verdict::Drop(_) | Verdict::Pending => {}
             }
+        }
+        if to_steer > 0 {
+            let steered = self.hand_over(batch);
+            add(&counters.steered, steered);
+            add(&counters.steer_lost, to_steer - steered);
         }
         add(&counters.sent, sent);
         add(&counters.unsent, to_send - sent);
@@ -513,7 +627,8 @@ impl Io {
         all.map(|slot| u64::from(self.tun.write(slot.packet()).is_ok())).sum()
     }
 
-    fn hand_over(
+    /// Seals a packet for the other instance in its slot; one that cannot be is emptied.
+    fn seal_steered(
         &mut self,
         now: Duration,
         endpoint: EndpointId,
@@ -521,7 +636,8 @@ impl Io {
         sockets: &[EndpointSocket],
     ) {
         let back = slot.steered.is_some();
-        let head = match slot.direction() {
+        let direction = slot.direction();
+        let head = match direction {
             Direction::Outbound => {
                 SteerHead { kind: SteerKind::Plain, endpoint, from: None, local_port: 0, back }
             }
@@ -531,19 +647,32 @@ impl Io {
                 SteerHead { kind: SteerKind::Esp, endpoint, from: slot.peer, local_port, back }
             }
         };
-        let sent = match (&self.steer, slot.widen(STEER_HEADROOM, STEER_TAILROOM)) {
-            (Some(sender), Some(buffer)) => sender.send_in_place(&head, buffer),
+        let sealed = match (&self.steer, slot.widen(STEER_HEADROOM, STEER_TAILROOM)) {
+            (Some(sender), Some(buffer)) => sender.seal(&head, buffer),
             _ => false,
         };
-        add(if sent { &self.counters.steered } else { &self.counters.steer_lost }, 1);
+        if !sealed {
+            // Whatever it holds must not leave as it is.
+            slot.set_len(0);
+        }
         // Inner packets are handed over as long as flows are pinned there; only what peers still send here is late.
-        if slot.direction() == Direction::Inbound
+        if direction == Direction::Inbound
             && let Some(told) = self.steered_told.get_mut(usize::from(endpoint.0))
             && now >= *told + STEERED_PAUSE
             && self.outlet.report(WorkerEvent::Steered(endpoint)).is_ok()
         {
             *told = now;
         }
+    }
+
+    /// Sends what was sealed for the other instance. Gives how many packets the kernel took.
+    fn hand_over(&mut self, batch: &Batch) -> u64 {
+        let (Some(sender), Some(port)) = (&self.steer, &mut self.steering) else { return 0 };
+        let sealed = batch.slots().iter().filter_map(|slot| match slot.verdict() {
+            Verdict::Steer { .. } => Some(slot.packet()),
+            _ => None,
+        });
+        port.send(sender.link(), sealed) as u64
     }
 }
 
