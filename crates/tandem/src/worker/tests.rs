@@ -17,7 +17,7 @@ use netio::clock::boottime;
 use wire::id::{ConnectionId, EspSpi, SpiLayout, Term};
 use wire::ts::{Cidr, TrafficSelector};
 
-use crate::link::{Link, LinkConfig, LinkEvent, LinkPath, SteerKind};
+use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath, Started, SteerKind};
 
 const MAIN: EndpointId = EndpointId(0);
 const PEER: &str = "127.0.0.2:4500";
@@ -88,8 +88,12 @@ struct Host {
 impl Host {
     /// A worker that owns the endpoint, or not yet, at that address.
     fn new(tun: &str, local: &str, owner: bool) -> Self {
+        Self::linked(tun, local, owner, None)
+    }
+
+    fn linked(tun: &str, local: &str, owner: bool, steering: Option<SteerPort>) -> Self {
         let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
-        let mut worker = spawn(start(tun, local, &fences)).unwrap();
+        let mut worker = spawn(Start { steering, ..start(tun, local, &fences) }).unwrap();
         if owner {
             own(|command| worker.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
         } else {
@@ -133,6 +137,7 @@ fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
         sockets: vec![EndpointSocket { endpoint: MAIN, socket }],
         fences: Arc::clone(fences),
         endpoints: 1,
+        steering: None,
     }
 }
 
@@ -339,11 +344,7 @@ fn ike_goes_to_control_and_junk_is_counted() {
 }
 
 /// A pair link over loopback, both ends up.
-async fn links() -> (
-    (crate::link::LinkHandle, tokio::sync::mpsc::Receiver<LinkEvent>),
-    tokio::sync::mpsc::Receiver<LinkEvent>,
-    crate::link::LinkHandle,
-) {
+async fn links() -> [Started; 2] {
     let config = |index: u8| LinkConfig {
         index,
         secret: zeroize::Zeroizing::new(b"s".to_vec()),
@@ -354,20 +355,21 @@ async fn links() -> (
         dead_after: Duration::from_secs(10),
         retry: Duration::from_millis(20),
     };
-    let (left, mut left_events) = Link::start(config(0)).unwrap();
-    let (right, mut right_events) = Link::start(config(1)).unwrap();
-    assert_eq!(left_events.recv().await, Some(LinkEvent::StreamUp { link: 0 }));
-    assert_eq!(right_events.recv().await, Some(LinkEvent::StreamUp { link: 0 }));
-    ((left, left_events), right_events, right)
+    let [mut left, mut right] = [0, 1].map(|index| Link::start(config(index)).unwrap());
+    for side in [&mut left, &mut right] {
+        assert_eq!(side.events.recv().await, Some(LinkEvent::StreamUp { link: 0 }));
+    }
+    [left, right]
 }
 
 #[test]
 fn steered_packets_are_carried_on_by_the_other_instance() {
     isolated(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let ((left_link, _left_events), mut right_events, _right_link) = runtime.block_on(links());
-        let mut old = Host::new("tdm0", "127.0.0.1:4500", true);
-        let mut new = Host::new("tdm1", "127.0.0.3:4500", false);
+        let [left, right] = runtime.block_on(links());
+        let (left_link, right_link) = (left.handle, right.handle);
+        let mut old = Host::linked("tdm0", "127.0.0.1:4500", true, Some(left.steering));
+        let mut new = Host::linked("tdm1", "127.0.0.3:4500", false, Some(right.steering));
         let application = application("tdm0");
         let mut peer = Peer::new();
         application.send(b"first").unwrap();
@@ -388,23 +390,6 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         // Both hosts share one namespace here: the return route follows the owner.
         ip("route replace 10.2.0.0/16 dev tdm1 src 10.1.0.9");
         peer.send("127.0.0.1:4500", b"inbound");
-        let mut kinds = Vec::new();
-        while kinds.len() < 3 {
-            let event = runtime.block_on(async {
-                tokio::time::timeout(Duration::from_secs(2), right_events.recv())
-                    .await
-                    .expect("a steered packet")
-            });
-            if let Some(LinkEvent::Steered { head, bytes }) = event {
-                kinds.push(head.kind);
-                assert_eq!(head.endpoint, MAIN);
-                if head.kind == SteerKind::Esp {
-                    assert_eq!((head.from, head.local_port), (Some(PEER.parse().unwrap()), 4500));
-                }
-                new.worker.send(WorkerCommand::Steered { head, bytes }).unwrap();
-            }
-        }
-        assert_eq!(kinds.iter().filter(|kind| **kind == SteerKind::Esp).count(), 1);
         // Sealed by the new owner, queued packets first, and opened by it.
         assert_eq!(peer.receive(), (b"queued".to_vec(), "127.0.0.3:4500".parse().unwrap()));
         assert_eq!(peer.receive().0, b"late");
@@ -416,6 +401,25 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         assert_eq!(old.worker.counters().steered, 3);
         assert_eq!(old.worker.counters().steer_lost, 0);
         assert_eq!(new.worker.counters().steered_in, 3);
+        // An IKE message goes on to control, a long one too; what control's socket got by mistake takes its way as well.
+        let from = PEER.parse().unwrap();
+        for length in [300, 30_000] {
+            let head = SteerHead { kind: SteerKind::Ike, ..esp_from(from) };
+            assert!(left_link.send_steer(&head, &vec![9; length]));
+            let message = std::iter::from_fn(|| Some(new.event())).take(50).find_map(|event| {
+                let WorkerEvent::SteeredIke { head, bytes } = event else { return None };
+                Some((head.from, bytes))
+            });
+            assert_eq!(message, Some((Some(from), vec![9; length])));
+        }
+        let stray = left_link.steer_sender().unwrap();
+        let stray = stray.seal_copy(&esp_from(from), &peer.seal(b"stray")).unwrap();
+        for _ in 0..2 {
+            let datagram = stray.clone();
+            new.worker.send(WorkerCommand::Steered { link: 0, datagram }).unwrap();
+        }
+        assert_eq!(receive(&application), b"stray");
+        assert_eq!(new.worker.counters().steered_in, 4, "the second is a replay");
 
         // While direct arrivals are held, steered ones pass; a peer that moved is noticed in both.
         let hold = |until| WorkerCommand::Shard(Command::HoldDirect { endpoint: MAIN, until });
@@ -425,15 +429,8 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         peer.send("127.0.0.3:4500", b"direct");
         new.wait_for(|counters| counters.esp_received == 1);
         let moved = Some("127.0.0.77:999".parse().unwrap());
-        let head = SteerHead {
-            kind: SteerKind::Esp,
-            endpoint: MAIN,
-            from: moved,
-            local_port: 4500,
-            back: false,
-        };
-        let steered = |bytes: Vec<u8>| WorkerCommand::Steered { head, bytes };
-        new.worker.send(steered(peer.seal(b"steered"))).unwrap();
+        let head = esp_from(moved.unwrap());
+        assert!(left_link.send_steer(&head, &peer.seal(b"steered")));
         assert_eq!(receive(&application), b"steered");
         let noticed =
             std::iter::from_fn(|| Some(new.event())).take(20).find_map(|event| match event {
@@ -444,7 +441,8 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         new.worker.send(hold(Duration::ZERO)).unwrap();
         assert_eq!(receive(&application), b"direct");
         // Nothing is steered twice.
-        old.worker.send(steered(peer.seal(b"back again"))).unwrap();
+        assert!(right_link.send_steer(&head, &peer.seal(b"back again")));
+        old.wait_for(|counters| counters.steered_in == 1);
         old.worker.send(WorkerCommand::Shard(Command::Query { token: 2 })).unwrap();
         let stats = loop {
             if let WorkerEvent::Report(Report::Snapshot(snapshot)) = old.event() {
@@ -453,6 +451,16 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         };
         assert_eq!((stats.dropped(Reason::SteeredTwice), stats.steered), (1, 3));
     });
+}
+
+fn esp_from(from: SocketAddr) -> SteerHead {
+    SteerHead {
+        kind: SteerKind::Esp,
+        endpoint: MAIN,
+        from: Some(from),
+        local_port: 4500,
+        back: false,
+    }
 }
 
 /// Part `number` of a bulk transfer to a host that is not there.
