@@ -205,3 +205,40 @@ impl BatchSocket {
         self.incoming.count = got;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever lengths and segment sizes the kernel names: all that was received is dealt out, once and in order.
+        #[test]
+        fn every_byte_is_dealt_once(
+            list in proptest::collection::vec((0..=RUN_ROOM + 9, 0_usize..3000), 0..=RUNS),
+        ) {
+            let mut incoming = Incoming::new();
+            incoming.count = list.len();
+            for ((len, size), run) in list.iter().zip(&mut incoming.runs) {
+                let size = if *size == 0 { *len } else { *size };
+                *run = Received { meta: RecvMeta { len: *len, ..RecvMeta::EMPTY }, size };
+            }
+            let mut at = (0, 0);
+            while let Some((place, _)) = incoming.advance() {
+                let (run, from) = (place.start / RUN_ROOM, place.start % RUN_ROOM);
+                if run != at.0 && from == 0 && !place.is_empty() {
+                    at = (run, 0);
+                }
+                prop_assert_eq!((run, from), (at.0, at.1 % RUN_ROOM), "{:?}", place);
+                prop_assert!(incoming.room.get(place.clone()).is_some());
+                let most = if list[run].1 == 0 { RUN_ROOM } else { list[run].1 };
+                prop_assert!(place.len() <= most);
+                at.1 += place.len();
+                if at.1 == list[run].0.min(RUN_ROOM) {
+                    at = (run + 1, 0);
+                }
+            }
+            prop_assert_eq!(incoming.next, list.len());
+        }
+    }
+}

@@ -171,7 +171,26 @@ mod tests {
         }
     }
 
+    fn any_head() -> impl Strategy<Value = SteerHead> {
+        let from = proptest::option::of(any::<(IpAddr, u16)>());
+        (0..3_u8, any::<u8>(), from, any::<u16>(), any::<bool>()).prop_map(
+            |(kind, endpoint, from, local_port, back)| SteerHead {
+                kind: [SteerKind::Plain, SteerKind::Esp, SteerKind::Ike][usize::from(kind)],
+                endpoint: EndpointId(endpoint),
+                from: from.map(SocketAddr::from),
+                local_port,
+                back,
+            },
+        )
+    }
+
     proptest! {
+        #[test]
+        fn any_head_comes_through(head in any_head()) {
+            let bytes = head.encode();
+            prop_assert_eq!(SteerHead::decode(&bytes), Some((head, &b""[..])));
+        }
+
         #[test]
         fn decoder_takes_anything(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             if let Some((_, packet)) = SteerHead::decode(&bytes) {

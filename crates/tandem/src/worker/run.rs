@@ -678,7 +678,7 @@ impl Io {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Peer, isolated, test_state};
+    use super::super::tests::{PLAIN, Peer, isolated, linked_state, links, test_state};
     use super::*;
 
     #[test]
@@ -711,6 +711,54 @@ mod tests {
                 (2, 2, 0, 0)
             );
             peer.hears_nothing();
+        });
+    }
+
+    // ha.md, "Switchover": the old owner steers when it has heard that the new one owns. The new one's worker may have looked
+    // at its queue just before that stood there, and at the pair link just after.
+    #[test]
+    fn what_was_decided_before_a_packet_was_handed_over_comes_first() {
+        isolated(|| {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let [left, right] = runtime.block_on(links());
+            let (_control, mut state) = linked_state(Some(right.steering));
+            let mut peer = Peer::new();
+            let inner = wire::ip::udp_packet(
+                "10.1.0.9:5000".parse().unwrap(),
+                "10.2.0.5:4000".parse().unwrap(),
+                b"steered",
+            );
+            assert!(left.handle.send_steer(&PLAIN, &inner.unwrap()));
+            let port = state.io.steering.as_ref().unwrap();
+            assert!(netio::udp::wait_readable(port.sockets().next().unwrap(), 3000).unwrap());
+            assert!(state.read_link(0) == Flow::Go);
+            assert_eq!(peer.receive().0, b"steered");
+        });
+    }
+
+    #[test]
+    fn what_cannot_be_sealed_does_not_leave() {
+        isolated(|| {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let [left, right] = runtime.block_on(links());
+            let (_control, mut state) = linked_state(Some(left.steering));
+            state.obey();
+            let disown = esp::Command::Disown { endpoint: EndpointId(0), steer: true };
+            state.shard.apply(disown).unwrap();
+            let inner = wire::ip::udp_packet(
+                "10.1.0.9:5000".parse().unwrap(),
+                "10.2.0.5:4000".parse().unwrap(),
+                b"no keys yet",
+            );
+            // There is a way to the other, and no stream that brought keys.
+            state.batch.push().unwrap().fill(&inner.unwrap());
+            state.judge(Direction::Outbound);
+            let counters = state.io.counters.snapshot();
+            assert_eq!((counters.steered, counters.steer_lost), (0, 1));
+            let mut port = right.steering;
+            assert!(!port.refill(0));
         });
     }
 }

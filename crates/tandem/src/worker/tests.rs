@@ -17,7 +17,7 @@ use netio::clock::boottime;
 use wire::id::{ConnectionId, EspSpi, SpiLayout, Term};
 use wire::ts::{Cidr, TrafficSelector};
 
-use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath, Started, SteerKind};
+use crate::link::{Link, LinkConfig, LinkEvent, LinkPath, Started, SteerKind};
 
 const MAIN: EndpointId = EndpointId(0);
 const PEER: &str = "127.0.0.2:4500";
@@ -143,6 +143,13 @@ fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
 
 /// A worker's state without its thread: it owns the endpoint once its commands are obeyed.
 pub(super) fn test_state() -> run::State {
+    linked_state(None).1
+}
+
+/// The same with a pair link, and control's end of the queue, which ends the worker when it goes.
+pub(super) fn linked_state(
+    steering: Option<SteerPort>,
+) -> (QueueSender<WorkerCommand>, run::State) {
     let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
     let local = "127.0.0.1:4500";
     let (mut commands, asked) = queue(64).unwrap();
@@ -152,10 +159,10 @@ pub(super) fn test_state() -> run::State {
         EventFd::new().unwrap(),
         Arc::default(),
     );
-    let state =
-        run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::default()).unwrap();
+    let start = Start { steering, ..start("tdm0", local, &fences) };
+    let state = run::State::new(start, asked, outlet, Arc::default()).unwrap();
     own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
-    state
+    (commands, state)
 }
 
 /// The remote gateway with a host behind it.
@@ -195,7 +202,7 @@ impl Peer {
     }
 
     /// The payload of the next packet and where it came from.
-    fn receive(&mut self) -> (Vec<u8>, SocketAddr) {
+    pub(super) fn receive(&mut self) -> (Vec<u8>, SocketAddr) {
         self.batch.clear();
         let slot = self.batch.push().unwrap();
         let (length, from) = self.socket.recv_from(slot.room()).expect("a packet at the peer");
@@ -344,7 +351,7 @@ fn ike_goes_to_control_and_junk_is_counted() {
 }
 
 /// A pair link over loopback, both ends up.
-async fn links() -> [Started; 2] {
+pub(super) async fn links() -> [Started; 2] {
     let config = |index: u8| LinkConfig {
         index,
         secret: zeroize::Zeroizing::new(b"s".to_vec()),
@@ -428,8 +435,8 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         while !matches!(new.event(), WorkerEvent::Report(Report::Snapshot(_))) {}
         peer.send("127.0.0.3:4500", b"direct");
         new.wait_for(|counters| counters.esp_received == 1);
-        let moved = Some("127.0.0.77:999".parse().unwrap());
-        let head = esp_from(moved.unwrap());
+        let moved = "127.0.0.77:999".parse().unwrap();
+        let head = esp_from(moved);
         assert!(left_link.send_steer(&head, &peer.seal(b"steered")));
         assert_eq!(receive(&application), b"steered");
         let noticed =
@@ -437,7 +444,7 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
                 WorkerEvent::Report(Report::PeerMoved { from, .. }) => Some(from),
                 _ => None,
             });
-        assert_eq!(noticed, moved);
+        assert_eq!(noticed, Some(moved));
         new.worker.send(hold(Duration::ZERO)).unwrap();
         assert_eq!(receive(&application), b"direct");
         // Nothing is steered twice.
@@ -450,6 +457,139 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
             }
         };
         assert_eq!((stats.dropped(Reason::SteeredTwice), stats.steered), (1, 3));
+    });
+}
+
+/// The head of inner packets.
+pub(super) const PLAIN: SteerHead =
+    SteerHead { kind: SteerKind::Plain, endpoint: MAIN, from: None, local_port: 0, back: false };
+
+#[test]
+fn a_mixed_burst_keeps_the_order_of_each_way() {
+    isolated(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let [mut left, right] = runtime.block_on(links());
+        let host = Host::linked("tdm0", "127.0.0.1:4500", true, Some(right.steering));
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        let sender = left.handle.steer_sender().unwrap();
+        // Changes of the way after one, after some, and after more than a batch.
+        let ways = [1, 1, 3, 2, 150, 1, 70, 64, 1, 65];
+        let mut number = 0_u32;
+        let mut sealed = Vec::new();
+        let mut expected = [Vec::new(), Vec::new()];
+        for (at, count) in ways.into_iter().enumerate() {
+            for _ in 0..count {
+                number += 1;
+                let bytes = number.to_be_bytes();
+                expected[at % 2].push(bytes);
+                let (head, packet) = if at % 2 == 0 {
+                    let (from, to) = (APPLICATION.parse().unwrap(), FAR.parse().unwrap());
+                    (PLAIN, wire::ip::udp_packet(from, to, &bytes).unwrap())
+                } else {
+                    (esp_from(PEER.parse().unwrap()), peer.seal(&bytes))
+                };
+                sealed.push(sender.seal_copy(&head, &packet).unwrap());
+            }
+        }
+        let sent = left.steering.send(sender.link(), sealed.iter().map(Vec::as_slice));
+        assert_eq!(sent, sealed.len());
+        for bytes in &expected[0] {
+            assert_eq!(peer.receive().0, bytes);
+        }
+        for bytes in &expected[1] {
+            assert_eq!(receive(&application), bytes);
+        }
+        assert_eq!(host.worker.counters().steered_in, u64::from(number));
+    });
+}
+
+#[test]
+fn what_no_slot_holds_is_counted_and_does_not_take_the_rest_along() {
+    isolated(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let [mut left, right] = runtime.block_on(links());
+        let host = Host::linked("tdm0", "127.0.0.1:4500", true, Some(right.steering));
+        let mut peer = Peer::new();
+        let sender = left.handle.steer_sender().unwrap();
+        let inner =
+            wire::ip::udp_packet(APPLICATION.parse().unwrap(), FAR.parse().unwrap(), b"fits");
+        let inner = inner.unwrap();
+        let packets: [&[u8]; 4] = [&inner, &[0x45; 40_000], &inner, &[]];
+        let sealed = packets.map(|packet| sender.seal_copy(&PLAIN, packet).unwrap());
+        left.steering.send(sender.link(), sealed.iter().map(Vec::as_slice));
+        assert_eq!((peer.receive().0, peer.receive().0), (b"fits".to_vec(), b"fits".to_vec()));
+        let counters = host.wait_for(|counters| counters.steered_in == 3);
+        assert_eq!((counters.truncated, counters.sent), (1, 2));
+    });
+}
+
+/// TUN to pair link in one worker, pair link to the peer in the other.
+#[test]
+fn no_allocation_while_packets_are_steered() {
+    isolated(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let [left, right] = runtime.block_on(links());
+        let sender = left.handle.steer_sender().unwrap();
+        let mut ends = Vec::new();
+        let sides =
+            [("tdm0", "127.0.0.1:4500", left.steering), ("tdm1", "127.0.0.3:4500", right.steering)];
+        for (tun, local, steering) in sides {
+            let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
+            let (commands, asked) = queue(64).unwrap();
+            let (reports, taken) = sync_channel(REPORT_QUEUE);
+            let outlet = run::Outlet::new(
+                reports,
+                sync_channel(1).0,
+                EventFd::new().unwrap(),
+                Arc::default(),
+            );
+            let start = Start { steering: Some(steering), ..start(tun, local, &fences) };
+            let counters = Arc::new(Counters::default());
+            let state = run::State::new(start, asked, outlet, Arc::clone(&counters)).unwrap();
+            ends.push((commands, taken, counters, Some(state)));
+        }
+        let shard = |command| WorkerCommand::Shard(command);
+        ends[0].0.send(WorkerCommand::Steering(sender)).unwrap();
+        ends[0].0.send(shard(Command::Install(sa(0, "127.0.0.1:4500")))).unwrap();
+        ends[0].0.send(shard(Command::UseOutbound { spi_in: spi(0) })).unwrap();
+        ends[0].0.send(shard(Command::Steer { endpoint: MAIN, on: true })).unwrap();
+        let to_new = &mut ends[1].0;
+        own(|command| to_new.send(shard(command)).unwrap(), "127.0.0.3:4500", 0, 3);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        let workers: Vec<_> = ends
+            .iter_mut()
+            .map(|end| {
+                let mut state = end.3.take().unwrap();
+                std::thread::spawn(move || {
+                    // Warm up (until the first stop), then measure (until the second).
+                    state.run().unwrap();
+                    allocation_counter::measure(|| state.run().unwrap())
+                })
+            })
+            .collect();
+        for bursts in [20, 400] {
+            for number in (0..bursts * 32_u32).map(|number| number.to_be_bytes()) {
+                application.send(&number).unwrap();
+                if number[3] % 32 == 31 {
+                    for _ in 0..32 {
+                        peer.receive();
+                    }
+                }
+            }
+            for (commands, taken, ..) in &mut ends {
+                while taken.try_recv().is_ok() {}
+                commands.send(WorkerCommand::Stop).unwrap();
+            }
+        }
+        for worker in workers {
+            let measured = worker.join().unwrap();
+            assert_eq!(measured.count_total, 0, "{measured:?}");
+        }
+        let passed = [ends[0].2.snapshot(), ends[1].2.snapshot()];
+        let all = 420 * 32;
+        assert_eq!((passed[0].steered, passed[1].steered_in, passed[1].sent), (all, all, all));
     });
 }
 
