@@ -752,11 +752,18 @@ mod tests {
                 "10.2.0.5:4000".parse().unwrap(),
                 b"no keys yet",
             );
+            let inner = inner.unwrap();
             // There is a way to the other, and no stream that brought keys.
-            state.batch.push().unwrap().fill(&inner.unwrap());
+            state.batch.push().unwrap().fill(&inner);
             state.judge(Direction::Outbound);
+            // And with keys, but no room for a head in front of the packet.
+            state.io.steer = left.handle.steer_sender();
+            state.batch.push().unwrap().fill(&inner);
+            state.shard.outbound(boottime(), &[Duration::MAX], &mut state.batch);
+            assert!(state.batch.slots_mut()[0].widen(40, 0).is_some());
+            state.io.write(&mut state.batch, &mut state.sockets);
             let counters = state.io.counters.snapshot();
-            assert_eq!((counters.steered, counters.steer_lost), (0, 1));
+            assert_eq!((counters.steered, counters.steer_lost), (0, 2));
             let mut port = right.steering;
             assert!(!port.refill(0));
         });
