@@ -33,7 +33,8 @@ impl SharedPort {
         rest_buffer_bytes: usize,
         chosen: Options,
     ) -> io::Result<Self> {
-        // Another process's port is noticed by a socket that shares nothing; afterwards sharing lets it in.
+        // Sockets of another process of ours would join the group, and the places below would be theirs. One that shares
+        // nothing notices them.
         drop(std::net::UdpSocket::bind(local)?);
         let rest = Socket::new(Domain::for_address(local), Type::DGRAM, Some(Protocol::UDP))?;
         rest.set_nonblocking(true)?;

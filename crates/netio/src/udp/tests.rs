@@ -364,6 +364,9 @@ fn a_port_is_shared_with_nobody_else() {
         let _port = SharedPort::open(local, 2, 1 << 20, Options::default()).unwrap();
         let error = std::net::UdpSocket::bind(local).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        // Not even by its like: the kernel would sort among four.
+        let error = SharedPort::open(local, 2, 1 << 20, Options::default()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         let absent = "192.0.2.7:4600".parse().unwrap();
         let error = SharedPort::open(absent, 2, 1 << 20, Options::default()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable);

@@ -509,7 +509,7 @@ fn what_no_slot_holds_is_counted_and_does_not_take_the_rest_along() {
     isolated(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let [mut left, right] = runtime.block_on(links());
-        let host = Host::linked("tdm0", "127.0.0.1:4500", true, Some(right.steering));
+        let mut host = Host::linked("tdm0", "127.0.0.1:4500", true, Some(right.steering));
         let mut peer = Peer::new();
         let sender = left.handle.steer_sender().unwrap();
         let inner =
@@ -521,6 +521,14 @@ fn what_no_slot_holds_is_counted_and_does_not_take_the_rest_along() {
         assert_eq!((peer.receive().0, peer.receive().0), (b"fits".to_vec(), b"fits".to_vec()));
         let counters = host.wait_for(|counters| counters.steered_in == 3);
         assert_eq!((counters.truncated, counters.sent), (1, 2));
+        host.worker.send(WorkerCommand::Shard(Command::Query { token: 1 })).unwrap();
+        let stats = loop {
+            if let WorkerEvent::Report(Report::Snapshot(snapshot)) = host.event() {
+                break snapshot.stats;
+            }
+        };
+        // The empty one alone: of the long one nothing is left.
+        assert_eq!(stats.dropped(Reason::MalformedInner), 1);
     });
 }
 
