@@ -16,6 +16,7 @@
 //! counted as late.
 
 mod counters;
+mod outlet;
 mod run;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -155,7 +156,7 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
     let (reports_out, reports) = sync_channel(REPORT_QUEUE);
     let event = EventFd::new()?;
     let long_ike = Arc::new(AtomicUsize::new(0));
-    let outlet = run::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike));
+    let outlet = outlet::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike));
     let counters = Arc::new(Counters::default());
     let mut state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
     let (begun, wait) = sync_channel(1);
