@@ -58,7 +58,7 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
             .take(10)
             .any(|event| matches!(event, WorkerEvent::Steered(MAIN)));
         assert!(told);
-        assert_eq!(old.worker.counters().steered, 3);
+        assert_eq!(old.wait_for(|counters| counters.steered >= 3).steered, 3);
         assert_eq!(old.worker.counters().steer_lost, 0);
         assert_eq!(new.worker.counters().steered_in, 3);
         // An IKE message goes on to control, a long one too; what control's socket got by mistake takes its way as well.
@@ -79,6 +79,7 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
             new.worker.send(WorkerCommand::Steered { link: 0, datagram }).unwrap();
         }
         assert_eq!(receive(&application), b"stray");
+        new.wait_for(|_| right_link.counters().replayed == 1);
         assert_eq!(new.worker.counters().steered_in, 4, "the second is a replay");
 
         // While direct arrivals are held, steered ones pass; a peer that moved is noticed in both.
@@ -172,8 +173,7 @@ fn what_no_slot_holds_is_counted_and_does_not_take_the_rest_along() {
         let sealed = packets.map(|packet| sender.seal_copy(&PLAIN, packet).unwrap());
         left.steering.send(sender.link(), sealed.iter().map(Vec::as_slice));
         assert_eq!((peer.receive().0, peer.receive().0), (b"fits".to_vec(), b"fits".to_vec()));
-        let counters = host.wait_for(|counters| counters.steered_in == 3);
-        assert_eq!((counters.truncated, counters.sent), (1, 2));
+        host.wait_for(|c| (c.steered_in, c.truncated, c.sent) == (3, 1, 2));
         host.worker.send(WorkerCommand::Shard(Command::Query { token: 1 })).unwrap();
         let stats = loop {
             if let WorkerEvent::Report(Report::Snapshot(snapshot)) = host.event() {
