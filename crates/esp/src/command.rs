@@ -76,6 +76,9 @@ pub struct Policy {
     pub endpoint: EndpointId,
     /// The connection that would carry it.
     pub connection: ConnectionId,
+    /// Flows are pinned to one of the tunnels of all connections with the same
+    /// group.
+    pub group: ConnectionId,
     /// The child within the connection, in the caller's numbering.
     pub child: u16,
     /// Our side.
@@ -177,6 +180,14 @@ pub enum Command {
     /// Whether the other instance lives and owns the endpoint: while it is not
     /// owned here, its packets are handed over.
     Steer {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// On or off.
+        on: bool,
+    },
+    /// Whether new packets may be pinned to the endpoint's tunnels (they may at
+    /// first). What the other instance has pinned there is sent all the same.
+    Pin {
         /// The endpoint.
         endpoint: EndpointId,
         /// On or off.

@@ -3,7 +3,7 @@
 //! which tell "no SA yet" from "not ours to protect".
 //!
 //! ```text
-//!  packet ─► most specific selectors that match ─► their connection ─► its live tunnels that match
+//!  packet ─► most specific selectors that match ─► their group ─► its live tunnels that match
 //!                                                             pin ─► one of them ─► its newest SA
 //! ```
 //! Both instances hold the SAs of all endpoints, so both choose alike; nothing
@@ -83,12 +83,14 @@ struct Entry {
     local: TrafficSelector,
     remote: TrafficSelector,
     tunnel: Tunnel,
+    /// Flows are pinned to one of the tunnels that share it.
+    group: ConnectionId,
     pin: Pin,
 }
 
 impl Entry {
     fn order(&self) -> (Rank, ConnectionId, Reverse<u64>) {
-        (self.rank, self.tunnel.connection, self.age)
+        (self.rank, self.group, self.age)
     }
 
     fn covers(&self, packet: &Packet) -> bool {
@@ -104,9 +106,9 @@ struct Configured {
 }
 
 impl Configured {
-    /// Which child of which connection: the same at all its endpoints.
-    fn tunnel_child(&self) -> (ConnectionId, u16) {
-        (self.policy.connection, self.policy.child)
+    /// Which child of which group: the same in all its tunnels.
+    fn group_child(&self) -> (ConnectionId, u16) {
+        (self.policy.group, self.policy.child)
     }
 
     /// Asks for an SA; whether that is news.
@@ -194,6 +196,8 @@ pub(crate) struct Policies {
     asking: bool,
     /// When tunnels were last looked for that are not up.
     missed_at: Duration,
+    /// Endpoints whose tunnels are as good as down.
+    shunned: Vec<EndpointId>,
 }
 
 impl Policies {
@@ -206,6 +210,7 @@ impl Policies {
             uses: 0,
             asking: false,
             missed_at: Duration::ZERO,
+            shunned: Vec::new(),
         }
     }
 
@@ -215,21 +220,31 @@ impl Policies {
             .map(|policy| Configured { policy, asked: None, ask: false })
             .collect();
         for at in 0..self.entries.len() {
-            let pin = self.entries.get(at).map(|entry| self.pin(entry.tunnel));
-            if let (Some(entry), Some(pin)) = (self.entries.get_mut(at), pin) {
-                entry.pin = pin;
+            let place = self.entries.get(at).map(|entry| self.place(entry.tunnel));
+            if let (Some(entry), Some(place)) = (self.entries.get_mut(at), place) {
+                (entry.group, entry.pin) = place;
             }
         }
+        self.entries.sort_by_key(Entry::order);
         self.epoch += 1;
     }
 
-    /// The pin of a tunnel. One that is configured no more has its endpoint's number for a name.
-    fn pin(&self, tunnel: Tunnel) -> Pin {
+    /// Group and pin of a tunnel. One that is configured no more is pinned by its endpoint's number.
+    fn place(&self, tunnel: Tunnel) -> (ConnectionId, Pin) {
         let of_it = |c: &&Configured| {
             (c.policy.connection, c.policy.endpoint) == (tunnel.connection, tunnel.endpoint)
         };
-        let found = self.configured.iter().find(of_it).map(|c| c.policy.pin);
-        found.unwrap_or(Pin { id: tunnel.endpoint.0.into(), weight: 1 })
+        let found = self.configured.iter().find(of_it).map(|c| (c.policy.group, c.policy.pin));
+        found.unwrap_or((tunnel.connection, Pin { id: tunnel.endpoint.0.into(), weight: 1 }))
+    }
+
+    /// Whether packets may be pinned to an endpoint's tunnels.
+    pub(crate) fn pin_to(&mut self, endpoint: EndpointId, on: bool) {
+        self.shunned.retain(|shunned| *shunned != endpoint);
+        if !on {
+            self.shunned.push(endpoint);
+        }
+        self.epoch += 1;
     }
 
     /// Puts an SA into outbound use, in front of others of its tunnel that match alike.
@@ -264,11 +279,11 @@ impl Policies {
         remote: &[TrafficSelector],
     ) {
         self.remove(tunnel.spi_in);
-        let pin = self.pin(tunnel);
+        let (group, pin) = self.place(tunnel);
         for local in local {
             for remote in remote {
                 let rank = Rank::of(local, remote);
-                let entry = Entry { rank, age, local: *local, remote: *remote, tunnel, pin };
+                let entry = Entry { rank, age, local: *local, remote: *remote, tunnel, group, pin };
                 let at = self.entries.partition_point(|e| e.order() < entry.order());
                 self.entries.insert(at, entry);
             }
@@ -301,18 +316,19 @@ impl Policies {
             line.seen = now;
             return Match::Sa(line.spi_in);
         }
-        let Some(pinned) = self.search(packet, bytes, None) else {
-            return self.search_configured(packet, chosen);
-        };
-        self.want_missing(now, pinned.connection, packet);
-        let Tunnel { endpoint, spi_in, .. } = pinned;
+        let pinned = self.search(packet, bytes, None);
         // The other instance may know of a tunnel a moment before it is in use here, or for a moment longer.
         if let Some(chosen) = chosen
-            && chosen != endpoint
+            && pinned.is_none_or(|pinned| pinned.endpoint != chosen)
             && let Some(other) = self.search(packet, bytes, Some(chosen))
         {
             return Match::Sa(other.spi_in);
         }
+        let Some(tunnel) = pinned else {
+            return self.search_configured(packet, chosen);
+        };
+        self.want_missing(now, tunnel, packet);
+        let Tunnel { endpoint, spi_in, .. } = tunnel;
         // Errors about different flows have one key.
         if !packet.is_icmp_error()
             && let Some(line) = self.cache.get_mut(at)
@@ -324,13 +340,16 @@ impl Policies {
 
     /// The newest SA of the packet's tunnel: of the pinned one, or of the one at an endpoint.
     fn search(&self, packet: &Packet, bytes: &[u8], at: Option<EndpointId>) -> Option<Tunnel> {
-        let first = self.entries.iter().position(|entry| entry.covers(packet))?;
+        // The pinned tunnel is one that is in use; a packet that was pinned before goes where it was to go.
+        let fits = |e: &Entry| {
+            let endpoint = e.tunnel.endpoint;
+            e.covers(packet) && at.map_or(!self.shunned.contains(&endpoint), |at| at == endpoint)
+        };
+        let first = self.entries.iter().position(fits)?;
         let rest = self.entries.get(first..)?;
-        let (rank, connection) = rest.first().map(|e| (e.rank, e.tunnel.connection))?;
-        let alike = rest
-            .iter()
-            .take_while(|e| (e.rank, e.tunnel.connection) == (rank, connection))
-            .filter(|e| e.covers(packet) && at.is_none_or(|at| at == e.tunnel.endpoint));
+        let (rank, group) = rest.first().map(|e| (e.rank, e.group))?;
+        let alike =
+            rest.iter().take_while(|e| (e.rank, e.group) == (rank, group)).filter(|e| fits(e));
         let hash = pin::flow_hash(&packet.pinned_flow(bytes));
         let mut best: Option<(Lot, Tunnel)> = None;
         for entry in alike {
@@ -378,28 +397,29 @@ impl Policies {
 
     /// Notes that a packet wanted an SA of a configured policy, or of its like at other endpoints.
     pub(crate) fn want_sa(&mut self, at: usize, now: Duration) {
-        let Some(wanted) = self.configured.get(at).map(|c| c.tunnel_child()) else { return };
-        for configured in self.configured.iter_mut().filter(|c| c.tunnel_child() == wanted) {
+        let Some(wanted) = self.configured.get(at).map(|c| c.group_child()) else { return };
+        for configured in self.configured.iter_mut().filter(|c| c.group_child() == wanted) {
             self.asking |= configured.want(now, NO_SA_INTERVAL);
         }
     }
 
-    /// Notes that a tunnel carries a packet which others of its connection would carry, too.
-    fn want_missing(&mut self, now: Duration, connection: ConnectionId, packet: &Packet) {
+    /// Notes that a tunnel carries a packet which others of its group would carry, too.
+    fn want_missing(&mut self, now: Duration, tunnel: Tunnel, packet: &Packet) {
         if now < self.missed_at + NO_SA_INTERVAL {
             return;
         }
         self.missed_at = now;
+        let (group, _) = self.place(tunnel);
         let entries = &self.entries;
-        let is_up = |endpoint| {
-            let at_it =
-                |e: &Entry| (e.tunnel.connection, e.tunnel.endpoint) == (connection, endpoint);
-            entries.iter().any(|e| at_it(e) && e.covers(packet))
+        let is_up = |policy: &Policy| {
+            let it = (policy.connection, policy.endpoint);
+            let of_it = |e: &Entry| (e.tunnel.connection, e.tunnel.endpoint) == it;
+            entries.iter().any(|e| of_it(e) && e.covers(packet))
         };
         let missing = self.configured.iter_mut().filter(|c| {
-            c.policy.connection == connection
+            c.policy.group == group
                 && packet.matches(&c.policy.local_ts, &c.policy.remote_ts)
-                && !is_up(c.policy.endpoint)
+                && !is_up(&c.policy)
         });
         for configured in missing {
             self.asking |= configured.want(now, MISSING_INTERVAL);

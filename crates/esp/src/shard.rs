@@ -222,6 +222,10 @@ impl Shard {
                 self.answers.push_back(Report::Disowned { endpoint, term, counters });
             }
             Command::Steer { endpoint, on } => self.endpoint(endpoint)?.others = on,
+            Command::Pin { endpoint, on } => {
+                self.endpoint(endpoint)?;
+                self.policies.pin_to(endpoint, on);
+            }
             Command::HandBack { endpoint, until } => self.endpoint(endpoint)?.back_until = until,
             Command::HoldDirect { endpoint, until } => {
                 self.endpoint(endpoint)?.direct_until = until;

@@ -135,6 +135,7 @@ fn policy(connection: u16, child: u16, local: &str, remote: &str) -> Policy {
     Policy {
         endpoint: MAIN,
         connection: ConnectionId(connection),
+        group: ConnectionId(connection),
         child,
         local_ts: vec![ts(local)],
         remote_ts: vec![ts(remote)],

@@ -27,6 +27,7 @@ fn policies() -> Command {
     let at = |endpoint, n| Policy {
         endpoint,
         connection: ConnectionId(0),
+        group: ConnectionId(0),
         child: 0,
         local_ts: vec![ts("10.1.0.0/16"), ts("fd01::/64")],
         remote_ts: vec![ts("10.2.0.0/16"), ts("fd02::/64")],
@@ -115,6 +116,27 @@ fn only_flows_of_a_lost_tunnel_move_and_they_come_back() {
 }
 
 #[test]
+fn nothing_new_is_pinned_to_a_tunnel_that_is_not_in_use() {
+    let [mut left, _] = pair();
+    let before: Vec<_> = (0..300).map(|n| place(&mut left, &flow(n))).collect();
+    left.apply(Command::Pin { endpoint: B, on: false }).unwrap();
+    for n in 0..300 {
+        assert_eq!(place(&mut left, &flow(n)), A, "flow {n}");
+    }
+    left.apply(Command::Pin { endpoint: A, on: false }).unwrap();
+    let (verdict, _) = judge(&mut left, &flow(0), None);
+    assert_eq!(verdict, Verdict::Drop(Reason::NoSa), "none is in use");
+    // What the other instance pinned before it heard of that is sent.
+    let (verdict, _) = judge(&mut left, &flow(0), Some(Steered { endpoint: A, back: false }));
+    assert!(matches!(verdict, Verdict::Send { endpoint: A, .. }), "{verdict:?}");
+    for endpoint in [A, B] {
+        left.apply(Command::Pin { endpoint, on: true }).unwrap();
+    }
+    let after: Vec<_> = (0..300).map(|n| place(&mut left, &flow(n))).collect();
+    assert_eq!(before, after);
+}
+
+#[test]
 fn a_rekey_moves_nothing() {
     let [mut left, _] = pair();
     let before: Vec<_> = (0..300).map(|n| place(&mut left, &flow(n))).collect();
@@ -151,6 +173,33 @@ fn what_was_handed_over_stays_where_the_other_pinned_it() {
     // Never twice, whoever chose.
     let (verdict, _) = judge(&mut left, &flow(n), Some(Steered { endpoint: B, back: false }));
     assert_eq!(verdict, Verdict::Drop(Reason::SteeredTwice));
+}
+
+#[test]
+fn tunnels_of_one_group_share_flows_also_at_one_endpoint() {
+    let Command::Policies(mut policies) = policies() else { unreachable!() };
+    // Two addresses of the remote gateway at A: two connections there.
+    policies[1].endpoint = A;
+    policies[1].connection = ConnectionId(1);
+    let [a, b] = tunnels();
+    let b = Sa { endpoint: A, connection: ConnectionId(1), ..b };
+    let mut shard = Shard::new(Config { endpoints: 2, ..config() });
+    shard.apply(Command::Policies(policies.clone())).unwrap();
+    install(&mut shard, &a);
+    install(&mut shard, &b);
+    shard
+        .apply(Command::Own { endpoint: A, term: Term(2), seq_jump: 0, obey_leases: false })
+        .unwrap();
+    let by_a = |shard: &mut Shard| {
+        let esp = (0..1000).map(|n| judge(shard, &flow(n), None).1);
+        esp.filter(|esp| wire::esp::Header::parse(esp).unwrap().spi == a.spi_out).count()
+    };
+    let shared = by_a(&mut shard);
+    assert!((450..550).contains(&shared), "{shared} of 1000 flows");
+    // Alone, the first connection takes all.
+    policies[1].group = ConnectionId(1);
+    shard.apply(Command::Policies(policies)).unwrap();
+    assert_eq!(by_a(&mut shard), 1000);
 }
 
 #[test]

@@ -9,15 +9,18 @@
 
 mod check;
 mod digest;
+mod remotes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crypto::Secret;
-use ike::config::{ConnectionConfig, EndpointConfig, Limits};
+use ike::config::{ConnectionConfig, EndpointConfig, Limits, RemoteAddress};
 use wire::id::{ConnectionId, EndpointId};
 use wire::ts::Cidr;
+
+pub use remotes::{MAX_REMOTES, Remotes};
 
 /// Most endpoints of a pair.
 pub const MAX_ENDPOINTS: usize = 32;
@@ -35,7 +38,7 @@ pub struct Parts {
     pub instances: Vec<Instance>,
     /// In any order.
     pub endpoints: Vec<EndpointParts>,
-    /// In any order. The id and local address within are ignored: [`Config::new`] sets them.
+    /// In any order. The id and the addresses within `ike` are ignored: [`Config::new`] sets them.
     pub connections: Vec<ConnectionParts>,
     /// Bounds under attack.
     pub limits: Limits,
@@ -125,7 +128,9 @@ pub struct LanParts {
 pub struct ConnectionParts {
     /// Endpoints where it is served.
     pub endpoints: Vec<String>,
-    /// Everything that IKE has to know.
+    /// Where the remote gateway is.
+    pub remotes: Remotes,
+    /// Everything else that IKE has to know.
     pub ike: ConnectionConfig,
 }
 
@@ -177,7 +182,7 @@ pub struct Config {
     pub instances: Vec<Instance>,
     /// Sorted by name; the position is the [`EndpointId`].
     pub endpoints: Vec<Endpoint>,
-    /// Sorted by name; the position is the [`ConnectionId`].
+    /// Sorted by the operator's name; the position is the [`ConnectionId`].
     pub connections: Vec<Connection>,
     /// Bounds under attack.
     pub limits: Limits,
@@ -252,10 +257,16 @@ pub struct Lan {
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
+    /// As the operator calls it: several share a name where a remote gateway has several addresses ([`Remotes`]).
+    pub name: String,
+    /// The first of those that share the name: flows are pinned to the tunnels of all.
+    pub group: ConnectionId,
     /// Endpoints where it is served, sorted, at least one.
     pub endpoints: Vec<EndpointId>,
-    /// Everything that IKE has to know; its local address is that of the first endpoint
-    /// ([`Config::ike_endpoint`] puts in the right one for each).
+    /// Where the remote gateway is, for each of them.
+    pub remotes: Vec<RemoteAddress>,
+    /// Everything that IKE has to know, with the addresses of the first endpoint ([`Config::ike_endpoint`] puts in the
+    /// right ones for each) and a name of its own.
     pub ike: ConnectionConfig,
 }
 
@@ -359,24 +370,28 @@ impl Config {
             });
         }
         // peers.md 7: INITIAL_CONTACT deletes every SA of an identity pair, at any address.
-        let mut seats: BTreeMap<_, BTreeSet<&str>> = BTreeMap::new();
+        let mut seats: BTreeMap<_, BTreeSet<(&str, String)>> = BTreeMap::new();
         for part in &parts.connections {
             let ids = (part.ike.local_id.clone(), part.ike.remote_id.clone());
-            seats.entry(ids).or_default().extend(part.endpoints.iter().map(String::as_str));
+            let tunnels = part.endpoints.iter().flat_map(|endpoint| {
+                part.remotes
+                    .at(endpoint)
+                    .iter()
+                    .map(|remote| (endpoint.as_str(), remote.to_string()))
+            });
+            seats.entry(ids).or_default().extend(tunnels);
         }
         let shared: BTreeSet<_> =
             seats.into_iter().filter(|(_, at)| at.len() > 1).map(|(ids, _)| ids).collect();
         let mut connections = Vec::new();
-        for (position, part) in parts.connections.into_iter().enumerate() {
+        for mut part in parts.connections {
             let find = |name: &String| endpoints.iter().find(|e| &e.name == name);
             let mut at: Vec<&Endpoint> = part.endpoints.iter().map(find).collect::<Option<_>>()?;
             at.sort_by_key(|e| e.id);
             at.dedup_by_key(|e| e.id);
-            let mut ike = part.ike;
-            ike.id = ConnectionId(u16::try_from(position).ok()?);
-            ike.local_address = at.first()?.wan.address;
-            ike.initial_contact = !shared.contains(&(ike.local_id.clone(), ike.remote_id.clone()));
-            connections.push(Connection { endpoints: at.iter().map(|e| e.id).collect(), ike });
+            let ids = (part.ike.local_id.clone(), part.ike.remote_id.clone());
+            part.ike.initial_contact = !shared.contains(&ids);
+            connections.extend(remotes::expand(&part, &at, connections.len())?);
         }
         let (instances, limits, keylog) = (parts.instances, parts.limits, parts.keylog);
         Some(Self { local, pair, instances, endpoints, connections, limits, keylog, digest })
@@ -426,21 +441,27 @@ impl Config {
         self.connections.get(usize::from(id.0))
     }
 
-    /// The connection with a name.
+    /// The connection with a name, of those that IKE knows.
     #[must_use]
     pub fn connection_named(&self, name: &str) -> Option<&Connection> {
         self.connections.iter().find(|c| c.ike.name == name)
+    }
+
+    /// What a name stands for, an operator's or one that IKE knows; none for an unknown name.
+    pub fn connections_named(&self, name: &str) -> impl Iterator<Item = &Connection> {
+        self.connections.iter().filter(move |c| c.is_named(name))
     }
 
     /// What IKE at one endpoint is told: its address and its connections, each with a copy of its key.
     #[must_use]
     pub fn ike_endpoint(&self, id: EndpointId) -> Option<EndpointConfig> {
         let endpoint = self.endpoint(id)?;
-        let here = self.connections.iter().filter(|c| c.endpoints.contains(&id));
+        let address = endpoint.wan.address;
+        let here = self.connections.iter().filter_map(|c| Some((c, c.remote_at(id)?)));
         Some(EndpointConfig {
             id,
-            addresses: vec![endpoint.wan.address],
-            connections: here.map(|c| copy(&c.ike, endpoint.wan.address)).collect(),
+            addresses: vec![address],
+            connections: here.map(|(c, remote)| copy(&c.ike, address, remote)).collect(),
             limits: self.limits,
             keylog: self.keylog,
         })
@@ -456,7 +477,7 @@ impl Config {
     #[must_use]
     pub fn own_pairs(&self, connection: &str) -> Vec<(Cidr, Cidr)> {
         let (own, others): (Vec<_>, Vec<_>) =
-            self.connections.iter().partition(|c| c.ike.name == connection);
+            self.connections.iter().partition(|c| c.is_named(connection));
         let others = Self::pairs_of(others);
         Self::pairs_of(own).into_iter().filter(|pair| !others.contains(pair)).collect()
     }
@@ -476,6 +497,21 @@ impl Config {
     }
 }
 
+impl Connection {
+    /// Where the remote gateway is for one of our endpoints; `None` if that does not serve it.
+    #[must_use]
+    pub fn remote_at(&self, endpoint: EndpointId) -> Option<RemoteAddress> {
+        let seats = self.endpoints.iter().zip(&self.remotes);
+        seats.into_iter().find(|(id, _)| **id == endpoint).map(|(_, remote)| *remote)
+    }
+
+    /// Whether a name means it, alone or among others.
+    #[must_use]
+    pub fn is_named(&self, name: &str) -> bool {
+        self.name == name || self.ike.name == name
+    }
+}
+
 impl Endpoint {
     /// Whether an instance has an interface on the WAN segment, and so can serve this endpoint.
     #[must_use]
@@ -484,13 +520,17 @@ impl Endpoint {
     }
 }
 
-/// A connection as it is served at one address.
-fn copy(ike: &ConnectionConfig, local_address: IpAddr) -> ConnectionConfig {
+/// A connection as it is served at one address, towards one.
+fn copy(
+    ike: &ConnectionConfig,
+    local_address: IpAddr,
+    remote_address: RemoteAddress,
+) -> ConnectionConfig {
     ConnectionConfig {
         name: ike.name.clone(),
         id: ike.id,
         local_address,
-        remote_address: ike.remote_address,
+        remote_address,
         local_id: ike.local_id.clone(),
         remote_id: ike.remote_id.clone(),
         psk: ike.psk.duplicate(),

@@ -16,6 +16,7 @@ use wire::id::{EndpointId, Term};
 
 use crate::held::Held;
 use crate::leases::Leases;
+use crate::withdraw::Closing;
 
 /// IKE datagrams that wait out a switchover; more are dropped (peers retransmit).
 pub(crate) const INBOX: usize = 256;
@@ -88,6 +89,10 @@ pub(crate) struct Endpoint {
     pub(crate) offered_at: Option<Duration>,
     /// What the shards were last told of who else owns it.
     pub(crate) others: bool,
+    /// Whether the shards may pin flows to its tunnels, as they were last told.
+    pub(crate) in_use: bool,
+    /// How far it is closed, where its addresses stay.
+    pub(crate) closing: Option<Closing>,
     /// By connection: what last failed, whoever began it, for status.
     pub(crate) last_error: std::collections::BTreeMap<String, (String, Duration)>,
 }
@@ -110,6 +115,8 @@ impl Endpoint {
             welcome_since: None,
             offered_at: None,
             others: false,
+            in_use: true,
+            closing: None,
             last_error: std::collections::BTreeMap::new(),
         }
     }

@@ -151,14 +151,21 @@ pub enum Request {
 pub enum Answer {
     /// To [`Request::Status`].
     Status(Box<Status>),
-    /// To [`Request::Failover`] and [`Request::Drain`]: every move is complete.
+    /// To [`Request::Failover`]: every move is complete.
     Moved(Vec<Moved>),
+    /// To [`Request::Drain`]: nothing is served here any more.
+    Drained {
+        /// Every move is complete.
+        moved: Vec<Moved>,
+        /// Endpoints that cannot move: their tunnels have ended.
+        withdrawn: Vec<String>,
+    },
     /// To [`Request::Undrain`].
     Undrained,
     /// To [`Request::Flows`].
     Flows(Vec<FlowStatus>),
-    /// To [`Request::Up`]: how far the tunnel is at each endpoint, by name.
-    Up(Vec<(String, TunnelState)>),
+    /// To [`Request::Up`]: how far each tunnel is.
+    Up(Vec<TunnelUp>),
     /// To [`Request::Down`].
     Down {
         /// IKE SAs that are being closed.
@@ -180,6 +187,17 @@ pub enum Answer {
         /// What to do about it.
         hint: Option<&'static str>,
     },
+}
+
+/// A tunnel that was asked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunnelUp {
+    /// Name of its connection.
+    pub connection: String,
+    /// Name of its endpoint.
+    pub endpoint: String,
+    /// How far it is.
+    pub state: TunnelState,
 }
 
 /// An endpoint that was handed over.

@@ -32,8 +32,9 @@ mod requests;
 mod spi;
 pub mod status;
 mod view;
+mod withdraw;
 
 #[cfg(feature = "bugs")]
 pub use crate::bug::Bug;
-pub use crate::face::{Answer, Moved, Output, Refusal, Request};
+pub use crate::face::{Answer, Moved, Output, Refusal, Request, TunnelUp};
 pub use crate::machine::{Gateway, Start, StartError};

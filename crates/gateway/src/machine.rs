@@ -286,21 +286,27 @@ impl Gateway {
     }
 
     /// A planned stop: endpoints go to the other instance. Call it at each turn until [`Gateway::owns_nothing`], since
-    /// the other may not be ready at once; then [`Gateway::goodbye`]. Where there is no living other instance, peers are
-    /// told that their tunnels end, so that they can set up new ones with the next life.
+    /// the other may not be ready at once; then [`Gateway::goodbye`]. Where there is no living other instance, or the
+    /// addresses cannot move, peers are told that their tunnels end, so that they can set up new ones with the next life.
     pub fn leave(&mut self, now: Duration) {
         let alone = !self.pair.status(now).contact;
         for index in 0..self.endpoints.len() {
-            let Some(e) = self.endpoints.get_mut(index) else { continue };
-            if !e.serves(now) || self.pair.switchover(now, e.ha_id()).is_ok() || !alone {
+            let Some(e) = self.endpoints.get(index).filter(|e| e.serves(now)) else { continue };
+            if self.pair.switchover(now, e.ha_id()).is_ok() {
                 continue;
             }
-            for connection in &self.config.connections {
-                let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
-                e.ike.terminate(&mut cx, ike::Target::Connection(connection.ike.id));
+            if alone {
+                self.terminate_all(now, index);
+            } else if self.stays(index) {
+                self.close(now, index);
             }
         }
         self.pump(now);
+    }
+
+    /// Whether packets are still handed on that arrive after a switchover.
+    pub fn hands_on(&self) -> bool {
+        self.endpoints.iter().any(|e| matches!(e.part, Part::Steering { .. }))
     }
 
     /// Whether an endpoint that is owned here still has a tunnel whose peer must be told, or handed over.
@@ -421,6 +427,7 @@ impl Gateway {
                 self.outputs.push_back(Output::Shard(esp::Command::Steer { endpoint: e.id, on }));
             }
         }
+        self.tell_use();
         self.settle_requests(now);
         while let Some(transmit) = self.pair.poll_transmit() {
             self.outputs.push_back(Output::Pair(transmit));

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use ike::config::RemoteAddress;
 use wire::id::{ConnectionId, EndpointId};
 
-use crate::config::{Config, Connection};
+use crate::config::{Config, Connection, OnFailure};
 
 /// What `ha` is told.
 pub(crate) fn of(config: &Config) -> ha::Config {
@@ -15,7 +15,11 @@ pub(crate) fn of(config: &Config) -> ha::Config {
     out.endpoints = config
         .endpoints
         .iter()
-        .map(|e| ha::EndpointConfig { name: e.name.clone(), home_is_me: e.home == config.local })
+        .map(|e| ha::EndpointConfig {
+            name: e.name.clone(),
+            home_is_me: e.home == config.local,
+            adopted: e.on_failure == OnFailure::Adopt,
+        })
         .collect();
     let digest = config.digest();
     out.config_digest = u64::from_be_bytes(*digest.first_chunk().unwrap_or(&[0; 8]));
@@ -36,12 +40,12 @@ pub(crate) fn of(config: &Config) -> ha::Config {
 }
 
 /// What flows are pinned by: the addresses of the tunnel as both sides configure them.
-fn pin(config: &Config, endpoint: EndpointId, connection: &Connection) -> esp::pin::Pin {
-    let endpoint = config.endpoint(endpoint);
+fn pin(config: &Config, id: EndpointId, connection: &Connection) -> esp::pin::Pin {
+    let endpoint = config.endpoint(id);
     let local = endpoint.map_or(Ipv4Addr::UNSPECIFIED.into(), |e| e.wan.address);
-    let remote = match connection.ike.remote_address {
-        RemoteAddress::Ip(address) => address,
-        RemoteAddress::Any => Ipv4Addr::UNSPECIFIED.into(),
+    let remote = match connection.remote_at(id) {
+        Some(RemoteAddress::Ip(address)) => address,
+        Some(RemoteAddress::Any) | None => Ipv4Addr::UNSPECIFIED.into(),
     };
     esp::pin::Pin::of(local, remote, endpoint.map_or(1, |e| e.weight))
 }
@@ -55,6 +59,7 @@ pub(crate) fn policies(config: &Config) -> Vec<esp::Policy> {
                 policies.push(esp::Policy {
                     endpoint: *endpoint,
                     connection: ConnectionId(index as u16),
+                    group: connection.group,
                     child: child as u16,
                     local_ts: spec.local_ts.clone(),
                     remote_ts: spec.remote_ts.clone(),

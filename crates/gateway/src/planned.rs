@@ -7,6 +7,7 @@
 //!   at home again   home is in sync, has its uplink and does not decline: after `hold_down` of that, the
 //!                   owner hands over what is not its own
 //! ```
+//! An endpoint whose addresses cannot move is closed instead (`withdraw`).
 //! An endpoint that an operator moved away from its home (`tandem failover`) stays until it is moved
 //! back, or its home starts anew. Takeovers ask for none of this: a draining instance whose other dies
 //! serves.
@@ -32,6 +33,8 @@ pub(crate) struct Draining {
     /// Endpoints that were ours when it began.
     leaving: Vec<EndpointId>,
     done: Vec<Moved>,
+    /// Those whose tunnels ended instead.
+    withdrawn: Vec<String>,
 }
 
 impl Draining {
@@ -55,7 +58,7 @@ impl Gateway {
         tracing::info!("draining: all endpoints go to the other instance");
         let leaving = self.endpoints.iter().filter(|e| e.owns()).map(|e| e.id).collect();
         self.plan(now);
-        Ok(Draining { ticket, began: now, leaving, done: Vec::new() })
+        Ok(Draining { ticket, began: now, leaving, done: Vec::new(), withdrawn: Vec::new() })
     }
 
     /// Endpoints may come home.
@@ -64,6 +67,7 @@ impl Gateway {
             tracing::info!("no longer draining: endpoints come home");
         }
         self.decline_all(now, false);
+        (0..self.endpoints.len()).for_each(|index| self.reopen(now, index));
         Answer::Undrained
     }
 
@@ -82,6 +86,8 @@ impl Gateway {
 
     /// A turn: who is to leave leaves, and who may go home goes home.
     pub(crate) fn plan(&mut self, now: Duration) {
+        let staying = (0..self.endpoints.len()).filter(|index| self.draining && self.stays(*index));
+        staying.collect::<Vec<_>>().into_iter().for_each(|index| self.close(now, index));
         for e in &mut self.endpoints {
             let Some(config) = self.config.endpoint(e.id) else { continue };
             let abroad = config.home != self.config.local && config.home_coming.preempt;
@@ -124,7 +130,11 @@ impl Gateway {
         let (mut left, mut names) = (Vec::new(), Vec::new());
         for id in std::mem::take(&mut draining.leaving) {
             let Some(e) = self.endpoints.get(usize::from(id.0)) else { continue };
+            let stays = self.stays(usize::from(id.0));
             match e.part {
+                Part::Owner { .. } if stays && self.is_closed(now, usize::from(id.0)) => {
+                    draining.withdrawn.push(e.name.clone());
+                }
                 Part::Owner { .. } | Part::Holding { .. } => {
                     left.push(id);
                     names.push(e.name.as_str());
@@ -140,7 +150,8 @@ impl Gateway {
             }
         }
         if left.is_empty() {
-            return Ok(Answer::Moved(draining.done));
+            let Draining { done, withdrawn, .. } = draining;
+            return Ok(Answer::Drained { moved: done, withdrawn });
         }
         if now >= draining.deadline() {
             return Ok(Answer::Refused {

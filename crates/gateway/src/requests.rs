@@ -8,7 +8,7 @@ use wire::id::{ConnectionId, EndpointId, Term};
 
 use crate::config::Connection;
 use crate::endpoint::{Endpoint, Part};
-use crate::face::{Answer, Moved, Output, Refusal, Request};
+use crate::face::{Answer, Moved, Output, Refusal, Request, TunnelUp};
 use crate::machine::Gateway;
 use crate::planned::Draining;
 use crate::status::TunnelState;
@@ -26,7 +26,7 @@ pub(crate) enum Pending {
     /// Waits for the other instance to have taken all.
     Drain(Draining),
     /// Waits for the peer, or for a failure of what we asked of it.
-    Up { ticket: u64, began: Duration, connection: ConnectionId, failed: Option<String> },
+    Up { ticket: u64, began: Duration, connections: Vec<ConnectionId>, failed: Option<String> },
 }
 
 impl Pending {
@@ -42,7 +42,9 @@ impl Pending {
     /// Something that we began for a connection has failed.
     pub(crate) fn note_failure(&mut self, of: Option<ConnectionId>, text: &str) {
         match self {
-            Self::Up { connection, failed, .. } if of == Some(*connection) => {
+            Self::Up { connections, failed, .. }
+                if of.is_some_and(|of| connections.contains(&of)) =>
+            {
                 failed.get_or_insert_with(|| text.to_owned());
             }
             _ => {}
@@ -127,24 +129,25 @@ impl Gateway {
         self.outputs.push_back(Output::Answer { ticket, answer: Answer::Flows(flows) });
     }
 
-    /// The connection of a name, or the answer that there is none.
-    fn connection(&self, name: &str) -> Result<ConnectionId, Answer> {
-        let index =
-            self.config.connections.iter().position(|connection| connection.ike.name == name);
-        index.and_then(|index| u16::try_from(index).ok()).map(ConnectionId).ok_or_else(|| {
+    /// The tunnels of a name that are served here and now, by connection and index of the endpoint; or the answer that
+    /// there is none.
+    fn serving(
+        &self,
+        now: Duration,
+        name: &str,
+    ) -> Result<Vec<(ConnectionId, String, usize)>, Answer> {
+        if self.config.connections_named(name).next().is_none() {
             let known: Vec<&str> =
                 self.config.connections.iter().map(|c| c.ike.name.as_str()).collect();
             let text = format!("no connection is named {name:?}; there is: {}", known.join(", "));
-            refuse(Refusal::UnknownName, text, "see `tandem status`")
-        })
-    }
-
-    /// Endpoints of a connection that are served here and now.
-    fn serving(&self, now: Duration, id: ConnectionId) -> Vec<usize> {
-        let endpoints =
-            self.config.connection(id).map(|c| c.endpoints.as_slice()).unwrap_or_default();
-        let indices = endpoints.iter().map(|endpoint| usize::from(endpoint.0));
-        indices.filter(|index| self.endpoints.get(*index).is_some_and(|e| e.serves(now))).collect()
+            return Err(refuse(Refusal::UnknownName, text, "see `tandem status`"));
+        }
+        let all = self.config.connections_named(name).flat_map(|c| {
+            c.endpoints.iter().map(|e| (c.ike.id, c.ike.name.clone(), usize::from(e.0)))
+        });
+        let served = |index: usize| self.endpoints.get(index).is_some_and(|e| e.serves(now));
+        let here: Vec<_> = all.filter(|(_, _, index)| served(*index)).collect();
+        if here.is_empty() { Err(Self::not_owner(name)) } else { Ok(here) }
     }
 
     fn not_owner(name: &str) -> Answer {
@@ -157,23 +160,22 @@ impl Gateway {
     }
 
     fn up(&mut self, now: Duration, ticket: u64, name: &str) -> Option<Answer> {
-        let id = match self.connection(name) {
-            Ok(id) => id,
+        let serving = match self.serving(now, name) {
+            Ok(serving) => serving,
             Err(answer) => return Some(answer),
         };
-        let serving = self.serving(now, id);
-        if serving.is_empty() {
-            return Some(Self::not_owner(name));
-        }
         let mut begun = false;
-        for index in serving {
+        let mut connections = Vec::new();
+        for (id, own, index) in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
-            e.last_error.remove(name);
+            e.last_error.remove(&own);
             begun |= e.ike.initiate(&mut cx, id);
+            connections.push(id);
         }
-        let anywhere = |c: &Connection| c.ike.remote_address == RemoteAddress::Any;
-        if !begun && self.config.connection(id).is_some_and(anywhere) {
+        connections.dedup();
+        let anywhere = |c: &Connection| c.remotes.contains(&RemoteAddress::Any);
+        if !begun && self.config.connections_named(name).any(anywhere) {
             let text = format!("{name}: remote_address is \"any\", so only the peer can initiate");
             return Some(refuse(
                 Refusal::Failed,
@@ -181,21 +183,17 @@ impl Gateway {
                 "initiate at the peer, or give remote_address an address",
             ));
         }
-        self.pending.push(Pending::Up { ticket, began: now, connection: id, failed: None });
+        self.pending.push(Pending::Up { ticket, began: now, connections, failed: None });
         None
     }
 
     fn down(&mut self, now: Duration, name: &str) -> Answer {
-        let id = match self.connection(name) {
-            Ok(id) => id,
+        let serving = match self.serving(now, name) {
+            Ok(serving) => serving,
             Err(answer) => return answer,
         };
-        let serving = self.serving(now, id);
-        if serving.is_empty() {
-            return Self::not_owner(name);
-        }
         let mut closed = 0;
-        for index in serving {
+        for (id, own, index) in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
             closed += e
@@ -203,7 +201,7 @@ impl Gateway {
                 .status(now)
                 .ike_sas
                 .iter()
-                .filter(|sa| sa.connection.as_deref() == Some(name))
+                .filter(|sa| sa.connection.as_ref() == Some(&own))
                 .count();
             e.ike.terminate(&mut cx, ike::Target::Connection(id));
         }
@@ -211,21 +209,17 @@ impl Gateway {
     }
 
     fn rekey(&mut self, now: Duration, name: &str, ike: bool, children: bool) -> Answer {
-        let id = match self.connection(name) {
-            Ok(id) => id,
+        let serving = match self.serving(now, name) {
+            Ok(serving) => serving,
             Err(answer) => return answer,
         };
-        let serving = self.serving(now, id);
-        if serving.is_empty() {
-            return Self::not_owner(name);
-        }
         let (mut ike_sas, mut child_sas) = (0, 0);
-        for index in serving {
+        for (_, own, index) in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
             // Children first: an IKE SA that is being replaced takes no further exchange.
             for sa in e.ike.status(now).ike_sas {
-                if sa.connection.as_deref() != Some(name)
+                if sa.connection.as_ref() != Some(&own)
                     || !matches!(sa.state, "established" | "rekeying")
                 {
                     continue;
@@ -279,16 +273,12 @@ impl Gateway {
                 Pending::Up { ticket, failed: Some(text), .. } => {
                     (ticket, Answer::Refused { why: Refusal::Failed, text, hint: None })
                 }
-                Pending::Up { ticket, began, connection, failed: None } => {
-                    match self.settle_up(now, began, connection) {
+                Pending::Up { ticket, began, connections, failed: None } => {
+                    match self.settle_up(now, began, &connections) {
                         Some(answer) => (ticket, answer),
                         None => {
-                            self.pending.push(Pending::Up {
-                                ticket,
-                                began,
-                                connection,
-                                failed: None,
-                            });
+                            let failed = None;
+                            self.pending.push(Pending::Up { ticket, began, connections, failed });
                             continue;
                         }
                     }
@@ -343,15 +333,29 @@ impl Gateway {
         &self,
         now: Duration,
         began: Duration,
-        connection: ConnectionId,
+        connections: &[ConnectionId],
     ) -> Option<Answer> {
+        let late = now >= began + UP_PATIENCE;
+        let mut states = Vec::new();
+        for id in connections {
+            states.extend(self.settle_connection(*id, now, late)?);
+        }
+        Some(Answer::Up(states))
+    }
+
+    /// How far a connection that was asked up is; `None` while it is worth waiting.
+    fn settle_connection(
+        &self,
+        connection: ConnectionId,
+        now: Duration,
+        late: bool,
+    ) -> Option<Vec<TunnelUp>> {
         let spec = &self.config.connection(connection)?.ike;
         let name = &spec.name;
         // Those that [`ike::Endpoint::initiate`] asks for.
         let ours = |child: &&ChildConfig| child.start == Start::Initiate;
         let some = spec.children.iter().any(|child| ours(&child));
         let wanted = spec.children.iter().filter(move |child| !some || ours(child));
-        let late = now >= began + UP_PATIENCE;
         let mut states = Vec::new();
         for endpoint in &self.config.connection(connection)?.endpoints {
             let Some(e) = self.endpoints.get(usize::from(endpoint.0)) else { continue };
@@ -368,11 +372,12 @@ impl Gateway {
             if !up && !late && e.owns() {
                 return None;
             }
-            states.push((
-                e.name.clone(),
-                if up { TunnelState::Established } else { TunnelState::Connecting },
-            ));
+            states.push(TunnelUp {
+                connection: name.clone(),
+                endpoint: e.name.clone(),
+                state: if up { TunnelState::Established } else { TunnelState::Connecting },
+            });
         }
-        Some(Answer::Up(states))
+        Some(states)
     }
 }

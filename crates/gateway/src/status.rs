@@ -137,9 +137,18 @@ pub struct EndpointStatus {
     pub fence_ms_left: Option<u64>,
     /// The WAN interface of this instance is up and its gateway answers; `null` when not watched.
     pub uplink: Option<bool>,
+    /// Flows are pinned to its tunnels: `false` only where `on_failure` is `withdraw` and its home is gone, drains, or has
+    /// lost its uplink.
+    #[serde(default = "pinned")]
+    pub pinned: bool,
     /// Seconds until this instance hands it to its home, if nothing changes; owner only.
     #[serde(default)]
     pub home_in_s: Option<u64>,
+}
+
+/// What instances without the field do.
+fn pinned() -> bool {
+    true
 }
 
 /// A flow that sent something through this instance within the last minute, as `tandem flows` lists

@@ -119,6 +119,7 @@ fn endpoint_status(
         acked_position: seen.filter(|_| role == Role::Owner).map(|seen| seen.acked.0),
         fence_ms_left: (role == Role::Owner).then(|| millis(e.valid_until.saturating_sub(now))),
         uplink: seen.map(|seen| seen.uplink),
+        pinned: e.in_use,
         home_in_s: gateway.home_in(now, usize::from(e.id.0)).map(|left| left.as_secs()),
     }
 }

@@ -66,6 +66,9 @@ pub struct EndpointConfig {
     pub name: String,
     /// Whether this instance is its home.
     pub home_is_me: bool,
+    /// Whether the other instance may own it as well. If not, its addresses cannot move: when its home dies, the
+    /// other's state of it is removed ([`crate::Pair::in_use`]).
+    pub adopted: bool,
 }
 
 /// The formats this build speaks. A build speaks its own and the previous one.

@@ -92,6 +92,8 @@ pub(crate) struct Endpoint {
     pub(crate) name: String,
     pub(crate) hash: u64,
     pub(crate) home: bool,
+    /// Whether the instance that is not its home may own it.
+    pub(crate) adopted: bool,
     pub(crate) store: Store,
     pub(crate) terms: Terms,
     pub(crate) fence: Fence,
@@ -133,6 +135,7 @@ impl Endpoint {
             name: own.name.clone(),
             hash: crate::digest::name_id(&own.name),
             home: own.home_is_me,
+            adopted: own.adopted,
             store: Store::default(),
             terms: Terms::new(config.index, file),
             fence: Fence::default(),
@@ -213,6 +216,7 @@ impl Endpoint {
         }
         self.reserve(cx);
         self.refresh_synced(cx);
+        self.withdraw_turn(cx);
         self.switchover_turn(cx);
         self.ownership_turn(cx);
         self.owner_turn(cx);
@@ -295,6 +299,7 @@ impl Endpoint {
         let Role::Owner(owner) = &self.role else { return false };
         let claim = contact.claim(self.hash).filter(|_| contact.alive);
         owner.offer.is_none()
+            && self.adopted
             && matches!(owner.stage, Stage::Synced { .. })
             && claim.is_some_and(|claim| {
                 claim.role == ClaimRole::Shadow
@@ -302,6 +307,21 @@ impl Endpoint {
                     && claim.uplink
                     && claim.declines != Some(true)
             })
+    }
+
+    /// Whether flows may be pinned to its tunnels: always where it is adopted; otherwise as long as its home lives,
+    /// serves it, has its uplink and is not about to leave.
+    pub(crate) fn in_use(&self, contact: &Contact) -> bool {
+        if self.adopted {
+            return true;
+        }
+        if matches!(self.role, Role::Owner(_)) {
+            return self.uplink && !self.declines;
+        }
+        let claim = contact.claim(self.hash).filter(|_| contact.alive);
+        claim.is_some_and(|claim| {
+            claim.role == ClaimRole::Owner && claim.uplink && claim.declines != Some(true)
+        })
     }
 
     pub(crate) fn told(&self) -> Duration {

@@ -8,6 +8,7 @@
 //!   stopped for so long that another process may own ── boot_wait again ──► own, in doubt
 //!   other alive, not owning ────────────► the better claim owns, once the other has echoed it
 //!   other alive, owning ────────────────► follow (unless its claim is of a lower class: emptier)
+//!   addresses cannot move, not its home ► never; its home dead or empty: what we hold is removed
 //!
 //!   an owner that hears
 //!   a higher term of its lineage ───────► stands down at once, owes its tail
@@ -31,7 +32,7 @@ use crate::endpoint::{Cx, Endpoint, Role};
 use crate::event::{Event, HookState, How, Mode, Own, TailItem, Warning, Why};
 use crate::follower::Follower;
 use crate::owner::Owner;
-use crate::types::{Lineage, Opaque, Term, Value};
+use crate::types::{ApplyId, Lineage, Opaque, Position, Term, Value};
 use core::time::Duration;
 use std::collections::BTreeMap;
 
@@ -130,6 +131,28 @@ impl Endpoint {
         }
     }
 
+    /// Where addresses cannot move, only the home owns.
+    pub(crate) fn may_own(&self) -> bool {
+        self.home || self.adopted
+    }
+
+    /// What cannot be taken over is of no use once its home is gone, and in the way of a home that starts anew: we are
+    /// empty then, and so claim nothing against it.
+    pub(crate) fn withdraw_turn(&mut self, cx: &mut Cx<'_>) {
+        let Role::Follower(_) = &self.role else { return };
+        let claim = cx.contact.claim(self.hash).filter(|_| cx.contact.alive);
+        let home_has_it = claim.is_some_and(|claim| claim.role != ClaimRole::Empty);
+        if self.may_own() || home_has_it || self.store.lineage == Lineage::NONE {
+            return;
+        }
+        tracing::warn!(endpoint = self.name, "its home is gone: its tunnels are down here");
+        let (batch, _) = self.store.replace(BTreeMap::new());
+        (self.store.lineage, self.store.position) = (Lineage::NONE, Position(0));
+        self.role = Role::Follower(Follower::default());
+        let (id, position) = (ApplyId(self.next_serial()), self.store.position);
+        cx.out.event(Event::Apply { endpoint: self.id, id, position, batch });
+    }
+
     /// Our uplink works, and the other had the time to hear so. An owner that hears us but is not
     /// echoed goes on for as long as we report a dead uplink (fence, rule 4): it must have closed
     /// before a living uplink lets us take over by silence.
@@ -149,7 +172,7 @@ impl Endpoint {
     fn claimable(&self, cx: &Cx<'_>) -> Option<(How, bool)> {
         let Role::Follower(follower) = &self.role else { return None };
         let contact = cx.contact;
-        if cx.leaving || cx.barred {
+        if cx.leaving || cx.barred || !self.may_own() {
             return None;
         }
         if cx.config.lone {

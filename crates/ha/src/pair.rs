@@ -55,6 +55,9 @@ pub enum SwitchoverError {
     /// The other's uplink is down and ours is not.
     #[error("the other instance reports a dead uplink")]
     PeerUplink,
+    /// Its addresses cannot move.
+    #[error("it never leaves its home (on_failure = \"withdraw\")")]
+    Stays,
     /// One is under way.
     #[error("a switchover is already under way")]
     Busy,
@@ -571,6 +574,14 @@ impl Pair {
     #[must_use]
     pub fn is_welcome(&self, endpoint: EndpointId) -> bool {
         self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.is_welcome(&self.contact))
+    }
+
+    /// Whether flows may be pinned to the endpoint's tunnels. Always true but for an endpoint whose addresses cannot
+    /// move: there its home must live, serve it, have its uplink and not [decline](Pair::decline) it, which both
+    /// instances judge by the same heartbeats.
+    #[must_use]
+    pub fn in_use(&self, endpoint: EndpointId) -> bool {
+        self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.in_use(&self.contact))
     }
 
     /// Tells the other whether it is to keep the endpoint, should it own it, until it is asked: this

@@ -39,6 +39,9 @@ impl Endpoint {
         if owner.offer.is_some() {
             return Err(SwitchoverError::Busy);
         }
+        if !self.adopted {
+            return Err(SwitchoverError::Stays);
+        }
         if !cx.contact.echoed_lately(cx.now, cx.config.dead_after) || cx.joined.usable().is_none() {
             return Err(SwitchoverError::NoContact);
         }
@@ -143,6 +146,7 @@ impl Endpoint {
     }
 
     pub(crate) fn handle_grant(&mut self, cx: &mut Cx<'_>, piece: Grant) {
+        let may_own = self.may_own();
         let late = piece.term <= self.refused && cx.bug != Bug::GrantAfterRefusal;
         let Role::Follower(follower) = &mut self.role else { return };
         if late {
@@ -171,7 +175,7 @@ impl Endpoint {
             && piece.from == self.store.term
             && piece.position == self.store.position;
         let free = cx.bug == Bug::GrantAfterRefusal || self.terms.may_take(piece.term);
-        let contact = cx.contact.alive && !cx.barred && !cx.leaving;
+        let contact = cx.contact.alive && !cx.barred && !cx.leaving && may_own;
         let counters =
             follower.grant.take().map(|grant| grant.counters.to_vec()).unwrap_or_default();
         if !(patient && exact && free && contact) {

@@ -304,12 +304,11 @@ fn run(args: Args, colour: bool) -> Result<Answer, Failure> {
         Command::Genkey { file } => genkey(file.as_deref()),
         Command::PeerConfig { connection, format: Format::Swanctl, secrets } => {
             let loaded = load(&args.config)?;
-            let found = loaded.config.connection_named(&connection).ok_or_else(|| {
+            let text = peer_config(&loaded.config, &connection, secrets).ok_or_else(|| {
                 let names = loaded.config.connections.iter().map(|c| c.ike.name.as_str());
                 Failure::new(Fault::UnknownName, format!("there is no connection `{connection}`"))
                     .hint(format!("one of: {}", names.collect::<Vec<_>>().join(", ")))
             })?;
-            let text = peer_config(&loaded.config, found, secrets);
             let format = "swanctl";
             let value = LocalAnswer::PeerConfig { connection: &connection, format, text: &text };
             let answer = Answer::new(String::new(), &value)?;
@@ -412,19 +411,24 @@ fn sentence(response: &Response) -> String {
             "nothing to move: this instance owns no endpoint".to_owned()
         }
         Response::Failover { moves } => moved(moves),
-        Response::Drain { instance, moves } if moves.is_empty() => {
+        Response::Drain { instance, moves, withdrawn }
+            if moves.is_empty() && withdrawn.is_empty() =>
+        {
             format!("{instance} is drained: it served nothing")
         }
-        Response::Drain { instance, moves } => {
-            format!("{}\n{instance} is drained", moved(moves))
+        Response::Drain { instance, moves, withdrawn } => {
+            let ended = withdrawn.iter().map(|e| format!("{e}: its tunnels were ended\n"));
+            let moved = if moves.is_empty() { String::new() } else { moved(moves) + "\n" };
+            format!("{moved}{}{instance} is drained", ended.collect::<String>())
         }
         Response::Undrain { instance } => {
             format!("{instance}: endpoints whose home it is come back after their hold-down")
         }
         Response::Flows { flows } => table::flows(flows, false),
-        Response::Up { connection, tunnels } => {
-            let line =
-                |t: &TunnelUp| format!("{connection} at {}: {}", t.endpoint, table::state(t.state));
+        Response::Up { tunnels, .. } => {
+            let line = |t: &TunnelUp| {
+                format!("{} at {}: {}", t.connection, t.endpoint, table::state(t.state))
+            };
             tunnels.iter().map(line).collect::<Vec<_>>().join("\n")
         }
         Response::Down { connection, closed, purged } => {
@@ -614,7 +618,11 @@ mod tests {
             connection: "b".into(),
             tunnels: states
                 .iter()
-                .map(|state| TunnelUp { endpoint: "e".into(), state: *state })
+                .map(|state| TunnelUp {
+                    connection: "c".into(),
+                    endpoint: "e".into(),
+                    state: *state,
+                })
                 .collect(),
         };
         assert!(is_good(&up(&[TunnelState::Established])));

@@ -112,6 +112,9 @@ pub enum Response {
         instance: String,
         /// One row per endpoint that moved.
         moves: Vec<Move>,
+        /// Endpoints that cannot move: their tunnels were ended, and their peers told.
+        #[serde(default)]
+        withdrawn: Vec<String>,
     },
     /// To `undrain`: endpoints whose home it is come back when their hold-down is over.
     Undrain {
@@ -170,6 +173,9 @@ pub struct Move {
 /// One tunnel of a connection that was asked up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunnelUp {
+    /// Name of its connection: another than was asked for where a remote gateway has several addresses.
+    #[serde(default)]
+    pub connection: String,
     /// Name of the endpoint.
     pub endpoint: String,
     /// How far it is when the answer is given.

@@ -249,8 +249,9 @@ fn outside_tunnels(config: &Config) -> Vec<IpAddr> {
     let wans = config.endpoints.iter().flat_map(|endpoint| {
         [Some(endpoint.wan.address), endpoint.wan.gateway].into_iter().flatten()
     });
-    let peers = config.connections.iter().filter_map(|c| match c.ike.remote_address {
-        RemoteAddress::Ip(address) => Some(address),
+    let remotes = config.connections.iter().flat_map(|c| &c.remotes);
+    let peers = remotes.filter_map(|remote| match remote {
+        RemoteAddress::Ip(address) => Some(*address),
         RemoteAddress::Any => None,
     });
     wans.chain(peers).collect()

@@ -103,6 +103,7 @@ fn respond(request: Request) -> Response {
         },
         Request::Drain {} => Response::Drain {
             instance: "left".into(),
+            withdrawn: Vec::new(),
             moves: vec![Move {
                 endpoint: "a".into(),
                 from: "left".into(),
@@ -136,11 +137,19 @@ fn respond(request: Request) -> Response {
         },
         Request::Up { connection } if connection == "branch" => Response::Up {
             connection,
-            tunnels: vec![TunnelUp { endpoint: "main".into(), state: TunnelState::Established }],
+            tunnels: vec![TunnelUp {
+                connection: "branch".into(),
+                endpoint: "main".into(),
+                state: TunnelState::Established,
+            }],
         },
         Request::Up { connection } if connection == "depot" => Response::Up {
             connection,
-            tunnels: vec![TunnelUp { endpoint: "main".into(), state: TunnelState::Connecting }],
+            tunnels: vec![TunnelUp {
+                connection: "depot".into(),
+                endpoint: "main".into(),
+                state: TunnelState::Connecting,
+            }],
         },
         Request::Down { connection, purge } => {
             Response::Down { connection, closed: 1, purged: purge }

@@ -207,6 +207,72 @@ children.net = { local_ts = ["10.1.0.0/24"], remote_ts = ["10.3.0.0/24"] }
     assert!(at_main.connections.iter().all(|c| c.local_address.to_string() == "203.0.113.10"));
 }
 
+const REMOTE: &str = "remote_address = \"198.51.100.7\"";
+
+/// The sample with a second endpoint and another remote_address.
+fn with_remotes(endpoints: &str, remotes: &str) -> String {
+    let aux = r#"
+[endpoints.aux]
+home = "right"
+wan = { address = "203.0.113.11", interface = "eth0" }
+"#;
+    let both = format!("endpoints = [{endpoints}]\nremote_address = {remotes}");
+    let text = SAMPLE.replace("endpoints = [\"main\"]\n", "").replace(REMOTE, &both);
+    assert!(text.contains(&both));
+    text + aux
+}
+
+#[test]
+fn a_remote_gateway_has_an_address_for_each_endpoint_or_several() {
+    let seats = |text: &str| {
+        let config = read(text, "left").config;
+        let seats = config.connections.iter().map(|c| {
+            let remotes: Vec<String> = c.remotes.iter().map(ToString::to_string).collect();
+            let at: Vec<u8> = c.endpoints.iter().map(|e| e.0).collect();
+            assert!(c.is_named("branch") && !c.ike.initial_contact, "peers.md 7");
+            (c.ike.name.clone(), c.group.0, at, remotes.join(" "))
+        });
+        let seats: Vec<_> = seats.collect();
+        // IKE at an endpoint is told the address that belongs there.
+        for id in [0, 1] {
+            let ike = config.ike_endpoint(EndpointId(id)).unwrap();
+            for connection in &ike.connections {
+                let own = config.connection(connection.id).unwrap();
+                assert_eq!(Some(connection.remote_address), own.remote_at(EndpointId(id)));
+                assert_eq!(connection.name, own.ike.name);
+            }
+        }
+        seats
+    };
+    let both = "\"main\", \"aux\"";
+    let of_each = "{ main = \"198.51.100.7\", aux = \"198.51.100.8\" }";
+    assert_eq!(
+        seats(&with_remotes(both, of_each)),
+        [("branch".into(), 0, vec![0, 1], "198.51.100.8 198.51.100.7".into())]
+    );
+    let list = "[\"198.51.100.7\", \"198.51.100.8\"]";
+    assert_eq!(
+        seats(&with_remotes("\"main\"", list)),
+        [
+            ("branch#1".into(), 0, vec![1], "198.51.100.7".into()),
+            ("branch#2".into(), 0, vec![1], "198.51.100.8".into()),
+        ]
+    );
+    let mixed = "{ main = [\"198.51.100.7\", \"198.51.100.8\"], aux = \"198.51.100.9\" }";
+    assert_eq!(
+        seats(&with_remotes(both, mixed)),
+        [
+            ("branch#1".into(), 0, vec![0, 1], "198.51.100.9 198.51.100.7".into()),
+            ("branch#2".into(), 0, vec![1], "198.51.100.8".into()),
+        ]
+    );
+    // The same written otherwise is the same, and one that differs is not.
+    let digest = |remotes: &str| digest_of(&with_remotes("\"main\"", remotes), "left");
+    assert_eq!(digest("\"198.51.100.7\""), digest("[\"198.51.100.7\"]"));
+    assert_ne!(digest(list), digest("[\"198.51.100.8\", \"198.51.100.7\"]"));
+    assert_ne!(digest(list), digest("\"198.51.100.7\""));
+}
+
 fn digest_of(text: &str, instance: &str) -> [u8; 32] {
     read(text, instance).config.digest()
 }

@@ -94,6 +94,7 @@ fn status() -> Status {
             acked_position: Some(431),
             fence_ms_left: Some(78),
             uplink: Some(true),
+            pinned: true,
             home_in_s: None,
         }],
         tunnels: vec![
@@ -164,7 +165,11 @@ fn responses() {
                 took_ms: 4,
             }],
         },
-        Response::Drain { instance: "left".into(), moves: Vec::new() },
+        Response::Drain {
+            instance: "left".into(),
+            withdrawn: vec!["second".into()],
+            moves: Vec::new(),
+        },
         Response::Undrain { instance: "left".into() },
         Response::Flows {
             flows: vec![FlowStatus {
@@ -183,7 +188,11 @@ fn responses() {
         },
         Response::Up {
             connection: branch(),
-            tunnels: vec![TunnelUp { endpoint: "main".into(), state: TunnelState::Established }],
+            tunnels: vec![TunnelUp {
+                connection: "branch".into(),
+                endpoint: "main".into(),
+                state: TunnelState::Established,
+            }],
         },
         Response::Down { connection: branch(), closed: 1, purged: false },
         Response::Rekey { connection: branch(), ike: 1, children: 2 },

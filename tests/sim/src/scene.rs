@@ -136,6 +136,7 @@ impl Scene {
         let connections = (0..self.peers)
             .map(|peer| ConnectionParts {
                 endpoints: vec!["main".into()],
+                remotes: RemoteAddress::Ip(peer_address(peer).into()).into(),
                 ike: self.connection(peer, true),
             })
             .collect();
@@ -167,6 +168,7 @@ impl Scene {
             )],
             connections: vec![ConnectionParts {
                 endpoints: vec!["main".into()],
+                remotes: RemoteAddress::Ip(VIRTUAL.into()).into(),
                 ike: self.connection(peer, false),
             }],
             limits: limits(),

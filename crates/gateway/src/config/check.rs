@@ -11,8 +11,8 @@ use ike::config::{ChildConfig, Encap, RemoteAddress, Start};
 use wire::ts::TrafficSelector;
 
 use super::{
-    ConnectionParts, EndpointParts, Finding, Instance, MAX_CONNECTIONS, MAX_ENDPOINTS, OnFailure,
-    Parts, Severity,
+    ConnectionParts, EndpointParts, Finding, Instance, MAX_CONNECTIONS, MAX_ENDPOINTS, MAX_REMOTES,
+    OnFailure, Parts, Remotes, Severity,
 };
 
 /// Most links of a pair (as in `ha::config`).
@@ -423,40 +423,7 @@ fn connection_endpoints(parts: &Parts, connection: &ConnectionParts, notes: &mut
 
 fn connection_peer(parts: &Parts, connection: &ConnectionParts, notes: &mut Notes) {
     let ike = &connection.ike;
-    let at = path(connection, "remote_address");
-    match ike.remote_address {
-        RemoteAddress::Ip(address) => {
-            if address.is_ipv6() {
-                notes.push(
-                    Severity::Error,
-                    &at,
-                    format!("IPv6 address {address} of a remote gateway"),
-                    "expected an IPv4 address, or \"any\"",
-                    Some(
-                        "this release carries IPv6 inside its tunnels, but not yet outside".into(),
-                    ),
-                );
-            } else if !usable(address) {
-                let text = format!("`{address}` is not the address of a gateway");
-                notes.error(&at, text, "expected a unicast address, or \"any\"");
-            }
-            for endpoint in &parts.endpoints {
-                if addresses(endpoint).any(|(_, own)| own == address) {
-                    let text = format!("{address} is our own endpoint `{}`", endpoint.name);
-                    notes.error(&at, text, "expected the remote gateway's address");
-                }
-            }
-        }
-        RemoteAddress::Any => {
-            for child in ike.children.iter().filter(|c| c.start != Start::Respond) {
-                notes.error(
-                    format!("{}.start", path(connection, &format!("children.{}", child.name))),
-                    "remote_address is \"any\": there is nobody to initiate to",
-                    "expected start = \"respond\", or an address above",
-                );
-            }
-        }
-    }
+    remotes(parts, connection, notes);
     if ike.local_id == ike.remote_id {
         notes.error(
             path(connection, "remote_id"),
@@ -469,6 +436,77 @@ fn connection_peer(parts: &Parts, connection: &ConnectionParts, notes: &mut Note
             path(connection, "encap"),
             "ESP without UDP (protocol 50) is not in this release",
             "expected \"auto\" or \"always\"",
+        );
+    }
+}
+
+/// Where the remote gateway is.
+fn remotes(parts: &Parts, connection: &ConnectionParts, notes: &mut Notes) {
+    let at = path(connection, "remote_address");
+    if let Remotes::ByEndpoint(map) = &connection.remotes {
+        for name in map.keys().filter(|name| !connection.endpoints.contains(name)) {
+            let known = names(connection.endpoints.iter().map(String::as_str));
+            let text = format!("endpoint `{name}` does not serve this connection");
+            notes.error(format!("{at}.{name}"), text, format!("expected one of {known}"));
+        }
+        for name in connection.endpoints.iter().filter(|name| !map.contains_key(*name)) {
+            let text = format!("no address of the remote gateway for endpoint `{name}`");
+            notes.error(&at, text, format!("expected {{ {name} = \"ADDRESS\", … }}"));
+        }
+    }
+    let lists = match &connection.remotes {
+        Remotes::Everywhere(all) => vec![(at.clone(), all)],
+        Remotes::ByEndpoint(map) => {
+            map.iter().map(|(name, list)| (format!("{at}.{name}"), list)).collect()
+        }
+    };
+    for (at, list) in lists {
+        if list.is_empty() || list.len() > MAX_REMOTES {
+            let text = format!("{} addresses of a remote gateway", list.len());
+            notes.error(&at, text, format!("expected 1 to {MAX_REMOTES}"));
+        }
+        for (n, remote) in list.iter().enumerate() {
+            if list.iter().take(n).any(|earlier| earlier == remote) {
+                notes.error(&at, format!("{remote} is named twice"), "expected each address once");
+            }
+            match remote {
+                RemoteAddress::Ip(address) => remote_address(parts, *address, &at, notes),
+                RemoteAddress::Any => anywhere(connection, list, &at, notes),
+            }
+        }
+    }
+}
+
+fn remote_address(parts: &Parts, address: IpAddr, at: &str, notes: &mut Notes) {
+    if address.is_ipv6() {
+        notes.push(
+            Severity::Error,
+            at,
+            format!("IPv6 address {address} of a remote gateway"),
+            "expected an IPv4 address, or \"any\"",
+            Some("this release carries IPv6 inside its tunnels, but not yet outside".into()),
+        );
+    } else if !usable(address) {
+        let text = format!("`{address}` is not the address of a gateway");
+        notes.error(at, text, "expected a unicast address, or \"any\"");
+    }
+    for endpoint in &parts.endpoints {
+        if addresses(endpoint).any(|(_, own)| own == address) {
+            let text = format!("{address} is our own endpoint `{}`", endpoint.name);
+            notes.error(at, text, "expected the remote gateway's address");
+        }
+    }
+}
+
+fn anywhere(connection: &ConnectionParts, list: &[RemoteAddress], at: &str, notes: &mut Notes) {
+    if list.len() > 1 {
+        notes.error(at, "\"any\" beside an address", "expected addresses, or \"any\" alone");
+    }
+    for child in connection.ike.children.iter().filter(|c| c.start != Start::Respond) {
+        notes.error(
+            format!("{}.start", path(connection, &format!("children.{}", child.name))),
+            "remote_address is \"any\": there is nobody to initiate to",
+            "expected start = \"respond\", or an address above",
         );
     }
 }
@@ -579,13 +617,17 @@ fn confusable_peers(parts: &Parts, notes: &mut Notes) {
     });
     for (earlier, later) in pairs {
         let (a, b) = (&earlier.ike, &later.ike);
-        let shared = later.endpoints.iter().find(|e| earlier.endpoints.contains(e));
-        let same_place = match (a.remote_address, b.remote_address) {
-            (RemoteAddress::Ip(x), RemoteAddress::Ip(y)) => x == y,
-            _ => true,
+        let same_place = |endpoint: &str| {
+            let (theirs, ours) = (earlier.remotes.at(endpoint), later.remotes.at(endpoint));
+            ours.iter().any(|one| {
+                theirs
+                    .iter()
+                    .any(|other| one == other || [one, other].contains(&&RemoteAddress::Any))
+            })
         };
+        let shared =
+            later.endpoints.iter().find(|e| earlier.endpoints.contains(e) && same_place(e));
         if let Some(endpoint) = shared
-            && same_place
             && a.remote_id == b.remote_id
             && a.local_id == b.local_id
         {

@@ -79,7 +79,7 @@ pub(super) fn of(parts: &Parts) -> [u8; 32] {
         endpoints.sort();
         endpoints.dedup();
         out.list(endpoints.iter());
-        out.text(ike.remote_address);
+        out.text(&connection.remotes);
         for id in [&ike.local_id, &ike.remote_id] {
             out.text(id.kind().0);
             out.bytes(id.data());

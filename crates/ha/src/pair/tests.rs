@@ -11,7 +11,11 @@ fn config(index: u8) -> Config {
     let names = ["left", "right"];
     let other = names[usize::from(1 - index)];
     Config {
-        endpoints: vec![EndpointConfig { name: "main".into(), home_is_me: index == 0 }],
+        endpoints: vec![EndpointConfig {
+            name: "main".into(),
+            home_is_me: index == 0,
+            adopted: true,
+        }],
         ..Config::new(names[usize::from(index)], index, other)
     }
 }
@@ -32,6 +36,10 @@ struct Wire {
 
 impl Wire {
     fn new() -> Wire {
+        Wire::of(config)
+    }
+
+    fn of(config: impl Fn(u8) -> Config) -> Wire {
         let now = Duration::from_secs(100);
         let pair = |index| Pair::new(config(index), now, 40 + u64::from(index), &[Some(Term(0))]);
         let pairs = [pair(0).unwrap(), pair(1).unwrap()];
@@ -210,6 +218,95 @@ fn how_long_a_lone_survivor_relies_on_it() {
     };
     let times = [0, 1_000, 2_000, 10_000, 600_000].map(|ms| alone(ms).as_millis());
     assert_eq!(times, [0, 0, 300, 1_000, 1_000]);
+}
+
+/// The same, where addresses stay at their home.
+fn staying(index: u8) -> Config {
+    let mut config = config(index);
+    config.endpoints[0].adopted = false;
+    config
+}
+
+/// The home's state is at the other, and the home falls silent for so long.
+fn home_silent(ms: u64) -> Wire {
+    let mut wire = Wire::of(staying);
+    wire.put(7, b"state".to_vec()).unwrap();
+    wire.run(5);
+    assert_eq!(wire.role(1), Role::Shadow { synced: true });
+    assert_eq!([0, 1].map(|host: usize| wire.pairs[host].in_use(E)), [true, true]);
+    for _ in 0..ms {
+        wire.now += Duration::from_millis(1);
+        wire.pairs[1].handle_turn(wire.now);
+        wire.drain(1);
+    }
+    wire.sent = Default::default();
+    wire
+}
+
+#[test]
+fn what_stays_at_its_home_is_removed_when_that_is_gone_and_never_owned() {
+    let mut wire = home_silent(15_000);
+    let owned = wire.events[1].iter().any(|event| matches!(event, Event::Own(_)));
+    assert!(!owned, "not even after boot_wait");
+    assert_eq!(wire.role(1), Role::Empty);
+    assert!(!wire.pairs[1].in_use(E));
+    let removed = wire.events[1].iter().filter_map(|event| match event {
+        Event::Apply { batch, .. } if !batch.deletes.is_empty() => Some(batch.clone()),
+        _ => None,
+    });
+    let expected = Batch { puts: Vec::new(), deletes: vec![7] };
+    assert_eq!(removed.collect::<Vec<_>>(), [expected], "once, for the gateway to remove");
+    // It had only been stopped: it goes on as before, and is in use again once it is heard.
+    for pair in &mut wire.pairs {
+        pair.handle_stream_up(wire.now, LinkId(0));
+    }
+    wire.run(1_500);
+    assert_eq!(wire.role(0), Role::Owner(Mode::Synced));
+    assert_eq!(wire.role(1), Role::Shadow { synced: true });
+    assert!(wire.pairs[1].in_use(E));
+    assert_eq!(wire.pairs[1].value(E, 7).map(|v| v.to_vec()), Some(b"state".to_vec()));
+}
+
+// A home that starts anew is empty, and what the other had of it must not stand against it: also when the other hears of
+// its death and of its new life at once.
+#[test]
+fn what_stays_at_its_home_is_served_there_again() {
+    for silent in [0, 300] {
+        let mut wire = home_silent(silent);
+        wire.pairs[1].handle_stream_down(wire.now, false);
+        wire.drain(1);
+        wire.pairs[0] = Pair::new(staying(0), wire.now, 77, &[Some(Term(16))]).unwrap();
+        wire.sent = Default::default();
+        for pair in &mut wire.pairs {
+            pair.handle_stream_up(wire.now, LinkId(0));
+        }
+        wire.run(1_500);
+        assert_eq!(wire.role(0), Role::Owner(Mode::Synced));
+        assert!(wire.pairs[1].in_use(E));
+        assert_eq!(wire.pairs[1].value(E, 7), None, "of the old life");
+    }
+}
+
+#[test]
+fn what_stays_at_its_home_is_not_handed_over_and_both_know_when_it_is_no_use() {
+    let mut wire = home_silent(0);
+    let in_use = |wire: &Wire| [0, 1].map(|host: usize| wire.pairs[host].in_use(E));
+    assert_eq!(wire.pairs[0].switchover(wire.now, E), Err(SwitchoverError::Stays));
+    assert!(!wire.pairs[0].is_welcome(E));
+    for (on, off) in [(true, false), (false, true)] {
+        for change in [on, off] {
+            if on {
+                wire.pairs[0].decline(wire.now, E, change);
+            } else {
+                wire.pairs[0].handle_uplink(wire.now, E, change);
+            }
+            wire.run(1);
+            assert_eq!(in_use(&wire), [change != on; 2], "said at once");
+        }
+    }
+    wire.pairs[0].handle_uplink(wire.now, E, false);
+    wire.run(100);
+    assert_eq!(wire.role(0), Role::Owner(Mode::Synced), "nobody else can");
 }
 
 #[test]

@@ -278,6 +278,7 @@ impl World {
                 .map(|n| EndpointConfig {
                     name: format!("endpoint{n}"),
                     home_is_me: usize::from(n) % 2 == host,
+                    adopted: true,
                 })
                 .collect(),
             ..Config::new(names[host], host as u8, names[1 - host])

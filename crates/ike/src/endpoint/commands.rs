@@ -1,5 +1,7 @@
 //! What an operator or a packet asks of an endpoint.
 
+use core::time::Duration;
+
 use wire::id::{ConnectionId, EspSpi, IkeSpi};
 
 use super::{Due, Endpoint, starting::is_live};
@@ -140,6 +142,15 @@ impl Endpoint {
                 }
             }
         })
+    }
+
+    /// Takes back that a terminated connection stays down: one that is ours to start comes up.
+    pub fn permit(&mut self, now: Duration, id: ConnectionId) {
+        if self.held.remove(&id)
+            && let Some(name) = self.registry.by_id(id).map(|c| c.name.clone())
+        {
+            self.review(now, &name);
+        }
     }
 
     /// Marks SAs of a target and lets each begin its next task.

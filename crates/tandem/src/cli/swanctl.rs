@@ -5,22 +5,22 @@
 
 use std::fmt::Write;
 
-use gateway::config::{Config, Connection};
+use gateway::config::Config;
 use ike::config::{RemoteAddress, Start};
 use wire::ike::Identity;
 use wire::ts::{Ports, TrafficSelector};
 
-/// The text for a connection: one section per endpoint that serves it. With `secrets`, the pre-shared key
-/// is in it; without, a placeholder that strongSwan would take for a (wrong) key.
+/// The text for a connection: one section per tunnel. With `secrets`, the pre-shared key is in it; without, a
+/// placeholder that strongSwan would take for a (wrong) key. `None` if there is no such connection.
 #[must_use]
-pub fn peer_config(config: &Config, connection: &Connection, secrets: bool) -> String {
-    let ike = &connection.ike;
+pub fn peer_config(config: &Config, name: &str, secrets: bool) -> Option<String> {
+    let ike = &config.connections_named(name).next()?.ike;
+    let file = plain(name);
     let mut text = String::new();
     let mut out = Lines { text: &mut text, depth: 0 };
-    out.line(format!("# The other side of Tandem's connection `{}`, for strongSwan.", ike.name));
+    out.line(format!("# The other side of Tandem's connection `{name}`, for strongSwan."));
     out.line(format!(
-        "# Put it into /etc/swanctl/conf.d/tandem-{}.conf, then: swanctl --load-all",
-        ike.name
+        "# Put it into /etc/swanctl/conf.d/tandem-{file}.conf, then: swanctl --load-all",
     ));
     if !secrets {
         out.line(
@@ -28,15 +28,19 @@ pub fn peer_config(config: &Config, connection: &Connection, secrets: bool) -> S
         );
     }
     out.open("connections");
-    for id in &connection.endpoints {
+    let tunnels = config.connections_named(name).flat_map(|connection| {
+        let seats = connection.endpoints.iter().zip(&connection.remotes);
+        seats.map(move |(id, remote)| (connection, id, remote))
+    });
+    for (connection, id, remote) in tunnels {
         let Some(endpoint) = config.endpoint(*id) else { continue };
-        let name = match connection.endpoints.as_slice() {
-            [_] => format!("tandem-{}", ike.name),
-            _ => format!("tandem-{}-{}", ike.name, endpoint.name),
-        };
-        out.open(&name);
+        let own = plain(&connection.ike.name);
+        out.open(&match connection.endpoints.as_slice() {
+            [_] => format!("tandem-{own}"),
+            _ => format!("tandem-{own}-{}", endpoint.name),
+        });
         out.line("version = 2");
-        if let RemoteAddress::Ip(address) = ike.remote_address {
+        if let RemoteAddress::Ip(address) = remote {
             out.line(format!("local_addrs = {address}"));
         }
         out.line(format!("remote_addrs = {}", endpoint.wan.address));
@@ -75,7 +79,7 @@ pub fn peer_config(config: &Config, connection: &Connection, secrets: bool) -> S
     }
     out.close();
     out.open("secrets");
-    out.open(&format!("ike-tandem-{}", ike.name));
+    out.open(&format!("ike-tandem-{file}"));
     out.line(format!("id-1 = {}", quoted(&id_text(&ike.local_id))));
     out.line(format!("id-2 = {}", quoted(&id_text(&ike.remote_id))));
     match secrets {
@@ -84,7 +88,12 @@ pub fn peer_config(config: &Config, connection: &Connection, secrets: bool) -> S
     }
     out.close();
     out.close();
-    text
+    Some(text)
+}
+
+/// A name without what begins a comment in strongSwan's files.
+fn plain(name: &str) -> String {
+    name.replace('#', "-")
 }
 
 /// Indented lines.

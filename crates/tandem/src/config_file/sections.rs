@@ -2,7 +2,7 @@
 //! [`connections`], [`limits`]. What a table means on its own is decided here; what tables mean to each
 //! other is the gateway's to check.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crypto::Secret;
 use crypto::hash::sha256;
 use gateway::config::{
     ConnectionParts, EndpointParts, HomeComing, Instance, LanParts, OnFailure, PairParts,
-    PairTimers, Parts, WanParts,
+    PairTimers, Parts, Remotes, WanParts,
 };
 use ike::config::{ChildConfig, ConnectionConfig, Encap, Limits, RemoteAddress, Start, Timers};
 use ike::proposal::{default_esp, default_ike, parse_esp, parse_ike};
@@ -245,6 +245,27 @@ fn interface(table: &Table<'_>, instances: &[Instance]) -> BTreeMap<String, Stri
     device.map(everywhere).unwrap_or_default()
 }
 
+/// `remote_address`: an address, a list of them, or for each of our endpoints one or a list.
+fn remotes(table: &Table<'_>) -> Option<Remotes> {
+    const KEY: &str = "remote_address";
+    let some = |table: &Table<'_>, key: &str, expected: &str| match table.is_list(key) {
+        true => {
+            let list = table.list(key, "an IPv4 address", values::remote_address)?;
+            Some(list.into_iter().map(|remote| remote.value).collect())
+        }
+        false => table.need(key, expected, values::remote_address).map(|one| vec![one.value]),
+    };
+    if table.is_table(KEY) {
+        let by_name = table.table(KEY)?;
+        let read = |name: String| {
+            let list = some(&by_name, &name, "an IPv4 address, or a list of them")?;
+            Some((name, list))
+        };
+        return Some(Remotes::ByEndpoint(by_name.names().into_iter().filter_map(read).collect()));
+    }
+    some(table, KEY, "an IPv4 address, a list of them, or \"any\"").map(Remotes::Everywhere)
+}
+
 impl Section<'_, '_, '_> {
     /// `[endpoints.NAME]`.
     fn endpoints(&self, instances: &[Instance], is_pair: bool, local: &str) -> Vec<EndpointParts> {
@@ -335,8 +356,7 @@ impl Section<'_, '_, '_> {
                 None
             }
         };
-        let expected = "an IPv4 address, or \"any\"";
-        let remote = table.need("remote_address", expected, values::remote_address);
+        let remotes = remotes(&table);
         let example = "an identity: \"gw.example\", \"user@example\", an address or \"@#HEX\"";
         let local_id = table.text("local_id", example, values::identity).map(|id| id.value);
         let remote_id = table.text("remote_id", example, values::identity).map(|id| id.value);
@@ -348,12 +368,19 @@ impl Section<'_, '_, '_> {
         let local_id = local_id.or_else(|| {
             if table.contains("local_id") { None } else { Some(Identity::address(seat)) }
         });
-        let remote_id = remote_id.or_else(|| match remote.as_ref()?.value {
-            _ if table.contains("remote_id") => None,
-            RemoteAddress::Ip(address) => Some(Identity::address(address)),
-            RemoteAddress::Any => {
-                table.missing("remote_id", "\"branch.example\"");
-                None
+        let known = remotes.iter().flat_map(Remotes::all).map(|remote| match remote {
+            RemoteAddress::Ip(address) => Some(address),
+            RemoteAddress::Any => None,
+        });
+        let known: BTreeSet<_> = known.collect();
+        let remote_id = remote_id.or_else(|| {
+            match (table.contains("remote_id"), Vec::from_iter(known).as_slice()) {
+                (true, _) | (false, []) => None,
+                (false, [Some(address)]) => Some(Identity::address(*address)),
+                (false, _) => {
+                    table.missing("remote_id", "\"branch.example\"");
+                    None
+                }
             }
         });
         let psk = self.auth(&table);
@@ -380,11 +407,12 @@ impl Section<'_, '_, '_> {
         timers.child_rekey = shared.child_rekey.map_or(timers.child_rekey, |(_, value)| value);
         Some(ConnectionParts {
             endpoints: served?,
+            remotes: remotes?,
             ike: ConnectionConfig {
                 name,
                 id: ConnectionId(0),
                 local_address: seat,
-                remote_address: remote?.value,
+                remote_address: RemoteAddress::Any,
                 local_id: local_id?,
                 remote_id: remote_id?,
                 psk: psk?,

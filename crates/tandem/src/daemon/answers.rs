@@ -42,31 +42,34 @@ pub(super) fn response(
         | Request::Undrain {}
         | Request::Flows {} => String::new(),
     };
+    let moves = |one: gateway::Moved| Move {
+        endpoint: one.endpoint,
+        from: from.to_owned(),
+        to: to.to_owned(),
+        term: one.term.0,
+        took_ms: u64::try_from(one.took.as_millis()).unwrap_or(u64::MAX),
+    };
     match answer {
         Answer::Status(status) => Response::Status { status },
         Answer::Moved(moved) => {
-            let moves = moved
-                .into_iter()
-                .map(|one| Move {
-                    endpoint: one.endpoint,
-                    from: from.to_owned(),
-                    to: to.to_owned(),
-                    term: one.term.0,
-                    took_ms: u64::try_from(one.took.as_millis()).unwrap_or(u64::MAX),
-                })
-                .collect();
-            match request {
-                Request::Drain {} => Response::Drain { instance: from.to_owned(), moves },
-                _ => Response::Failover { moves },
-            }
+            Response::Failover { moves: moved.into_iter().map(moves).collect() }
         }
+        Answer::Drained { moved, withdrawn } => Response::Drain {
+            instance: from.to_owned(),
+            moves: moved.into_iter().map(moves).collect(),
+            withdrawn,
+        },
         Answer::Undrained => Response::Undrain { instance: from.to_owned() },
         Answer::Flows(flows) => Response::Flows { flows },
         Answer::Up(tunnels) => Response::Up {
             connection,
             tunnels: tunnels
                 .into_iter()
-                .map(|(endpoint, state)| TunnelUp { endpoint, state })
+                .map(|up| TunnelUp {
+                    connection: up.connection,
+                    endpoint: up.endpoint,
+                    state: up.state,
+                })
                 .collect(),
         },
         Answer::Down { closed } => Response::Down { connection, closed, purged },

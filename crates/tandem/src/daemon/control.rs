@@ -587,12 +587,13 @@ impl Control {
         let Some(deadline) = self.stopping else { return false };
         self.parts.gateway.leave(now);
         let _ = self.carry_out();
-        if self.parts.gateway.owns_nothing() && deadline > now + STRAGGLERS {
+        let left = !self.parts.gateway.has_tunnels(now);
+        let stragglers = self.parts.gateway.hands_on();
+        if left && stragglers && deadline > now + STRAGGLERS {
             self.stopping = Some(now + STRAGGLERS);
             return false;
         }
-        let told = !self.parts.gateway.owns_nothing() && !self.parts.gateway.has_tunnels(now);
-        if now < deadline && !told {
+        if now < deadline && (stragglers || !left) {
             return false;
         }
         self.parts.gateway.goodbye(now);

@@ -1,0 +1,93 @@
+//! Endpoints whose addresses cannot move (`on_failure = "withdraw"`): only their home serves them.
+//!
+//! ```text
+//!   home dies            `ha` removes the other's shadow, and so its SAs leave the shards there: what was pinned to
+//!                        them is pinned anew
+//!   home's uplink dies   both instances stop pinning to its tunnels, which stay (`ha::Pair::in_use`)
+//!   home drains or stops first that; then, when what was pinned by the old rule has passed, its peers are told that
+//!                        the tunnels end
+//! ```
+//! The other instance holds the SAs of such an endpoint all the same: it pins by them.
+
+use std::time::Duration;
+
+use crate::config::OnFailure;
+use crate::face::Output;
+use crate::machine::Gateway;
+
+/// From the word that nothing is pinned to an endpoint any more to the end of its tunnels: several heartbeats, and what
+/// was on its way over the pair link.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// How far an endpoint is that is being closed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Closing {
+    /// Nothing is pinned to it any more.
+    since: Duration,
+    /// Its peers were told.
+    told: Option<Duration>,
+}
+
+impl Gateway {
+    /// Whether an endpoint's addresses stay at its home.
+    pub(crate) fn stays(&self, index: usize) -> bool {
+        self.config.endpoints.get(index).is_some_and(|e| e.on_failure == OnFailure::Withdraw)
+    }
+
+    /// The shards learn which endpoints flows may be pinned to.
+    pub(crate) fn tell_use(&mut self) {
+        for e in &mut self.endpoints {
+            let on = self.pair.in_use(e.ha_id());
+            if on != e.in_use {
+                e.in_use = on;
+                self.outputs.push_back(Output::Shard(esp::Command::Pin { endpoint: e.id, on }));
+            }
+        }
+    }
+
+    /// A step towards the end of an endpoint's tunnels, in each turn of a drain or a stop. Tunnels that peers set up
+    /// again afterwards stay, without flows.
+    pub(crate) fn close(&mut self, now: Duration, index: usize) {
+        let Some(e) = self.endpoints.get_mut(index).filter(|e| e.serves(now)) else { return };
+        let closing = *e.closing.get_or_insert(Closing { since: now, told: None });
+        if closing.told.is_some() {
+            return;
+        }
+        self.decline(now, index, true);
+        if now >= closing.since + SETTLE {
+            self.terminate_all(now, index);
+            if let Some(e) = self.endpoints.get_mut(index) {
+                e.closing = Some(Closing { told: Some(now), ..closing });
+            }
+        }
+    }
+
+    /// All connections of an endpoint end, and their peers are told.
+    pub(crate) fn terminate_all(&mut self, now: Duration, index: usize) {
+        for at in 0..self.config.connections.len() {
+            let Some(id) = self.config.connections.get(at).map(|c| c.ike.id) else { continue };
+            let (mut cx, endpoints) = self.context(now);
+            if let Some(e) = endpoints.get_mut(index) {
+                e.ike.terminate(&mut cx, ike::Target::Connection(id));
+            }
+        }
+    }
+
+    /// Whether the tunnels that an endpoint had when it was closed are gone.
+    pub(crate) fn is_closed(&self, now: Duration, index: usize) -> bool {
+        let Some(e) = self.endpoints.get(index) else { return true };
+        let Some(told) = e.closing.and_then(|closing| closing.told) else { return false };
+        let since = now.saturating_sub(told);
+        e.ike.status(now).ike_sas.iter().all(|sa| sa.age < since)
+    }
+
+    /// A drain was taken back: the tunnels that are ours to start come up again.
+    pub(crate) fn reopen(&mut self, now: Duration, index: usize) {
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        if e.closing.take().is_some() {
+            for connection in &self.config.connections {
+                e.ike.permit(now, connection.ike.id);
+            }
+        }
+    }
+}
