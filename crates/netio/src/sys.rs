@@ -39,6 +39,28 @@ pub(crate) fn set_option_of<T: Copy>(
     Ok(())
 }
 
+/// Reads one integer socket option.
+pub(crate) fn get_option(
+    socket: &impl AsFd,
+    level: libc::c_int,
+    name: libc::c_int,
+) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `value` and `length` live through the call, and the length is the value's size. The descriptor is open
+    // because it is borrowed.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_mut(&mut value).cast(),
+            &raw mut length,
+        )
+    })?;
+    Ok(value)
+}
+
 /// Makes a descriptor non-blocking.
 pub(crate) fn set_nonblocking(file: &impl AsFd) -> io::Result<()> {
     let raw = file.as_fd().as_raw_fd();

@@ -20,6 +20,7 @@ mod headers;
 mod receive;
 mod segmenting;
 mod send;
+mod shared;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -32,6 +33,8 @@ use crate::sys::{check, set_option};
 use headers::Control;
 use receive::Incoming;
 use segmenting::Segmenting;
+
+pub use shared::{SharedPort, path_mtu};
 
 /// Most datagrams in one system call.
 pub const BATCH: usize = 64;
@@ -101,11 +104,13 @@ pub struct Options {
     pub recv_tos: bool,
     /// Receive and send buffer in bytes; needs CAP_NET_ADMIN above the host's limit.
     pub buffer_bytes: usize,
+    /// Other sockets of this user may have the same address and port ([`SharedPort`]).
+    pub shared: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { recv_tos: false, buffer_bytes: SOCKET_BUFFER }
+        Self { recv_tos: false, buffer_bytes: SOCKET_BUFFER, shared: false }
     }
 }
 
@@ -172,6 +177,9 @@ fn open(local: SocketAddr, options: Options) -> io::Result<Socket> {
     socket.set_nonblocking(true)?;
     // Beside an IKE daemon that holds the wildcard port and shares it, the more specific bind wins.
     socket.set_reuse_address(true)?;
+    if options.shared {
+        socket.set_reuse_port(true)?;
+    }
     // An int option even for IPv6 sockets.
     set_option(&socket, libc::IPPROTO_IP, libc::IP_FREEBIND, 1)?;
     enlarge_buffers(&socket, options.buffer_bytes)?;
@@ -205,7 +213,7 @@ pub fn enlarge_buffers(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
 /// Opens a plain non-blocking socket with the same options and binding, for the control loop
 /// (IKE on port 500): wrap it in tokio's `UdpSocket::from_std`.
 pub fn control_socket(local: SocketAddr) -> io::Result<std::net::UdpSocket> {
-    Ok(open(local, Options { recv_tos: false, buffer_bytes: 1 << 20 })?.into())
+    Ok(open(local, Options { buffer_bytes: 1 << 20, ..Options::default() })?.into())
 }
 
 impl BatchSocket {

@@ -1,8 +1,8 @@
 //! The pair link's transport: an authenticated stream, heartbeats on every link, steered packets,
 //! and the probe that proves a death (ha.md, "Pair link" and "Detecting death").
 //!
-//! What runs where: everything but [`SteerSender`] lives on the control thread's runtime. Sending
-//! seals at once on the caller's stack, so that order is the order of calls; tasks only wait.
+//! What runs where: everything but [`SteerSender`] and [`SteerPort`], which are a worker's, lives on the control thread's
+//! runtime. Sending seals at once on the caller's stack, so that order is the order of calls; tasks only wait.
 //!
 //! ```text
 //!  LinkHandle ──seal──► outbox ──► writer task ──► TCP ─┐
@@ -10,7 +10,7 @@
 //!      └──seal──► UDP socket of each link               │
 //!  LinkEvent ◄── manager ◄── reader task ◄── TCP ───────┘
 //!      ▲             ▲  └── connects (lower index), settles duplicates, drops silent streams
-//!      └── UDP task of each link (heartbeats, steered packets)
+//!      └── UDP task of each link (heartbeats)       SteerPort: steered packets, in the worker
 //! ```
 //! Nothing is parsed before it is authenticated; what is not is counted in [`Counters`].
 
@@ -21,6 +21,7 @@ mod manager;
 mod noise;
 mod probe;
 mod steer;
+mod steering;
 mod stream;
 
 use std::io;
@@ -33,9 +34,14 @@ use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 pub use counters::{Counters, Snapshot};
-pub use steer::{STEER_HEADROOM, STEER_TAILROOM, SteerHead, SteerKind, SteerSender};
+pub use steer::{
+    STEER_HEADROOM, STEER_OVERHEAD, STEER_TAILROOM, SteerHead, SteerKind, SteerSender,
+};
+pub use steering::{Arrival, SteerPort};
 
-use datagram::{OVERHEAD, Opener, Sealer};
+use datagram::{OVERHEAD, Opener, Purpose, Sealer};
+use netio::udp::{Options, SharedPort};
+use steering::{Handover, SteerSocket};
 use stream::Outbox;
 
 /// One path between the hosts; the TCP listener and the UDP socket share the address and port.
@@ -125,12 +131,12 @@ pub enum LinkEvent {
         /// What was found.
         result: ProbeResult,
     },
-    /// An authenticated packet that the other instance handed over, not seen before.
+    /// A datagram for the worker's [`SteerPort::open`] came to control's socket. Not authenticated yet.
     Steered {
-        /// What it is, whose, and where it came from.
-        head: SteerHead,
-        /// The packet.
-        bytes: Vec<u8>,
+        /// The link it came by.
+        link: u8,
+        /// The datagram.
+        datagram: Vec<u8>,
     },
 }
 
@@ -144,7 +150,9 @@ impl std::fmt::Debug for LinkEvent {
                 write!(f, "Heartbeat(link {link}, {} B)", bytes.len())
             }
             Self::ProbeResult { link, result } => write!(f, "ProbeResult(link {link}, {result:?})"),
-            Self::Steered { head, bytes } => write!(f, "Steered({head:?}, {} B)", bytes.len()),
+            Self::Steered { link, datagram } => {
+                write!(f, "Steered(link {link}, {} B)", datagram.len())
+            }
         }
     }
 }
@@ -168,8 +176,23 @@ pub struct LinkError {
 /// Events wait here when the control loop is busy; then the sockets' buffers fill.
 const EVENT_QUEUE: usize = 4096;
 
-/// Buffers of a link's UDP socket: steered packets come in bursts.
-const UDP_BUFFER: usize = 4 << 20;
+/// Buffers of control's UDP socket of a link.
+const HEARTBEAT_BUFFER: usize = 1 << 20;
+
+/// Heartbeats are network control, and say so: DSCP CS6 (RFC 4594 §3.1). It also keeps a network card from joining them with
+/// steered packets.
+const HEARTBEAT_CLASS: u32 = 48 << 2;
+
+/// A link, started.
+#[derive(Debug)]
+pub struct Started {
+    /// Control's end.
+    pub handle: LinkHandle,
+    /// What control is told.
+    pub events: mpsc::Receiver<LinkEvent>,
+    /// The worker's end.
+    pub steering: SteerPort,
+}
 
 /// The pair link.
 #[derive(Debug)]
@@ -178,8 +201,9 @@ pub struct Link;
 impl Link {
     /// Opens all sockets and starts the tasks on the current runtime. They end when the handle
     /// and the receiver are dropped. Errors name the link, the address and what to do.
-    pub fn start(config: LinkConfig) -> Result<(LinkHandle, mpsc::Receiver<LinkEvent>), LinkError> {
+    pub fn start(config: LinkConfig) -> Result<Started, LinkError> {
         let mut ports = Vec::new();
+        let mut steering = Vec::new();
         let mut listeners = Vec::new();
         let mut receivers = Vec::new();
         for (link, path) in config.links.iter().enumerate() {
@@ -194,8 +218,9 @@ impl Link {
                 }
             };
             listeners.push(stream::listen(path.local).map_err(failed("TCP"))?);
-            let (sender, receiver) = open_udp(path.local).map_err(failed("UDP"))?;
-            ports.push(Port { remote: path.remote, local: path.local, udp: Arc::new(sender) });
+            let (sender, receiver, socket) = open_udp(path.local).map_err(failed("UDP"))?;
+            steering.push(SteerSocket { remote: path.remote, socket });
+            ports.push(Port { remote: path.remote, local: path.local, udp: sender });
             receivers.push(receiver);
         }
         let heard = vec![None; ports.len()];
@@ -204,9 +229,11 @@ impl Link {
             psk: noise::derive_psk(&config.secret),
             index: config.index,
             tx: Mutex::new(Tx::default()),
-            rx: Mutex::new(Rx { heartbeat: None, steer: None, heard }),
+            rx: Mutex::new(Rx { heartbeat: None, heard }),
+            steer_in: Handover::default(),
             counters: Counters::default(),
         });
+        let steering = SteerPort::new(steering, Arc::clone(&shared));
         let (events, receiver) = mpsc::channel(EVENT_QUEUE);
         let (commands, asked) = mpsc::unbounded_channel();
         manager::spawn(manager::Start {
@@ -218,16 +245,29 @@ impl Link {
             dead_after: config.dead_after,
             retry: config.retry,
         });
-        Ok((LinkHandle { shared, commands }, receiver))
+        Ok(Started { handle: LinkHandle { shared, commands }, events: receiver, steering })
     }
 }
 
-fn open_udp(local: SocketAddr) -> io::Result<(std::net::UdpSocket, tokio::net::UdpSocket)> {
-    let socket = std::net::UdpSocket::bind(local)?;
-    socket.set_nonblocking(true)?;
-    netio::udp::enlarge_buffers(&socket, UDP_BUFFER)?;
-    let receiver = tokio::net::UdpSocket::from_std(socket.try_clone()?)?;
-    Ok((socket, receiver))
+/// Control's socket to send on, the same to receive on, the worker's.
+fn open_udp(
+    local: SocketAddr,
+) -> io::Result<(std::net::UdpSocket, tokio::net::UdpSocket, netio::udp::BatchSocket)> {
+    let steer = Purpose::Steer.byte();
+    let port = SharedPort::open(local, steer, HEARTBEAT_BUFFER, Options::default())?;
+    if !port.sorted {
+        tracing::warn!(%local, "the kernel does not sort the pair link's datagrams (SO_ATTACH_REUSEPORT_CBPF): steering costs more");
+    }
+    let reference = socket2::SockRef::from(&port.rest);
+    let marked = match local {
+        SocketAddr::V4(_) => reference.set_tos_v4(HEARTBEAT_CLASS),
+        SocketAddr::V6(_) => reference.set_tclass_v6(HEARTBEAT_CLASS),
+    };
+    if let Err(error) = marked {
+        tracing::debug!(%error, %local, "heartbeats go without a DSCP");
+    }
+    let receiver = tokio::net::UdpSocket::from_std(port.rest.try_clone()?)?;
+    Ok((port.rest, receiver, port.chosen))
 }
 
 fn hint(error: &io::Error) -> &'static str {
@@ -249,7 +289,7 @@ fn hint(error: &io::Error) -> &'static str {
 struct Port {
     local: SocketAddr,
     remote: SocketAddr,
-    udp: Arc<std::net::UdpSocket>,
+    udp: std::net::UdpSocket,
 }
 
 /// What handle and tasks share. The locks are held for a seal or an open, never across an await.
@@ -259,6 +299,8 @@ struct Shared {
     index: u8,
     tx: Mutex<Tx>,
     rx: Mutex<Rx>,
+    /// What opens steered packets, for the worker.
+    steer_in: Handover,
     counters: Counters,
 }
 
@@ -274,7 +316,6 @@ struct Tx {
 
 struct Rx {
     heartbeat: Option<Opener>,
-    steer: Option<Opener>,
     /// When each link last carried an authentic heartbeat.
     heard: Vec<Option<Instant>>,
 }
@@ -352,11 +393,23 @@ impl LinkHandle {
         let _ = self.commands.send(Command::Probe { link });
     }
 
-    /// Hands one packet over; for few packets, workers have a [`SteerSender`].
+    /// Hands one packet over; for few packets, workers have a [`SteerSender`] and a [`SteerPort`].
     pub fn send_steer(&self, head: &SteerHead, packet: &[u8]) -> bool {
-        match self.steer_sender() {
-            Some(sender) => sender.send(head, packet, &mut Vec::new()),
-            None => false,
+        let sealed = self.steer_sender().and_then(|sender| {
+            Some((self.shared.port(sender.link)?, sender.seal_copy(head, packet)?))
+        });
+        sealed.is_some_and(|(port, bytes)| port.udp.send_to(&bytes, port.remote).is_ok())
+    }
+
+    /// Opens a datagram of control's that had come to the worker's socket of a link: [`Arrival::Stray`].
+    #[must_use]
+    pub fn take_stray(&self, link: u8, datagram: &mut [u8]) -> Option<LinkEvent> {
+        match manager::open(&self.shared, link, datagram) {
+            Ok(event) => Some(event),
+            Err(refused) => {
+                self.shared.counters.refuse(refused);
+                None
+            }
         }
     }
 
@@ -376,13 +429,7 @@ impl LinkHandle {
             (None, Some((link, _))) => *link,
             (None, None) => return None,
         };
-        let port = self.shared.port(link)?;
-        Some(SteerSender {
-            sealer: Arc::clone(tx.steer.as_ref()?),
-            socket: Arc::clone(&port.udp),
-            to: port.remote,
-            link,
-        })
+        Some(SteerSender { sealer: Arc::clone(tx.steer.as_ref()?), link })
     }
 
     /// Closes the stream; with `goodbye` says so to the other and opens no other one. The

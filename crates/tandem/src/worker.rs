@@ -6,7 +6,9 @@
 //!   UDP 4500 ──recvmmsg──► classify ─┬─ ESP ──► shard.inbound ──► TUN
 //!                                    ├─ IKE ──► queue to control (bounded, dropped when full)
 //!                                    └─ keepalive ──► dropped
-//!   verdict Steer ──► pair link       steered by the other ──► commands ──► shard
+//!   verdict Steer ──seal──► sendmmsg ──► pair link
+//!   pair link ──recvmmsg──► open ─┬─ packet ──► shard
+//!                                 └─ IKE ──► queue to control
 //!   control ──commands──► before each batch      reports ──► control
 //! ```
 //! There is no lock and no allocation on the way of a packet. The fences are read when a batch is
@@ -14,6 +16,7 @@
 //! counted as late.
 
 mod counters;
+mod outlet;
 mod run;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -30,7 +33,7 @@ use netio::udp::{BatchSocket, Options, SOCKET_BUFFER};
 use netio::wake::{EventFd, QueueClosed, QueueSender, queue};
 use wire::id::EndpointId;
 
-use crate::link::{SteerHead, SteerSender};
+use crate::link::{SteerHead, SteerPort, SteerSender};
 
 pub use counters::{Counters, Snapshot};
 
@@ -38,7 +41,8 @@ pub use counters::{Counters, Snapshot};
 pub const BATCH: usize = netio::udp::BATCH;
 
 /// How to open a port-4500 socket: with the outer TOS byte, which RFC 6040 needs.
-pub const SOCKET_OPTIONS: Options = Options { recv_tos: true, buffer_bytes: SOCKET_BUFFER };
+pub const SOCKET_OPTIONS: Options =
+    Options { recv_tos: true, buffer_bytes: SOCKET_BUFFER, shared: false };
 
 /// IKE messages that may wait for the control loop; more are dropped.
 const IKE_QUEUE: usize = 512;
@@ -54,7 +58,7 @@ fn is_long(message: &[u8]) -> bool {
 /// Reports that may wait for the control loop; the shard keeps the rest.
 const REPORT_QUEUE: usize = 1024;
 
-/// Commands that wait without the sender keeping any back. More steered packets are dropped, never a command.
+/// Commands that wait without the sender keeping any back. More steered datagrams are dropped, never a command.
 const COMMAND_QUEUE: usize = 4096;
 
 /// The port-4500 socket of one endpoint, bound to its WAN address.
@@ -77,6 +81,8 @@ pub struct Start {
     pub fences: Arc<[AtomicU64]>,
     /// Endpoints in the configuration.
     pub endpoints: usize,
+    /// The pair link, if there is one.
+    pub steering: Option<SteerPort>,
 }
 
 /// What control tells a worker. Order is kept, nothing is dropped.
@@ -84,12 +90,12 @@ pub struct Start {
 pub enum WorkerCommand {
     /// For the shard.
     Shard(esp::Command),
-    /// A packet (plain or ESP) that the other instance handed over.
+    /// A datagram for [`SteerPort::open`] that came to control's socket.
     Steered {
-        /// What it is and where it came from.
-        head: SteerHead,
-        /// The packet.
-        bytes: Vec<u8>,
+        /// The link it came by.
+        link: u8,
+        /// The datagram.
+        datagram: Vec<u8>,
     },
     /// Hand packets over by this sender from now on.
     Steering(SteerSender),
@@ -114,6 +120,20 @@ pub enum WorkerEvent {
         /// The message.
         bytes: Vec<u8>,
     },
+    /// An IKE message that the other instance handed over.
+    SteeredIke {
+        /// Whose it is and where it came from.
+        head: SteerHead,
+        /// The message.
+        bytes: Vec<u8>,
+    },
+    /// A datagram of the pair link that is not for a worker, as it came.
+    Stray {
+        /// The link it came by.
+        link: u8,
+        /// The datagram.
+        datagram: Vec<u8>,
+    },
 }
 
 /// Control's end of a worker. Dropping it ends the thread.
@@ -136,7 +156,7 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
     let (reports_out, reports) = sync_channel(REPORT_QUEUE);
     let event = EventFd::new()?;
     let long_ike = Arc::new(AtomicUsize::new(0));
-    let outlet = run::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike));
+    let outlet = outlet::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike));
     let counters = Arc::new(Counters::default());
     let mut state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
     let (begun, wait) = sync_channel(1);
@@ -159,7 +179,7 @@ pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
 }
 
 impl WorkerHandle {
-    /// Queues a command. A steered packet is dropped and counted while the queue is full: packets may be lost, memory
+    /// Queues a command. A steered datagram is dropped and counted while the queue is full: packets may be lost, memory
     /// may not grow by them. Errors: the worker has ended.
     pub fn send(&mut self, command: WorkerCommand) -> Result<(), QueueClosed> {
         if matches!(command, WorkerCommand::Steered { .. }) && self.commands.backlog() > 0 {
@@ -185,7 +205,8 @@ impl WorkerHandle {
         for queue in [&self.reports, &self.ike] {
             match queue.try_recv() {
                 Ok(event) => {
-                    if let WorkerEvent::Ike { bytes, .. } = &event
+                    if let WorkerEvent::Ike { bytes, .. } | WorkerEvent::SteeredIke { bytes, .. } =
+                        &event
                         && is_long(bytes)
                     {
                         self.long_ike.fetch_sub(1, Ordering::AcqRel);

@@ -181,7 +181,8 @@ fn start_wan(run: &Run, net: &Net) -> Result<Capture> {
     Capture::start(run, &net.wan, "br0", "", 256)
 }
 
-fn wait_home(instances: &mut [Daemon; 2], within: Duration) -> Result<()> {
+/// Waits until each endpoint is owned at home and both instances are in sync.
+pub fn wait_home(instances: &mut [Daemon; 2], within: Duration) -> Result<()> {
     wait::until_ok("each endpoint at home, in sync", within, Duration::from_millis(20), || {
         for (name, home, _) in ENDPOINTS {
             let here = instances[home].status()?.endpoint(name);

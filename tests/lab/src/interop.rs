@@ -12,6 +12,7 @@ mod pair;
 mod protection;
 mod rolling;
 mod stage;
+mod steering;
 mod two_hosts;
 mod uplink;
 
@@ -60,6 +61,7 @@ pub fn all() -> Vec<Scenario> {
         uplink::SCENARIOS,
         active::SCENARIOS,
         rolling::SCENARIOS,
+        steering::SCENARIOS,
         ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]

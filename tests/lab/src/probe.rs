@@ -53,6 +53,8 @@ impl Record {
 pub const UDP_PORT: u16 = 7000;
 /// The port of the TCP probes' server.
 pub const TCP_PORT: u16 = 7001;
+/// What `lab-probe spread` sends, over and over: found on a wire, something crossed it in clear.
+pub const MARK: &[u8; 16] = b"in clear, alas! ";
 
 /// The path of the probe program, beside the running one.
 pub fn program() -> Result<PathBuf> {

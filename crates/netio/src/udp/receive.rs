@@ -1,6 +1,7 @@
 //! Receiving: recvmmsg with UDP_GRO into memory of the socket's, and dealing out what it brought.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use super::headers::{CONTROL, address_of, notes_of};
@@ -49,24 +50,28 @@ impl Incoming {
         }
     }
 
-    /// The next datagram.
-    fn next(&mut self) -> Option<(&[u8], RecvMeta)> {
+    /// Where the next datagram lies in `room`.
+    fn advance(&mut self) -> Option<(Range<usize>, RecvMeta)> {
         if self.next >= self.count {
             return None;
         }
-        let run = self.runs.get(self.next)?;
-        let room = self.room.get(self.next * RUN_ROOM..(self.next + 1) * RUN_ROOM)?;
-        let whole = room.get(..run.meta.len)?;
-        let end = self.offset.saturating_add(run.size).min(whole.len());
-        let bytes = whole.get(self.offset..end)?;
-        let meta = run.meta;
-        if end >= whole.len() {
+        let Received { meta, size } = *self.runs.get(self.next)?;
+        let (start, length) = (self.next * RUN_ROOM, meta.len.min(RUN_ROOM));
+        let end = self.offset.saturating_add(size).min(length);
+        let place = start + self.offset..start + end;
+        if end >= length {
             self.next += 1;
             self.offset = 0;
         } else {
             self.offset = end;
         }
-        Some((bytes, meta))
+        Some((place, meta))
+    }
+
+    /// The next datagram.
+    fn next(&mut self) -> Option<(&[u8], RecvMeta)> {
+        let (place, meta) = self.advance()?;
+        Some((self.room.get(place)?, meta))
     }
 }
 
@@ -130,6 +135,22 @@ impl BatchSocket {
         self.incoming.next < self.incoming.count
     }
 
+    /// Receives what is there, up to some runs, if nothing is left of the last time: [`BatchSocket::take`] deals it
+    /// out. Never blocks, never allocates.
+    pub fn refill(&mut self) {
+        if !self.has_more() {
+            self.receive();
+        }
+    }
+
+    /// The next datagram that was received, whole, in memory of the socket's: for who works on it in place. `None`
+    /// when all were taken.
+    pub fn take(&mut self) -> Option<(RecvMeta, &mut [u8])> {
+        let (place, of) = self.incoming.advance()?;
+        let bytes = self.incoming.room.get_mut(place)?;
+        Some((RecvMeta { len: bytes.len(), ..of }, bytes))
+    }
+
     /// One recvmmsg into the buffers of `incoming`.
     fn receive(&mut self) {
         let Scratch { names, vectors, controls, messages, .. } = &mut *self.scratch;
@@ -182,5 +203,42 @@ impl BatchSocket {
             *run = Received { meta, size: if size == 0 { len } else { size } };
         }
         self.incoming.count = got;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever lengths and segment sizes the kernel names: all that was received is dealt out, once and in order.
+        #[test]
+        fn every_byte_is_dealt_once(
+            list in proptest::collection::vec((0..=RUN_ROOM + 9, 0_usize..3000), 0..=RUNS),
+        ) {
+            let mut incoming = Incoming::new();
+            incoming.count = list.len();
+            for ((len, size), run) in list.iter().zip(&mut incoming.runs) {
+                let size = if *size == 0 { *len } else { *size };
+                *run = Received { meta: RecvMeta { len: *len, ..RecvMeta::EMPTY }, size };
+            }
+            let mut at = (0, 0);
+            while let Some((place, _)) = incoming.advance() {
+                let (run, from) = (place.start / RUN_ROOM, place.start % RUN_ROOM);
+                if run != at.0 && from == 0 && !place.is_empty() {
+                    at = (run, 0);
+                }
+                prop_assert_eq!((run, from), (at.0, at.1 % RUN_ROOM), "{:?}", place);
+                prop_assert!(incoming.room.get(place.clone()).is_some());
+                let most = if list[run].1 == 0 { RUN_ROOM } else { list[run].1 };
+                prop_assert!(place.len() <= most);
+                at.1 += place.len();
+                if at.1 == list[run].0.min(RUN_ROOM) {
+                    at = (run + 1, 0);
+                }
+            }
+            prop_assert_eq!(incoming.next, list.len());
+        }
     }
 }

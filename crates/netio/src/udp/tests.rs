@@ -284,7 +284,7 @@ fn a_full_buffer_drops_and_counts_instead_of_blocking() {
         ip("link set lo up");
         stub("d0");
         ip("address add 192.0.2.1/24 dev d0");
-        let options = Options { recv_tos: false, buffer_bytes: 4096 };
+        let options = Options { buffer_bytes: 4096, ..Options::default() };
         let mut socket = BatchSocket::bind("192.0.2.1:4500".parse().unwrap(), options).unwrap();
         let bytes = [0_u8; 1400];
         let to = "192.0.2.2:9".parse().unwrap();
@@ -294,5 +294,98 @@ fn a_full_buffer_drops_and_counts_instead_of_blocking() {
         let sent = socket.send(items) as u64;
         let SendCounters { full, .. } = socket.counters();
         assert!(sent < 10 && sent + full == 10, "{:?}", socket.counters());
+    });
+}
+
+/// The first bytes of the datagrams that each of the two sockets has got, when `count` are there.
+fn sorted(port: &mut SharedPort, count: usize) -> (Vec<u8>, Vec<u8>) {
+    let (mut rest, mut chosen) = (Vec::new(), Vec::new());
+    let mut bytes = [0; 2048];
+    while rest.len() + chosen.len() < count {
+        let before = rest.len() + chosen.len();
+        while let Ok((length, _)) = port.rest.recv_from(&mut bytes) {
+            rest.push(if length == 0 { 0 } else { bytes[0] });
+        }
+        port.chosen.refill();
+        while let Some((meta, datagram)) = port.chosen.take() {
+            assert!(!meta.truncated && meta.len == datagram.len());
+            chosen.push(datagram[0]);
+            // It is the caller's to change: nothing of it comes again.
+            datagram.fill(0xff);
+        }
+        if rest.len() + chosen.len() == before {
+            assert!(
+                wait_readable(&port.chosen, 1).unwrap() || wait_readable(&port.rest, 2000).unwrap()
+            );
+        }
+    }
+    (rest, chosen)
+}
+
+#[test]
+fn a_shared_port_is_sorted_by_the_first_byte() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        for (local, remote) in [("127.0.0.1:4600", "127.0.0.2:4600"), ("[::1]:4600", "[::1]:4601")]
+        {
+            let options = Options::default();
+            let mut port = SharedPort::open(local.parse().unwrap(), 2, 1 << 20, options).unwrap();
+            assert!(port.sorted);
+            let mut far = BatchSocket::bind(remote.parse().unwrap(), options).unwrap();
+            let to = port.chosen.local_addr();
+            // Runs of one kind, single ones in between, and one without any byte.
+            let kinds = [2_u8, 2, 2, 2, 1, 2, 1, 1, 0, 255, 2, 3];
+            let all: Vec<Vec<u8>> = kinds.iter().map(|kind| vec![*kind; 900]).collect();
+            for bytes in &all {
+                assert_eq!(far.send([SendItem { to, bytes, tos: 0 }].into_iter()), 1);
+            }
+            far.sender().send_to(&[], to).unwrap();
+            let run = (0..40).map(|_| SendItem { to, bytes: &[2; 1200], tos: 0 });
+            assert_eq!(far.send(run), 40);
+            let (rest, chosen) = sorted(&mut port, kinds.len() + 1 + 40);
+            assert_eq!(rest, [1, 1, 1, 0, 255, 3, 0]);
+            assert_eq!(chosen, [2; 6 + 40]);
+            // Either one answers from the address that the other side knows.
+            port.rest.send_to(b"rest", remote).unwrap();
+            let (meta, bytes) = receive(&mut far).remove(0);
+            assert_eq!((meta.from, &bytes[..]), (to, &b"rest"[..]));
+            let item = SendItem { to: remote.parse().unwrap(), bytes: b"chosen", tos: 0 };
+            port.chosen.send([item].into_iter());
+            assert_eq!(receive(&mut far).remove(0).0.from, to);
+        }
+    });
+}
+
+#[test]
+fn a_port_is_shared_with_nobody_else() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        let local = "127.0.0.1:4600".parse().unwrap();
+        let _port = SharedPort::open(local, 2, 1 << 20, Options::default()).unwrap();
+        let error = std::net::UdpSocket::bind(local).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        // Not even by its like: the kernel would sort among four.
+        let error = SharedPort::open(local, 2, 1 << 20, Options::default()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        let absent = "192.0.2.7:4600".parse().unwrap();
+        let error = SharedPort::open(absent, 2, 1 << 20, Options::default()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable);
+    });
+}
+
+#[test]
+fn the_mtu_of_a_path_is_its_interfaces() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        stub("d0");
+        ip("address add 192.0.2.1/24 dev d0");
+        ip("link set d0 mtu 1476");
+        let (near, far) = ("192.0.2.1:4600".parse().unwrap(), "192.0.2.2:4600".parse().unwrap());
+        assert_eq!(path_mtu(near, far).unwrap(), 1476);
+        assert!(path_mtu("192.0.2.9:4600".parse().unwrap(), far).is_err());
+        ip("address add 2001:db8::1/64 dev d0 nodad");
+        let (near, far) =
+            ("[2001:db8::1]:4600".parse().unwrap(), "[2001:db8::2]:4600".parse().unwrap());
+        assert_eq!(path_mtu(near, far).unwrap(), 1476);
     });
 }

@@ -224,7 +224,9 @@ impl Control {
                 };
                 gateway.handle_probe_result(now, link, probe);
             }
-            LinkEvent::Steered { head, bytes } => self.steered(head, bytes),
+            LinkEvent::Steered { link, datagram } => {
+                self.command(WorkerCommand::Steered { link, datagram })
+            }
         }
     }
 
@@ -237,20 +239,11 @@ impl Control {
         }
     }
 
-    fn steered(&mut self, head: SteerHead, bytes: Vec<u8>) {
-        match (head.kind, head.from) {
-            (SteerKind::Ike, Some(from)) => {
-                let Some(place) = self.parts.places.get(usize::from(head.endpoint.0)) else {
-                    return;
-                };
-                let to = if head.local_port == 500 { place.at_500 } else { place.at_4500 };
-                self.parts.gateway.handle_ike(boottime(), head.endpoint, from, to, &bytes, true);
-            }
-            (SteerKind::Ike, None) => {}
-            (SteerKind::Plain | SteerKind::Esp, _) => {
-                self.command(WorkerCommand::Steered { head, bytes })
-            }
-        }
+    fn steered_ike(&mut self, head: SteerHead, bytes: &[u8]) {
+        let place = self.parts.places.get(usize::from(head.endpoint.0));
+        let (Some(place), Some(from)) = (place, head.from) else { return };
+        let to = if head.local_port == 500 { place.at_500 } else { place.at_4500 };
+        self.parts.gateway.handle_ike(boottime(), head.endpoint, from, to, bytes, true);
     }
 
     fn worker_event(&mut self, event: WorkerEvent) {
@@ -258,6 +251,15 @@ impl Control {
         match event {
             WorkerEvent::Report(report) => self.parts.gateway.handle_report(now, report),
             WorkerEvent::Steered(endpoint) => self.parts.gateway.note_steered(now, endpoint),
+            WorkerEvent::SteeredIke { head, bytes } => self.steered_ike(head, &bytes),
+            WorkerEvent::Stray { link, mut datagram } => {
+                let handle = self.parts.link.as_ref();
+                if let Some(event) =
+                    handle.and_then(|link_of| link_of.take_stray(link, &mut datagram))
+                {
+                    self.link_event(event);
+                }
+            }
             WorkerEvent::Ike { endpoint, from, bytes } => {
                 if let Some(place) = self.parts.places.get(usize::from(endpoint.0)) {
                     self.parts.gateway.handle_ike(

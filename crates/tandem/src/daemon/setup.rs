@@ -23,7 +23,7 @@ use super::fences::Fences;
 use crate::config_file::{Loaded, host_needs};
 use crate::control_socket::{Call, Server};
 use crate::hook::Hook;
-use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath};
+use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath, STEER_OVERHEAD, Started};
 use crate::routing::{self, Protection};
 use crate::terms::TermFile;
 use crate::worker::{self, EndpointSocket, WorkerHandle};
@@ -32,6 +32,8 @@ use crate::worker::{self, EndpointSocket, WorkerHandle};
 const RETRY: std::time::Duration = std::time::Duration::from_millis(200);
 /// Outer headers and ESP at their largest: IPv4 20, UDP 8, ESP 8, IV 8, padding 3, trailer 2, tag 16.
 const OVERHEAD: u32 = 65;
+/// What a link takes where nothing else is known.
+const ETHERNET_MTU: u32 = 1500;
 /// IPv6 needs links of at least this MTU (RFC 8200 §5).
 const LEAST_MTU: u32 = 1280;
 /// Packets that may wait in the TUN (dataplane.md).
@@ -192,7 +194,7 @@ pub(super) async fn open(
         }
     }
 
-    let (link, link_events) = match (&config.pair, pair_secret) {
+    let (link, link_events, steering) = match (&config.pair, pair_secret) {
         (Some(pair), Some(secret)) => {
             let links = pair
                 .links
@@ -206,10 +208,11 @@ pub(super) async fn open(
                 dead_after: pair.timers.dead_after,
                 retry: RETRY,
             });
-            let (handle, events) = started.map_err(|error| error.to_string())?;
-            (Some(handle), Some(events))
+            let Started { handle, events, steering } =
+                started.map_err(|error| error.to_string())?;
+            (Some(handle), Some(events), Some(steering))
         }
-        _ => (None, None),
+        _ => (None, None, None),
     };
     let (sender, calls) = mpsc::channel(16);
     tokio::spawn(server.run(sender));
@@ -225,6 +228,7 @@ pub(super) async fn open(
         sockets,
         fences: fences.words(),
         endpoints: config.endpoints.len(),
+        steering,
     })
     .map_err(|error| format!("the worker cannot be started: {error}"))?;
 
@@ -301,9 +305,10 @@ fn tun_hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// The smallest WAN MTU, less what a tunnel adds.
+/// The smallest WAN MTU, less what a tunnel adds. With several endpoints packets cross the pair link all the time: they must
+/// also fit it whole, with what steering adds.
 async fn tunnel_mtu(netlink: &Netlink, config: &Config) -> Result<u32, String> {
-    let mut least = 1500;
+    let mut least = ETHERNET_MTU;
     for endpoint in &config.endpoints {
         let Some(Some(name)) = endpoint.wan.interface.get(usize::from(config.local)) else {
             continue;
@@ -319,5 +324,18 @@ async fn tunnel_mtu(netlink: &Netlink, config: &Config) -> Result<u32, String> {
             Err(error) => return Err(format!("interface {name:?}: {error}")),
         }
     }
-    Ok((least.saturating_sub(OVERHEAD)).max(LEAST_MTU))
+    let mut mtu = least.saturating_sub(OVERHEAD);
+    if let Some(pair) = config.pair.as_ref().filter(|_| config.endpoints.len() > 1) {
+        let links = pair.links.iter().map(|link| steered_mtu(link.local, link.remote));
+        mtu = mtu.min(links.min().unwrap_or(mtu));
+    }
+    Ok(mtu.max(LEAST_MTU))
+}
+
+/// The largest packet that can be handed over on a link without being cut.
+fn steered_mtu(local: SocketAddr, remote: SocketAddr) -> u32 {
+    // A link that is not there yet is taken for an Ethernet.
+    let mtu = netio::udp::path_mtu(local, remote).unwrap_or(ETHERNET_MTU);
+    let headers = if local.is_ipv4() { 20 + 8 } else { 40 + 8 };
+    mtu.saturating_sub(headers + STEER_OVERHEAD as u32)
 }

@@ -30,7 +30,8 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    fn byte(self) -> u8 {
+    /// The first byte of such a datagram.
+    pub(crate) fn byte(self) -> u8 {
         match self {
             Self::Heartbeat => 1,
             Self::Steer => 2,

@@ -25,7 +25,6 @@ use zeroize::Zeroizing;
 use super::datagram::{self, Keys, Purpose, Refused};
 use super::frame::Kind;
 use super::noise::Session;
-use super::steer::SteerHead;
 use super::stream::{self, End, Outbox};
 use super::{Command, Counters, LinkEvent, Shared, StreamEnd, probe};
 
@@ -280,8 +279,8 @@ impl Manager {
         {
             let mut rx = self.shared.rx();
             rx.heartbeat = peer.opener(Purpose::Heartbeat);
-            rx.steer = peer.opener(Purpose::Steer);
         }
+        self.shared.steer_in.put(peer.opener(Purpose::Steer));
         {
             let mut tx = self.shared.tx();
             tx.heartbeat = active.keys.sealer(Purpose::Heartbeat);
@@ -443,11 +442,11 @@ async fn datagram_loop(
     }
 }
 
-fn open(shared: &Shared, link: u8, datagram: &mut [u8]) -> Result<LinkEvent, Refused> {
-    let purpose = datagram::purpose_of(datagram)?;
-    let rx = &mut *shared.rx();
-    match purpose {
+/// Opens a datagram that came by a link.
+pub(super) fn open(shared: &Shared, link: u8, datagram: &mut [u8]) -> Result<LinkEvent, Refused> {
+    match datagram::purpose_of(datagram)? {
         Purpose::Heartbeat => {
+            let rx = &mut *shared.rx();
             let bytes =
                 rx.heartbeat.as_mut().ok_or(Refused::OtherKey)?.open(link, datagram)?.to_vec();
             if let Some(heard) = rx.heard.get_mut(usize::from(link)) {
@@ -456,11 +455,7 @@ fn open(shared: &Shared, link: u8, datagram: &mut [u8]) -> Result<LinkEvent, Ref
             Counters::add(&shared.counters.heartbeats);
             Ok(LinkEvent::Heartbeat { link, bytes })
         }
-        Purpose::Steer => {
-            let opened = rx.steer.as_mut().ok_or(Refused::OtherKey)?.open(link, datagram)?;
-            let (head, packet) = SteerHead::decode(opened).ok_or(Refused::Unknown)?;
-            Counters::add(&shared.counters.steered);
-            Ok(LinkEvent::Steered { head, bytes: packet.to_vec() })
-        }
+        // Its replay window is the worker's.
+        Purpose::Steer => Ok(LinkEvent::Steered { link, datagram: datagram.to_vec() }),
     }
 }

@@ -1,11 +1,11 @@
-//! A packet that belongs to an endpoint of the other instance, and who hands it over. The codec
-//! is pure; [`SteerSender`] sends on a socket of the pair link, from any thread.
+//! A packet that belongs to an endpoint of the other instance, and who seals it for the way there. Pure, but for the
+//! counter that all senders share.
 //!
 //! ```text
 //!  kind:1 (| 0x80: handed back) │ endpoint:1 │ family:1 (0, 4, 6) │ address:16 │ port:2 │ local port:2 │ packet …
 //! ```
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use wire::id::EndpointId;
@@ -23,6 +23,9 @@ pub const STEER_HEADROOM: usize = HEADER + HEAD;
 
 /// Bytes that steering needs free behind it.
 pub const STEER_TAILROOM: usize = crypto::aead::TAG_LEN;
+
+/// Bytes of a packet's datagram on the pair link beyond the packet, above UDP.
+pub const STEER_OVERHEAD: usize = STEER_HEADROOM + STEER_TAILROOM;
 
 /// What is steered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,40 +107,46 @@ impl SteerHead {
     }
 }
 
-/// Hands packets over on one link under the newest keys. Cheap to clone; one that outlives its
-/// stream sends what the other side refuses, so ask for a new one after each `StreamUp`.
+/// Seals packets for the other instance, for one link, under the newest keys. Cheap to clone; threads may use theirs at
+/// once: the counter that makes the IV is one. One that outlives its stream seals what the other side refuses, so ask for a
+/// new one after each `StreamUp`.
 #[derive(Clone)]
 pub struct SteerSender {
     pub(crate) sealer: Arc<Sealer>,
-    pub(crate) socket: Arc<UdpSocket>,
-    pub(crate) to: SocketAddr,
     pub(crate) link: u8,
 }
 
 impl std::fmt::Debug for SteerSender {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "SteerSender(link {} to {})", self.link, self.to)
+        write!(f, "SteerSender(link {})", self.link)
     }
 }
 
 impl SteerSender {
-    /// Seals in place and sends, without blocking or allocating. `buffer` is
-    /// [`STEER_HEADROOM`] bytes to be filled, the packet, and [`STEER_TAILROOM`] bytes.
-    /// False when it was not sent.
-    pub fn send_in_place(&self, head: &SteerHead, buffer: &mut [u8]) -> bool {
+    /// The link that it must be sent on.
+    #[must_use]
+    pub fn link(&self) -> u8 {
+        self.link
+    }
+
+    /// Seals in place, without blocking or allocating. `buffer` is [`STEER_HEADROOM`] bytes to be filled, the packet, and
+    /// [`STEER_TAILROOM`] bytes. False when it is shorter than that.
+    pub fn seal(&self, head: &SteerHead, buffer: &mut [u8]) -> bool {
+        if buffer.len() < STEER_HEADROOM + STEER_TAILROOM {
+            return false;
+        }
         let Some(place) = buffer.get_mut(HEADER..STEER_HEADROOM) else { return false };
         place.copy_from_slice(&head.encode());
         self.sealer.seal(self.link, buffer).is_some()
-            && self.socket.send_to(buffer, self.to).is_ok()
     }
 
-    /// The same for a packet elsewhere; `scratch` is kept by the caller between calls.
-    pub fn send(&self, head: &SteerHead, packet: &[u8], scratch: &mut Vec<u8>) -> bool {
-        scratch.clear();
-        scratch.resize(STEER_HEADROOM, 0);
-        scratch.extend_from_slice(packet);
-        scratch.resize(scratch.len() + STEER_TAILROOM, 0);
-        self.send_in_place(head, scratch)
+    /// The same for a packet elsewhere.
+    #[must_use]
+    pub fn seal_copy(&self, head: &SteerHead, packet: &[u8]) -> Option<Vec<u8>> {
+        let mut datagram = vec![0; STEER_HEADROOM];
+        datagram.extend_from_slice(packet);
+        datagram.resize(datagram.len() + STEER_TAILROOM, 0);
+        self.seal(head, &mut datagram).then_some(datagram)
     }
 }
 
@@ -162,7 +171,26 @@ mod tests {
         }
     }
 
+    fn any_head() -> impl Strategy<Value = SteerHead> {
+        let from = proptest::option::of(any::<(IpAddr, u16)>());
+        (0..3_u8, any::<u8>(), from, any::<u16>(), any::<bool>()).prop_map(
+            |(kind, endpoint, from, local_port, back)| SteerHead {
+                kind: [SteerKind::Plain, SteerKind::Esp, SteerKind::Ike][usize::from(kind)],
+                endpoint: EndpointId(endpoint),
+                from: from.map(SocketAddr::from),
+                local_port,
+                back,
+            },
+        )
+    }
+
     proptest! {
+        #[test]
+        fn any_head_comes_through(head in any_head()) {
+            let bytes = head.encode();
+            prop_assert_eq!(SteerHead::decode(&bytes), Some((head, &b""[..])));
+        }
+
         #[test]
         fn decoder_takes_anything(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             if let Some((_, packet)) = SteerHead::decode(&bytes) {

@@ -34,13 +34,28 @@ fn config(index: u8, secret: &[u8], port: u16, links: u8) -> LinkConfig {
 struct Side {
     handle: LinkHandle,
     events: mpsc::Receiver<LinkEvent>,
+    steering: SteerPort,
     beats: tokio::task::JoinHandle<()>,
     cut: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Side {
     fn start(index: u8, secret: &[u8], port: u16, links: u8) -> Self {
-        let (handle, events) = Link::start(config(index, secret, port, links)).unwrap();
+        let started = || Link::start(config(index, secret, port, links));
+        // Other tests of this process run commands: until such a child has become another program, it holds copies of
+        // sockets that were closed here meanwhile.
+        let patience = std::time::Instant::now() + Duration::from_secs(3);
+        let Started { handle, events, steering } = loop {
+            match started() {
+                Err(error)
+                    if error.source.kind() == io::ErrorKind::AddrInUse
+                        && std::time::Instant::now() < patience =>
+                {
+                    std::thread::yield_now();
+                }
+                other => break other.unwrap(),
+            }
+        };
         let cut = Arc::new(Mutex::new(Vec::new()));
         let beats = tokio::spawn({
             let (handle, cut) = (handle.clone(), Arc::clone(&cut));
@@ -55,7 +70,7 @@ impl Side {
                 }
             }
         });
-        Self { handle, events, beats, cut }
+        Self { handle, events, steering, beats, cut }
     }
 
     /// The next event that is no heartbeat.
@@ -67,6 +82,23 @@ impl Side {
                 .unwrap();
             if !matches!(event, LinkEvent::Heartbeat { .. }) {
                 return event;
+            }
+        }
+    }
+
+    /// The next packet that was handed over on link 0, and what was refused before it.
+    fn steered(&mut self) -> (SteerHead, Vec<u8>, u64) {
+        let mut refused = 0;
+        loop {
+            match self.steering.take(0) {
+                Some(Arrival::Steered(head, packet)) => return (head, packet.to_vec(), refused),
+                Some(Arrival::Stray(bytes)) => panic!("a stray of {} B", bytes.len()),
+                Some(Arrival::Refused) => refused += 1,
+                None => {
+                    let socket = self.steering.sockets().next().unwrap();
+                    assert!(netio::udp::wait_readable(socket, 3000).unwrap(), "a steered packet");
+                    self.steering.refill(0);
+                }
             }
         }
     }
@@ -83,7 +115,7 @@ impl Side {
         self.beats.abort();
         let _ = self.beats.await;
         let shared = Arc::downgrade(&self.handle.shared);
-        drop((self.handle, self.events));
+        drop((self.handle, self.events, self.steering));
         while shared.strong_count() > 0 {
             tokio::task::yield_now().await;
         }
@@ -166,9 +198,26 @@ async fn goodbye_death_and_silence_are_told_apart() {
     );
 }
 
+const PLAIN: SteerHead = SteerHead {
+    kind: SteerKind::Plain,
+    endpoint: EndpointId(0),
+    from: None,
+    local_port: 0,
+    back: false,
+};
+
+/// Sealed by these senders in turn, `count` packets with their number in them.
+fn seal_all(senders: &[SteerSender], numbers: std::ops::Range<u32>) -> Vec<Vec<u8>> {
+    let packet = |number: u32| [&number.to_be_bytes()[..], &[7; 1200]].concat();
+    numbers
+        .zip(senders.iter().cycle())
+        .map(|(number, sender)| sender.seal_copy(&PLAIN, &packet(number)).unwrap())
+        .collect()
+}
+
 #[tokio::test(flavor = "current_thread")]
-async fn steered_packets_arrive_from_any_thread() {
-    let (left, mut right) = both(port(), 1).await;
+async fn steered_packets_go_from_worker_to_worker() {
+    let (mut left, mut right) = both(port(), 1).await;
     let sender = left.handle.steer_sender().unwrap();
     let head = SteerHead {
         kind: SteerKind::Esp,
@@ -177,19 +226,131 @@ async fn steered_packets_arrive_from_any_thread() {
         local_port: 4500,
         back: false,
     };
+    // Runs of equal ones, and sizes that end a run; the largest is longer than a worker's slots and the link's MTU.
+    let sizes = [1400, 1400, 1400, 30, 1400, 0, 60_000, 1];
+    let all: Vec<Vec<u8>> =
+        sizes.iter().zip(1_u8..).map(|(size, byte)| vec![byte; *size]).collect();
+    let sealed: Vec<_> =
+        all.iter().map(|packet| sender.seal_copy(&head, packet).unwrap()).collect();
     let worker = std::thread::spawn(move || {
-        let mut scratch = Vec::new();
-        (0..200_u8).all(|i| sender.send(&head, &[i; 1400], &mut scratch))
+        (left.steering.send(sender.link(), sealed.iter().map(Vec::as_slice)), left)
     });
-    for i in 0..200_u8 {
-        assert_eq!(right.next().await, LinkEvent::Steered { head, bytes: vec![i; 1400] });
+    for packet in &all {
+        assert_eq!(right.steered(), (head, packet.clone(), 0));
     }
-    assert!(worker.join().unwrap());
-    assert!(
-        left.handle.send_steer(&SteerHead { kind: SteerKind::Plain, from: None, ..head }, b"plain")
+    let (sent, left) = worker.join().unwrap();
+    assert_eq!(sent, all.len());
+    // The few of control's go the same way, from the same port.
+    assert!(left.handle.send_steer(&PLAIN, b"plain"));
+    assert_eq!(right.steered(), (PLAIN, b"plain".to_vec(), 0));
+    assert_eq!(right.handle.counters().steered, all.len() as u64 + 1);
+    // None of them was an event of control's.
+    let mut events = std::iter::from_fn(|| right.events.try_recv().ok());
+    assert!(events.all(|event| matches!(event, LinkEvent::Heartbeat { .. })));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn threads_that_seal_at_once_never_share_a_counter() {
+    const EACH: u32 = 400;
+    let (mut left, mut right) = both(port(), 1).await;
+    let sender = left.handle.steer_sender().unwrap();
+    // A worker with a clone, and control with its own: one key.
+    let threads: Vec<_> = [sender.clone(), left.handle.steer_sender().unwrap(), sender]
+        .into_iter()
+        .zip(0..)
+        .map(|(sender, at): (_, u32)| {
+            std::thread::spawn(move || seal_all(&[sender], at * EACH..(at + 1) * EACH))
+        })
+        .collect();
+    let sealed: Vec<_> = threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
+    let counters: std::collections::BTreeSet<_> =
+        sealed.iter().map(|datagram| datagram[..datagram::HEADER].to_vec()).collect();
+    assert_eq!(counters.len(), sealed.len());
+    // All are taken, however they were mixed: the window is wide enough.
+    for part in sealed.chunks(100) {
+        left.steering.send(0, part.iter().map(Vec::as_slice));
+        for _ in part {
+            assert_eq!(right.steered().2, 0);
+        }
+    }
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn steered_packets_are_taken_once_and_only_unchanged() {
+    let (mut left, mut right) = both(port(), 2).await;
+    let mut sender = left.handle.steer_sender().unwrap();
+    sender.link = 0;
+    let before = right.handle.counters();
+    let sealed = seal_all(&[sender.clone()], 0..3);
+    let mut other_link = sender.clone();
+    other_link.link = 1;
+    let mut bad = Vec::new();
+    // Cut, longer, changed in every part; for another link; of this purpose by its first byte alone.
+    bad.extend(
+        [1, datagram::OVERHEAD - 1, datagram::OVERHEAD, 600].map(|n| sealed[1][..n].to_vec()),
     );
-    let LinkEvent::Steered { head: got, bytes } = right.next().await else { panic!() };
-    assert_eq!((got.kind, got.from, &bytes[..]), (SteerKind::Plain, None, &b"plain"[..]));
+    bad.push([&sealed[1][..], &[0]].concat());
+    for at in [1, 4, 5, 12, 13, 40, sealed[1].len() - 1] {
+        let mut changed = sealed[1].clone();
+        changed[at] ^= 1;
+        bad.push(changed);
+    }
+    bad.extend(seal_all(&[other_link], 9..10));
+    bad.push([&[2][..], &[0xee; 9000]].concat());
+    // Authentic, and no head that we know: of a later release, say.
+    let mut unknown = vec![0; datagram::HEADER];
+    unknown.extend([3; 200]);
+    unknown.extend([0; 16]);
+    sender.sealer.seal(0, &mut unknown).unwrap();
+    bad.push(unknown);
+    let all = [&sealed[0], &sealed[0]].into_iter().chain(&bad).chain([&sealed[1], &sealed[2]]);
+    left.steering.send(0, all.map(Vec::as_slice));
+    let number = |packet: &[u8]| packet[3];
+    let (_, packet, refused) = right.steered();
+    assert_eq!((number(&packet), refused), (0, 0));
+    let (_, packet, refused) = right.steered();
+    assert_eq!((number(&packet), refused), (1, 1 + bad.len() as u64));
+    assert_eq!((number(&right.steered().1), right.handle.counters().steered), (2, 3));
+    let after = right.handle.counters();
+    let grown = [
+        after.replayed - before.replayed,
+        after.short - before.short,
+        after.other_key - before.other_key,
+        after.forged - before.forged,
+        after.unknown - before.unknown,
+    ];
+    // One of the changed has the counter of what was taken before.
+    assert_eq!(grown, [2, 2, 3, 8, 1], "{after:?}");
+    // From elsewhere it is not even looked at.
+    let stranger = std::net::UdpSocket::bind("127.77.0.99:0").unwrap();
+    let to = left.handle.shared.ports[0].remote;
+    stranger.send_to(&seal_all(&[sender.clone()], 5..6)[0], to).unwrap();
+    left.steering.send(0, seal_all(&[sender], 6..7).iter().map(Vec::as_slice));
+    assert_eq!((number(&right.steered().1), right.handle.counters().strangers), (6, 1));
+}
+
+#[tokio::test(flavor = "current_thread")]
+async fn strays_are_passed_on_and_opened_once() {
+    let (left, mut right) = both(port(), 1).await;
+    let sealed = seal_all(&[left.handle.steer_sender().unwrap()], 0..2);
+    // A steered one at control's socket: an event, unopened; the worker opens it.
+    let mut datagram = sealed[0].clone();
+    let event = right.handle.take_stray(0, &mut datagram).unwrap();
+    let LinkEvent::Steered { link: 0, datagram } = event else { panic!("{event:?}") };
+    assert_eq!(datagram, sealed[0]);
+    let taken = |port: &mut SteerPort, datagram: &[u8]| {
+        matches!(port.open(0, &mut datagram.to_vec()), Arrival::Steered(..))
+    };
+    assert!(taken(&mut right.steering, &datagram));
+    assert!(!taken(&mut right.steering, &datagram), "a replay by the other way");
+    // A heartbeat at the worker's: opened by control, once.
+    let mut beat = vec![0; datagram::HEADER];
+    beat.extend([0xaa; 8]);
+    beat.extend([0; 16]);
+    left.handle.shared.tx().heartbeat.as_ref().unwrap().seal(0, &mut beat).unwrap();
+    let event = right.handle.take_stray(0, &mut beat.clone());
+    assert_eq!(event, Some(LinkEvent::Heartbeat { link: 0, bytes: vec![0xaa; 8] }));
+    assert_eq!(right.handle.take_stray(0, &mut beat), None);
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -210,7 +371,7 @@ async fn equal_indices_are_refused_and_named() {
     // Both believe that they are index 1: each waits a little, then connects.
     let mut left_config = config(0, b"s", port, 1);
     left_config.index = 1;
-    let (left, mut events) = Link::start(left_config).unwrap();
+    let Started { handle: left, mut events, steering: _port } = Link::start(left_config).unwrap();
     let mut right = Side::start(1, b"s", port, 1);
     assert!(timeout(Duration::from_millis(800), right.next()).await.is_err());
     assert!(events.try_recv().is_err());
@@ -267,6 +428,10 @@ async fn junk_replays_and_strangers_change_nothing() {
         assert_eq!(stream.read(&mut answer).await.unwrap_or(0), 0, "hung up on");
     }
     assert!(timeout(Duration::from_millis(300), right.next()).await.is_err(), "the stream goes on");
+    // What claims to be steered went the worker's way.
+    right.steering.refill(0);
+    assert!(matches!(right.steering.take(0), Some(Arrival::Refused)));
+    assert!(right.steering.take(0).is_none());
     let after = right.handle.counters();
     // The two copies, and the eight cut ones that are long enough to show a counter seen before.
     assert_eq!(after.replayed - before.replayed, 2 + 8);
@@ -286,24 +451,22 @@ async fn datagrams_under_an_earlier_streams_keys_are_refused() {
     let port = port();
     let (mut left, mut right) = both(port, 1).await;
     let old = left.handle.steer_sender().unwrap();
+    assert!(left.handle.send_steer(&PLAIN, b"in time"));
+    assert_eq!(right.steered(), (PLAIN, b"in time".to_vec(), 0));
     left.handle.close_stream(false).await.unwrap();
     assert!(matches!(left.next().await, LinkEvent::StreamDown { end: StreamEnd::Local, .. }));
     assert!(matches!(right.next().await, LinkEvent::StreamDown { end: StreamEnd::Closed, .. }));
     left.up().await;
     right.up().await;
     let before = right.handle.counters().other_key;
-    let head = SteerHead {
-        kind: SteerKind::Plain,
-        endpoint: EndpointId(0),
-        from: None,
-        local_port: 0,
-        back: false,
-    };
-    assert!(old.send(&head, b"old", &mut Vec::new()));
-    assert!(left.handle.send_steer(&head, b"new"));
-    let LinkEvent::Steered { bytes, .. } = right.next().await else { panic!() };
-    assert_eq!(bytes, b"new");
-    assert_eq!(right.handle.counters().other_key, before + 1);
+    let new = left.handle.steer_sender().unwrap();
+    let sealed = [&old, &new, &old].map(|sender| sender.seal_copy(&PLAIN, b"x").unwrap());
+    assert_eq!(left.steering.send(0, sealed.iter().map(Vec::as_slice)), 3);
+    assert_eq!(right.steered(), (PLAIN, b"x".to_vec(), 1));
+    while right.steering.take(0).is_some() || right.handle.counters().other_key < before + 2 {
+        right.steering.refill(0);
+    }
+    assert_eq!(right.handle.counters().other_key, before + 2);
 }
 
 #[tokio::test(flavor = "current_thread")]
@@ -342,9 +505,11 @@ async fn connections_begun_by_both_at_once_settle_on_one() {
             let mut config = config(index, b"s", port, 2);
             config.retry = Duration::from_millis(1);
             config.dead_after = Duration::from_secs(10);
-            Link::start(config).unwrap()
+            let Started { handle, events, steering } = Link::start(config).unwrap();
+            (handle, events, steering)
         };
-        let ((left, mut left_events), (right, mut right_events)) = (start(0), start(1));
+        let ((left, mut left_events, _left_port), (right, mut right_events, _right_port)) =
+            (start(0), start(1));
         sleep(Duration::from_millis(100)).await;
         // Whatever happened on the way, both ends hold the same, standing stream now.
         let state = |events: &mut mpsc::Receiver<LinkEvent>| {

@@ -59,7 +59,7 @@ counters! {
     steered,
     /// Packets that should have been, while there was no way to.
     steer_lost,
-    /// Packets that the other instance handed to us and the queue had no room for. The one counter that control writes.
+    /// Steered datagrams that came to control's socket and the queue had no room for. The one counter that control writes.
     steer_refused,
     /// Packets that the other instance handed to us.
     steered_in,

@@ -1,42 +1,39 @@
 //! The loop itself.
 
+mod steered;
+
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use esp::coalesce::Run;
-use esp::{Batch, Direction, Shard, Slot, Steered, Verdict};
+use esp::{Batch, Direction, Shard, Slot, Verdict};
 use netio::clock::boottime;
 use netio::tun::Tun;
 use netio::udp::{RecvMeta, SendItem};
-use netio::wake::{EventFd, Poller, QueueReceiver, Ready};
+use netio::wake::{Poller, QueueReceiver, Ready};
 use wire::id::EndpointId;
 use wire::ip::Ecn;
 use wire::natt::{self, Datagram};
 
 use super::counters::add;
-use super::{
-    BATCH, Counters, EndpointSocket, LONG_IKE_QUEUE, Start, WorkerCommand, WorkerEvent, is_long,
-};
-use crate::link::{STEER_HEADROOM, STEER_TAILROOM, SteerHead, SteerKind, SteerSender};
+use super::outlet::Outlet;
+use super::{BATCH, Counters, EndpointSocket, Start, WorkerCommand, WorkerEvent, is_long};
+use crate::link::{SteerPort, SteerSender};
 
 const TUN: u64 = 0;
 const COMMANDS: u64 = 1;
 const FIRST_SOCKET: u64 = 2;
-
-/// Steering frames are sealed in the slot itself.
-const _: () = assert!(STEER_HEADROOM <= esp::HEADROOM && STEER_TAILROOM <= esp::TAILROOM);
+/// The pair links' sockets count up from here.
+const FIRST_LINK: u64 = 1 << 32;
 
 /// Bytes of the longest headers in front of a TCP payload: IPv6 without extensions, TCP with all options.
 const MOST_HEADER: usize = 40 + 60;
 
 /// While control does not take reports, the shard is asked again after this.
 const REPORT_PAUSE: Duration = Duration::from_millis(1);
-
-/// Control hears that an endpoint's packets are handed over at most this often.
-const STEERED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Everything a worker owns.
 pub(super) struct State {
@@ -46,8 +43,10 @@ pub(super) struct State {
     commands: QueueReceiver<WorkerCommand>,
     poller: Poller,
     batch: Batch,
-    /// Which way the steered packets in the batch go; `None` while there are none.
-    collecting: Option<Direction>,
+    /// What control passed on: steered datagrams that came to its socket.
+    strays: VecDeque<(u8, Vec<u8>)>,
+    /// Where the first packet of the next batch waits, when steered packets change their direction.
+    spare: Slot,
     metas: Box<[RecvMeta; BATCH]>,
     /// The fence words as last read.
     fences: Vec<Duration>,
@@ -59,59 +58,15 @@ pub(super) struct State {
 struct Io {
     tun: Arc<Tun>,
     words: Arc<[AtomicU64]>,
+    /// Who seals what is handed over.
     steer: Option<SteerSender>,
+    steering: Option<SteerPort>,
     /// When each endpoint's handing over was last told.
     steered_told: Vec<Duration>,
     outlet: Outlet,
     counters: Arc<Counters>,
     /// TCP segments that follow each other are written as one.
     merging: bool,
-}
-
-/// The queues to control. Sending neither waits nor allocates.
-pub(super) struct Outlet {
-    reports: SyncSender<WorkerEvent>,
-    ike: SyncSender<WorkerEvent>,
-    event: EventFd,
-    /// Long IKE messages in the queue.
-    long_ike: Arc<AtomicUsize>,
-}
-
-impl Outlet {
-    pub(super) fn new(
-        reports: SyncSender<WorkerEvent>,
-        ike: SyncSender<WorkerEvent>,
-        event: EventFd,
-        long_ike: Arc<AtomicUsize>,
-    ) -> Self {
-        Self { reports, ike, event, long_ike }
-    }
-
-    /// Gives the event back when there is no room.
-    #[expect(
-        clippy::result_large_err,
-        reason = "a box would be an allocation on the way of packets"
-    )]
-    fn report(&self, event: WorkerEvent) -> Result<(), WorkerEvent> {
-        match self.reports.try_send(event) {
-            Ok(()) => {
-                self.event.set();
-                Ok(())
-            }
-            Err(TrySendError::Full(event)) => Err(event),
-            // Control is gone; the command queue says so next.
-            Err(TrySendError::Disconnected(_)) => Ok(()),
-        }
-    }
-
-    /// False when it was dropped.
-    fn ike(&self, event: WorkerEvent) -> bool {
-        let taken = self.ike.try_send(event).is_ok();
-        if taken {
-            self.event.set();
-        }
-        taken
-    }
 }
 
 /// Whether the thread goes on.
@@ -134,9 +89,15 @@ impl State {
         for (place, token) in start.sockets.iter().zip(FIRST_SOCKET..) {
             poller.add(&place.socket, token)?;
         }
+        let links = start.steering.iter().flat_map(SteerPort::sockets);
+        for (socket, token) in links.zip(FIRST_LINK..) {
+            poller.add(socket, token)?;
+        }
         let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
         Ok(Self {
             batch: Batch::new(BATCH, shard.slot_len),
+            spare: Slot::new(shard.slot_len),
+            strays: VecDeque::new(),
             shard: Shard::new(shard),
             fences: vec![Duration::ZERO; start.fences.len()],
             io: Io {
@@ -144,6 +105,7 @@ impl State {
                 tun: start.tun,
                 words: start.fences,
                 steer: None,
+                steering: start.steering,
                 steered_told: vec![Duration::ZERO; start.endpoints],
                 outlet,
                 counters,
@@ -151,7 +113,6 @@ impl State {
             sockets: start.sockets,
             commands,
             poller,
-            collecting: None,
             metas: Box::new([RecvMeta::EMPTY; BATCH]),
             kept: None,
         })
@@ -178,8 +139,16 @@ impl State {
                     COMMANDS => {
                         self.commands.event().clear();
                     }
+                    link @ FIRST_LINK.. => {
+                        if self.read_link((link - FIRST_LINK) as u8) == Flow::Stop {
+                            return Ok(());
+                        }
+                    }
                     socket => while self.read_socket((socket - FIRST_SOCKET) as usize) {},
                 }
+            }
+            if self.take_strays() == Flow::Stop {
+                return Ok(());
             }
         }
     }
@@ -193,20 +162,18 @@ impl State {
         }
     }
 
-    /// Applies all commands that are there. Steered packets between two other commands are
-    /// judged between them.
+    /// Applies all commands that are there.
     fn obey(&mut self) -> Flow {
         loop {
             let command = match self.commands.take() {
                 Ok(Some(command)) => command,
-                Ok(None) => break,
+                Ok(None) => return Flow::Go,
                 Err(_) => return Flow::Stop,
             };
-            if !matches!(command, WorkerCommand::Steered { .. }) {
-                self.judge_steered();
-            }
             match command {
-                WorkerCommand::Steered { head, bytes } => self.collect(&head, &bytes),
+                WorkerCommand::Steered { link, datagram } => {
+                    self.strays.push_back((link, datagram));
+                }
                 WorkerCommand::Shard(command) => {
                     if let Err(error) = self.shard.apply(command) {
                         match error {
@@ -221,39 +188,6 @@ impl State {
                 WorkerCommand::Steering(sender) => self.io.steer = Some(sender),
                 WorkerCommand::Stop => return Flow::Stop,
             }
-        }
-        self.judge_steered();
-        Flow::Go
-    }
-
-    /// Puts a packet from the other instance into the batch, which holds one direction at a time.
-    fn collect(&mut self, head: &SteerHead, bytes: &[u8]) {
-        let direction = match head.kind {
-            SteerKind::Plain => Direction::Outbound,
-            SteerKind::Esp => Direction::Inbound,
-            // Control handles these itself.
-            SteerKind::Ike => return,
-        };
-        if self.batch.is_full() || self.collecting.is_some_and(|collecting| collecting != direction)
-        {
-            self.judge_steered();
-        }
-        let Some(slot) = self.batch.push() else { return };
-        if !slot.fill(bytes) {
-            self.batch.pop();
-            add(&self.io.counters.truncated, 1);
-            return;
-        }
-        slot.steered = Some(Steered { endpoint: head.endpoint, back: head.back });
-        slot.peer = head.from.filter(|_| direction == Direction::Inbound);
-        self.collecting = Some(direction);
-        add(&self.io.counters.steered_in, 1);
-    }
-
-    /// Judges and writes the steered packets collected in the batch.
-    fn judge_steered(&mut self) {
-        if let Some(direction) = self.collecting.take() {
-            self.judge(direction);
         }
     }
 
@@ -386,25 +320,17 @@ impl Io {
     }
 
     /// False when it was dropped.
-    fn take_ike(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) -> bool {
-        let event = WorkerEvent::Ike { endpoint, from: meta.from, bytes: bytes.to_vec() };
-        let taken = self.outlet.ike(event);
-        let counter = if taken { &self.counters.ike_received } else { &self.counters.ike_dropped };
-        add(counter, 1);
-        taken
+    fn take_ike(&self, meta: &RecvMeta, message: &[u8], endpoint: EndpointId) -> bool {
+        let from = meta.from;
+        let event = |bytes| WorkerEvent::Ike { endpoint, from, bytes };
+        self.outlet.take_ike(&self.counters, message, event)
     }
 
     /// A datagram that no slot holds: an IKE message, or nothing of ours.
     fn take_long(&self, meta: &RecvMeta, bytes: &[u8], endpoint: EndpointId) {
         match natt::classify(bytes) {
             Datagram::Ike(message) if is_long(message) => {
-                let long = &self.outlet.long_ike;
-                // Counted before it is queued, since control counts it out; and looked at before it is copied.
-                let room = long.fetch_add(1, Ordering::AcqRel) < LONG_IKE_QUEUE;
-                add(&self.counters.ike_dropped, u64::from(!room));
-                if !room || !self.take_ike(meta, message, endpoint) {
-                    long.fetch_sub(1, Ordering::AcqRel);
-                }
+                self.take_ike(meta, message, endpoint);
             }
             _ => add(&self.counters.truncated, 1),
         }
@@ -431,7 +357,7 @@ impl Io {
             });
             sent += socket.send(items) as u64;
         }
-        let (mut written, mut refused, mut unencapsulated) = (0, 0, 0);
+        let (mut written, mut refused, mut unencapsulated, mut to_steer) = (0, 0, 0, 0);
         let now = boottime();
         let mut rest = batch.slots_mut();
         while !rest.is_empty() {
@@ -452,10 +378,18 @@ impl Io {
                     written += taken;
                     refused += count as u64 - taken;
                 }
-                Verdict::Steer { endpoint } => self.hand_over(now, endpoint, slot, sockets),
+                Verdict::Steer { endpoint } => {
+                    to_steer += 1;
+                    self.seal_steered(now, endpoint, slot, sockets);
+                }
                 Verdict::Send { udp_encap: false, .. } => unencapsulated += 1,
                 Verdict::Send { .. } | Verdict::Held | Verdict::Drop(_) | Verdict::Pending => {}
             }
+        }
+        if to_steer > 0 {
+            let steered = self.hand_over(batch);
+            add(&counters.steered, steered);
+            add(&counters.steer_lost, to_steer - steered);
         }
         add(&counters.sent, sent);
         add(&counters.unsent, to_send - sent);
@@ -511,39 +445,6 @@ impl Io {
         }
         let all = std::iter::once(&*first).chain(more);
         all.map(|slot| u64::from(self.tun.write(slot.packet()).is_ok())).sum()
-    }
-
-    fn hand_over(
-        &mut self,
-        now: Duration,
-        endpoint: EndpointId,
-        slot: &mut Slot,
-        sockets: &[EndpointSocket],
-    ) {
-        let back = slot.steered.is_some();
-        let head = match slot.direction() {
-            Direction::Outbound => {
-                SteerHead { kind: SteerKind::Plain, endpoint, from: None, local_port: 0, back }
-            }
-            Direction::Inbound => {
-                let place = sockets.iter().find(|place| place.endpoint == endpoint);
-                let local_port = place.map_or(0, |place| place.socket.local_addr().port());
-                SteerHead { kind: SteerKind::Esp, endpoint, from: slot.peer, local_port, back }
-            }
-        };
-        let sent = match (&self.steer, slot.widen(STEER_HEADROOM, STEER_TAILROOM)) {
-            (Some(sender), Some(buffer)) => sender.send_in_place(&head, buffer),
-            _ => false,
-        };
-        add(if sent { &self.counters.steered } else { &self.counters.steer_lost }, 1);
-        // Inner packets are handed over as long as flows are pinned there; only what peers still send here is late.
-        if slot.direction() == Direction::Inbound
-            && let Some(told) = self.steered_told.get_mut(usize::from(endpoint.0))
-            && now >= *told + STEERED_PAUSE
-            && self.outlet.report(WorkerEvent::Steered(endpoint)).is_ok()
-        {
-            *told = now;
-        }
     }
 }
 

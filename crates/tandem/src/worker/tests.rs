@@ -5,6 +5,8 @@
 //!  application 10.1.0.9 ── TUN ── worker 127.0.0.1:4500 ══ ESP ══ 127.0.0.2:4500 peer (10.2.0.5)
 //! ```
 
+pub(crate) mod steering;
+
 use super::*;
 use std::net::UdpSocket;
 use std::sync::atomic::Ordering;
@@ -16,8 +18,6 @@ use esp::{Batch, Command, INITIAL_CEILING, Reason, Report, SLOT_LEN, Sa, Shard};
 use netio::clock::boottime;
 use wire::id::{ConnectionId, EspSpi, SpiLayout, Term};
 use wire::ts::{Cidr, TrafficSelector};
-
-use crate::link::{Link, LinkConfig, LinkEvent, LinkPath, SteerKind};
 
 const MAIN: EndpointId = EndpointId(0);
 const PEER: &str = "127.0.0.2:4500";
@@ -88,8 +88,12 @@ struct Host {
 impl Host {
     /// A worker that owns the endpoint, or not yet, at that address.
     fn new(tun: &str, local: &str, owner: bool) -> Self {
+        Self::linked(tun, local, owner, None)
+    }
+
+    fn linked(tun: &str, local: &str, owner: bool, steering: Option<SteerPort>) -> Self {
         let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
-        let mut worker = spawn(start(tun, local, &fences)).unwrap();
+        let mut worker = spawn(Start { steering, ..start(tun, local, &fences) }).unwrap();
         if owner {
             own(|command| worker.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
         } else {
@@ -133,24 +137,32 @@ fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
         sockets: vec![EndpointSocket { endpoint: MAIN, socket }],
         fences: Arc::clone(fences),
         endpoints: 1,
+        steering: None,
     }
 }
 
 /// A worker's state without its thread: it owns the endpoint once its commands are obeyed.
 pub(super) fn test_state() -> run::State {
+    linked_state(None).1
+}
+
+/// The same with a pair link, and control's end of the queue, which ends the worker when it goes.
+pub(super) fn linked_state(
+    steering: Option<SteerPort>,
+) -> (QueueSender<WorkerCommand>, run::State) {
     let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
     let local = "127.0.0.1:4500";
     let (mut commands, asked) = queue(64).unwrap();
-    let outlet = run::Outlet::new(
+    let outlet = outlet::Outlet::new(
         sync_channel(64).0,
         sync_channel(64).0,
         EventFd::new().unwrap(),
         Arc::default(),
     );
-    let state =
-        run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::default()).unwrap();
+    let start = Start { steering, ..start("tdm0", local, &fences) };
+    let state = run::State::new(start, asked, outlet, Arc::default()).unwrap();
     own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
-    state
+    (commands, state)
 }
 
 /// The remote gateway with a host behind it.
@@ -190,7 +202,7 @@ impl Peer {
     }
 
     /// The payload of the next packet and where it came from.
-    fn receive(&mut self) -> (Vec<u8>, SocketAddr) {
+    pub(super) fn receive(&mut self) -> (Vec<u8>, SocketAddr) {
         self.batch.clear();
         let slot = self.batch.push().unwrap();
         let (length, from) = self.socket.recv_from(slot.room()).expect("a packet at the peer");
@@ -338,123 +350,6 @@ fn ike_goes_to_control_and_junk_is_counted() {
     });
 }
 
-/// A pair link over loopback, both ends up.
-async fn links() -> (
-    (crate::link::LinkHandle, tokio::sync::mpsc::Receiver<LinkEvent>),
-    tokio::sync::mpsc::Receiver<LinkEvent>,
-    crate::link::LinkHandle,
-) {
-    let config = |index: u8| LinkConfig {
-        index,
-        secret: zeroize::Zeroizing::new(b"s".to_vec()),
-        links: vec![LinkPath {
-            local: SocketAddr::from(([127, 9, 0, index], 4600)),
-            remote: SocketAddr::from(([127, 9, 0, 1 - index], 4600)),
-        }],
-        dead_after: Duration::from_secs(10),
-        retry: Duration::from_millis(20),
-    };
-    let (left, mut left_events) = Link::start(config(0)).unwrap();
-    let (right, mut right_events) = Link::start(config(1)).unwrap();
-    assert_eq!(left_events.recv().await, Some(LinkEvent::StreamUp { link: 0 }));
-    assert_eq!(right_events.recv().await, Some(LinkEvent::StreamUp { link: 0 }));
-    ((left, left_events), right_events, right)
-}
-
-#[test]
-fn steered_packets_are_carried_on_by_the_other_instance() {
-    isolated(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let ((left_link, _left_events), mut right_events, _right_link) = runtime.block_on(links());
-        let mut old = Host::new("tdm0", "127.0.0.1:4500", true);
-        let mut new = Host::new("tdm1", "127.0.0.3:4500", false);
-        let application = application("tdm0");
-        let mut peer = Peer::new();
-        application.send(b"first").unwrap();
-        assert_eq!(peer.receive(), (b"first".to_vec(), "127.0.0.1:4500".parse().unwrap()));
-
-        // The switchover as the shards see it.
-        old.worker.send(WorkerCommand::Steering(left_link.steer_sender().unwrap())).unwrap();
-        old.worker.send(WorkerCommand::Shard(Command::Hold { endpoint: MAIN })).unwrap();
-        application.send(b"queued").unwrap();
-        old.wait_for(|counters| counters.tun_read >= 2);
-        old.worker
-            .send(WorkerCommand::Shard(Command::Disown { endpoint: MAIN, steer: true }))
-            .unwrap();
-        let own = Command::Own { endpoint: MAIN, term: Term(3), seq_jump: 0, obey_leases: false };
-        new.worker.send(WorkerCommand::Shard(own)).unwrap();
-        application.send(b"late").unwrap();
-        old.wait_for(|counters| counters.tun_read >= 3);
-        // Both hosts share one namespace here: the return route follows the owner.
-        ip("route replace 10.2.0.0/16 dev tdm1 src 10.1.0.9");
-        peer.send("127.0.0.1:4500", b"inbound");
-        let mut kinds = Vec::new();
-        while kinds.len() < 3 {
-            let event = runtime.block_on(async {
-                tokio::time::timeout(Duration::from_secs(2), right_events.recv())
-                    .await
-                    .expect("a steered packet")
-            });
-            if let Some(LinkEvent::Steered { head, bytes }) = event {
-                kinds.push(head.kind);
-                assert_eq!(head.endpoint, MAIN);
-                if head.kind == SteerKind::Esp {
-                    assert_eq!((head.from, head.local_port), (Some(PEER.parse().unwrap()), 4500));
-                }
-                new.worker.send(WorkerCommand::Steered { head, bytes }).unwrap();
-            }
-        }
-        assert_eq!(kinds.iter().filter(|kind| **kind == SteerKind::Esp).count(), 1);
-        // Sealed by the new owner, queued packets first, and opened by it.
-        assert_eq!(peer.receive(), (b"queued".to_vec(), "127.0.0.3:4500".parse().unwrap()));
-        assert_eq!(peer.receive().0, b"late");
-        assert_eq!(receive(&application), b"inbound");
-        let told = std::iter::from_fn(|| Some(old.event()))
-            .take(10)
-            .any(|event| matches!(event, WorkerEvent::Steered(MAIN)));
-        assert!(told);
-        assert_eq!(old.worker.counters().steered, 3);
-        assert_eq!(old.worker.counters().steer_lost, 0);
-        assert_eq!(new.worker.counters().steered_in, 3);
-
-        // While direct arrivals are held, steered ones pass; a peer that moved is noticed in both.
-        let hold = |until| WorkerCommand::Shard(Command::HoldDirect { endpoint: MAIN, until });
-        new.worker.send(hold(boottime() + Duration::from_secs(60))).unwrap();
-        new.worker.send(WorkerCommand::Shard(Command::Query { token: 1 })).unwrap();
-        while !matches!(new.event(), WorkerEvent::Report(Report::Snapshot(_))) {}
-        peer.send("127.0.0.3:4500", b"direct");
-        new.wait_for(|counters| counters.esp_received == 1);
-        let moved = Some("127.0.0.77:999".parse().unwrap());
-        let head = SteerHead {
-            kind: SteerKind::Esp,
-            endpoint: MAIN,
-            from: moved,
-            local_port: 4500,
-            back: false,
-        };
-        let steered = |bytes: Vec<u8>| WorkerCommand::Steered { head, bytes };
-        new.worker.send(steered(peer.seal(b"steered"))).unwrap();
-        assert_eq!(receive(&application), b"steered");
-        let noticed =
-            std::iter::from_fn(|| Some(new.event())).take(20).find_map(|event| match event {
-                WorkerEvent::Report(Report::PeerMoved { from, .. }) => Some(from),
-                _ => None,
-            });
-        assert_eq!(noticed, moved);
-        new.worker.send(hold(Duration::ZERO)).unwrap();
-        assert_eq!(receive(&application), b"direct");
-        // Nothing is steered twice.
-        old.worker.send(steered(peer.seal(b"back again"))).unwrap();
-        old.worker.send(WorkerCommand::Shard(Command::Query { token: 2 })).unwrap();
-        let stats = loop {
-            if let WorkerEvent::Report(Report::Snapshot(snapshot)) = old.event() {
-                break snapshot.stats;
-            }
-        };
-        assert_eq!((stats.dropped(Reason::SteeredTwice), stats.steered), (1, 3));
-    });
-}
-
 /// Part `number` of a bulk transfer to a host that is not there.
 fn tcp_segment(number: u32) -> Vec<u8> {
     let (src, dst) = ([10, 2, 0, 5], [10, 1, 0, 77]);
@@ -486,7 +381,7 @@ fn no_allocation_while_packets_pass() {
         let (mut commands, asked) = queue(64).unwrap();
         let (reports, taken) = sync_channel(REPORT_QUEUE);
         let (ike, _) = sync_channel(1);
-        let outlet = run::Outlet::new(reports, ike, EventFd::new().unwrap(), Arc::default());
+        let outlet = outlet::Outlet::new(reports, ike, EventFd::new().unwrap(), Arc::default());
         let counters = Arc::new(Counters::default());
         let mut state =
             run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::clone(&counters))

@@ -61,14 +61,36 @@ enum What {
         #[arg(long)]
         to: IpAddr,
     },
+    /// One TCP flow from each of these addresses and ports to `sink`, all fed alike: the same bytes in turn.
+    Spread {
+        #[arg(long)]
+        to: SocketAddr,
+        #[arg(long)]
+        from: Vec<SocketAddr>,
+        #[arg(long, default_value_t = 0)]
+        millis: u64,
+        /// Bytes a second of all together (0: as fast as it goes).
+        #[arg(long, default_value_t = 0)]
+        rate: u64,
+    },
+    /// Takes what `spread` sends, and says how much it was.
+    Sink {
+        #[arg(long)]
+        bind: SocketAddr,
+    },
     /// Burns a core.
     Burn,
 }
 
 fn main() -> std::io::Result<()> {
     let args = Args::parse();
-    if matches!(args.what, What::Burn) {
-        burn();
+    match &args.what {
+        What::Burn => burn(),
+        // No records, and standard output for itself.
+        What::Spread { to, from, millis, rate } => {
+            return spread(*to, from, Duration::from_millis(*millis), *rate);
+        }
+        _ => {}
     }
     let (out, records) = channel();
     std::thread::spawn(move || report(&records));
@@ -87,7 +109,11 @@ fn main() -> std::io::Result<()> {
             bulk(to, rate, &out)
         }
         What::Idle { to } => idle(to, &out),
-        What::Burn => Ok(()),
+        What::Sink { bind } => {
+            exit_with_parent();
+            sink(bind)
+        }
+        What::Spread { .. } | What::Burn => Ok(()),
     }
 }
 
@@ -279,6 +305,68 @@ fn bulk(to: IpAddr, rate: u64, out: &Sender<Record>) -> std::io::Result<()> {
             Err(error) => broken(out, &error),
         }
     }
+}
+
+/// Bytes that each flow of [`spread`] gets in a turn.
+const TURN: usize = 64 * 1024;
+
+/// Prints the bytes that arrived, and the nanoseconds from the first to the last. A slow flow slows all of them, so
+/// that each has the same share.
+fn spread(to: SocketAddr, from: &[SocketAddr], time: Duration, rate: u64) -> std::io::Result<()> {
+    let mut flows = Vec::new();
+    for local in from {
+        let socket = socket2::Socket::new(
+            socket2::Domain::for_address(to),
+            socket2::Type::STREAM,
+            Some(socket2::Protocol::TCP),
+        )?;
+        // Reset at the end: the same port is wanted again in a moment.
+        socket.set_linger(Some(Duration::ZERO))?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&(*local).into())?;
+        socket.connect(&to.into())?;
+        flows.push(TcpStream::from(socket));
+    }
+    let turn: Vec<u8> = lab::probe::MARK.iter().copied().cycle().take(TURN).collect();
+    let started = clock::now();
+    let mut sent = 0_u64;
+    while clock::now() < started + time {
+        for flow in &mut flows {
+            flow.write_all(&turn)?;
+        }
+        sent += (flows.len() * TURN) as u64;
+        if rate > 0 {
+            clock::sleep_until(started + Duration::from_secs_f64(sent as f64 / rate as f64));
+        }
+    }
+    let mut arrived = 0;
+    for flow in &flows {
+        flow.shutdown(std::net::Shutdown::Write)?;
+    }
+    for flow in &mut flows {
+        let mut count = [0; 8];
+        flow.read_exact(&mut count)?;
+        arrived += u64::from_be_bytes(count);
+    }
+    println!("{arrived} {}", clock::nanos(clock::now() - started));
+    Ok(())
+}
+
+fn sink(bind: SocketAddr) -> std::io::Result<()> {
+    for stream in TcpListener::bind(bind)?.incoming() {
+        let mut stream = stream?;
+        std::thread::spawn(move || -> std::io::Result<()> {
+            let mut buffer = vec![0; 256 * 1024];
+            let mut total = 0_u64;
+            loop {
+                match stream.read(&mut buffer)? {
+                    0 => return stream.write_all(&total.to_be_bytes()),
+                    count => total += count as u64,
+                }
+            }
+        });
+    }
+    Ok(())
 }
 
 fn idle(to: IpAddr, out: &Sender<Record>) -> std::io::Result<()> {
