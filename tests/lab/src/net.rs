@@ -169,6 +169,13 @@ impl Net {
         ))
     }
 
+    /// Where packets of the host behind the endpoints go, by its address (0: [`LHOST`], 1: [`LHOST_SECOND`]), as a
+    /// LAN's own routing would decide.
+    pub fn next_hop(&self, source: usize, via: &str) -> Result<()> {
+        let table = if source == 0 { "main" } else { "20" };
+        self.lhost.ip(&format!("route replace default via {via} table {table}\n"))
+    }
+
     /// Gives the remote gateway's host addresses of its own, so that 198.51.100.7 and 10.2.0.1 can be virtual:
     /// for a Tandem in the remote gateway's place.
     pub fn virtual_peer(&self) -> Result<()> {

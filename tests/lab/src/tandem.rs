@@ -186,6 +186,23 @@ impl Config {
         }
     }
 
+    /// The same with endpoints that stay with their home: what dies with it is withdrawn. We initiate, so that a home
+    /// that is back negotiates anew.
+    pub fn withdrawing() -> Config {
+        let mut config = Config::active_active();
+        for endpoint in &mut config.endpoints {
+            endpoint.settings.push(("on_failure".into(), "\"withdraw\"".into()));
+        }
+        config.branch().children[0].start = "initiate".into();
+        config
+    }
+
+    /// Whether an endpoint stays with its home, come what may.
+    pub fn withdraws(&self) -> bool {
+        let settings = self.endpoints.iter().flat_map(|endpoint| &endpoint.settings);
+        settings.into_iter().any(|(key, value)| key == "on_failure" && value.contains("withdraw"))
+    }
+
     /// One instance on its own, `left`.
     pub fn single() -> Config {
         Config { secret: None, instances: vec![("left".into(), 0, Vec::new())], ..Config::pair() }
@@ -352,6 +369,8 @@ pub struct EndpointStatus {
 pub struct TunnelStatus {
     /// The connection.
     pub connection: String,
+    /// The endpoint.
+    pub endpoint: String,
     /// `down`, `connecting`, `established`, `closing`.
     pub state: String,
     /// The IKE SA.
