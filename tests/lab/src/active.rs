@@ -261,6 +261,13 @@ impl Active {
         })
     }
 
+    /// Forgets packets that arrived before, so that long runs stay small.
+    pub fn forget(&self, before: Duration) {
+        for flow in &self.flows {
+            flow.udp.forget(before);
+        }
+    }
+
     /// Where the daemons log keys for tshark, in a scene made by [`Active::stage`].
     pub fn keylog(&self) -> Result<&Path> {
         self.keylog.as_deref().ok_or_else(|| Error::check("this scene logs no keys"))

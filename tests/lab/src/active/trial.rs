@@ -28,6 +28,8 @@ pub const OBSERVE: Duration = Duration::from_secs(5);
 const THAW_AFTER: Duration = Duration::from_secs(2);
 /// How long an endpoint has been at home when a trial ends.
 const AT_HOME: Duration = Duration::from_secs(1);
+/// A flow that leaves by a dead tunnel so long after the event has not been moved.
+const WITHDRAWN: Duration = Duration::from_secs(1);
 /// An instance that has just woken waits at least so long before its endpoint goes home (`hold_down_s` is 2 here).
 const STILL_AWAY: Duration = Duration::from_secs(1);
 
@@ -191,6 +193,8 @@ pub struct Outcome {
     pub home: Leg,
     /// How long its endpoint took to be at home again.
     pub home_after: Duration,
+    /// Flows of a withdrawn endpoint that were not in the other's tunnel a second after the event.
+    pub unmoved: u64,
     /// Flows that were not in their own tunnel at the end.
     pub strayed: u64,
     /// SPIs that are not the same at the peer; of a withdrawn endpoint they may differ.
@@ -238,6 +242,7 @@ impl Outcome {
         self.all_zero(&[
             ("flows moved to another tunnel", adopted(self.flows_moved())),
             ("flows of the other moved to another tunnel", self.others_moved()),
+            ("flows that stayed in the withdrawn tunnel", self.unmoved),
             ("flows not in their own tunnel at the end", self.strayed),
             ("SPIs changed", self.spis_changed),
             ("IKE exchanges", adopted(self.ike_exchanges())),
@@ -295,6 +300,28 @@ impl Outcome {
         self.away.sent() + self.home.sent()
     }
 
+    /// Which flows lost packets or got them out of order, and where.
+    pub fn tell_flows(&self, flows: &[Flow]) -> String {
+        let mut told = Vec::new();
+        for (when, leg) in [("away", &self.away), ("on the way home", &self.home)] {
+            // Out and back, flow by flow.
+            for (index, (part, measure)) in leg.parts.iter().enumerate() {
+                if measure.lost() + measure.reordered > 0 && *part != Part::Reported {
+                    let name = flows.get(index / 2).map(Flow::name).unwrap_or_default();
+                    told.push(format!(
+                        "{when}: {name}, {}: {} lost, {} reordered, gap {:.1} ms from {} on",
+                        ["out", "back"][index % 2],
+                        measure.lost(),
+                        measure.reordered,
+                        clock::millis(measure.gap),
+                        clock::time_of_day(measure.gap_start)
+                    ));
+                }
+            }
+        }
+        told.join("; ")
+    }
+
     /// One line.
     pub fn tell(&self) -> String {
         let (away, home) = (&self.away, &self.home);
@@ -337,7 +364,9 @@ pub type Watch<'a> = &'a mut dyn FnMut(&Active, Moment);
 
 /// Hurts one instance and waits until all is at home again.
 pub fn trial(run: &Run, scene: &mut Active, event: Event, hurt: usize) -> Result<Outcome> {
-    watched(run, scene, event, hurt, 0.3, &mut |_, _| {})
+    let outcome = watched(run, scene, event, hurt, 0.3, &mut |_, _| {})?;
+    scene.forget(outcome.away.from);
+    Ok(outcome)
 }
 
 /// The same, `phase` (0 to 1) being where in the pair's rhythm the event falls.
@@ -361,6 +390,13 @@ pub fn watched(
     hit(scene, event, hurt)?;
     watch(scene, Moment::Hurt);
     ticks(scene, from + event.first_leg(), watch);
+    let survivor = &scene.instances[1 - hurt];
+    if scene.withdraws {
+        let there = survivor.status()?.endpoint(ENDPOINTS[hurt].0);
+        ensure(there.role != "owner", || {
+            format!("{} owns {}, which is withdrawn", survivor.name, there.name)
+        })?;
+    }
     // The peer sends everything through one tunnel, so one instance meets all that comes back.
     let back_meets = back_arrives(scene)? == hurt;
     let tcp = [tcp[0], tcp_out_of_order(scene)?];
@@ -407,6 +443,7 @@ pub fn watched(
         away,
         home,
         home_after: at_home - home_from,
+        unmoved: 0,
         strayed: 0,
         spis_changed: if before.0.is_empty() { u64::MAX } else { before.changed(&after) },
         spis_compared: before.count(),
@@ -421,9 +458,6 @@ pub fn watched(
     let seen = scene.look(run)?;
     look_at(run, scene, &seen, &mut outcome)?;
     seen.discard();
-    for flow in &scene.flows {
-        flow.udp.forget(from.saturating_sub(Duration::from_secs(5)));
-    }
     Ok(outcome)
 }
 
@@ -604,6 +638,13 @@ fn look_at(run: &Run, scene: &Active, seen: &Recording, outcome: &mut Outcome) -
                 *moved += u64::from(stray > 0);
             }
         }
+        if outcome.withdraws && event != Event::Rejoin {
+            let late = strays(&placed, &pinned, from + WITHDRAWN, home_from);
+            let unmoved = |(flow, (seen, stray)): &(&Flow, (u64, u64))| {
+                flow.pinned == hurt && (*stray == 0 || stray < seen)
+            };
+            outcome.unmoved = scene.flows.iter().zip(late).filter(unmoved).count() as u64;
+        }
         let end = strays(&placed, &pinned, to.saturating_sub(AT_HOME / 2), to);
         outcome.strayed = end.iter().filter(|(_, stray)| *stray > 0).count() as u64;
     }
@@ -667,6 +708,7 @@ mod tests {
             away: Leg { parts: parts.to_vec(), ..Leg::default() },
             home: Leg::default(),
             home_after: Duration::ZERO,
+            unmoved: 0,
             strayed: 0,
             spis_changed: 0,
             spis_compared: 8,
@@ -714,6 +756,7 @@ mod tests {
         assert!(spoil(false, |o| o.away.flows_moved = 1));
         assert!(!spoil(true, |o| o.away.flows_moved = 2));
         assert!(spoil(true, |o| o.home.others_moved = 1));
+        assert!(spoil(true, |o| o.unmoved = 1), "a flow that still goes into the dead tunnel");
         assert!(spoil(true, |o| o.strayed = 1), "a flow that did not come back");
         assert!(spoil(true, |o| o.spis_changed = 2));
         assert!(spoil(false, |o| o.home.ike_exchanges = 1));

@@ -2,7 +2,7 @@
 
 use super::{Lab, Scenario};
 use crate::active::{Active, ENDPOINTS, Event, OnFailure, Outcome, trial};
-use crate::error::{Result, ensure};
+use crate::error::{Error, Result, ensure};
 use crate::scene::PATIENCE;
 use crate::tandem::Config;
 use crate::{capture, clock, net, probe, wait};
@@ -102,31 +102,31 @@ fn tell(event: &str, outcomes: &[Outcome]) -> String {
     )
 }
 
-/// Both instances in turn.
-fn each(lab: &Lab<'_>, scene: &mut Active, event: Event) -> Result<Vec<Outcome>> {
-    let rounds = if lab.full { 5 } else { 1 };
+/// These instances, in turn; with `--full` both, five times.
+fn each(lab: &Lab<'_>, scene: &mut Active, event: Event, few: &[usize]) -> Result<Vec<Outcome>> {
+    let all = [0, 1].repeat(5);
     let mut outcomes = Vec::new();
-    for _ in 0..rounds {
-        for hurt in [0, 1] {
-            let outcome = trial(lab.run, scene, event, hurt)?;
-            outcome.judge()?;
-            outcomes.push(outcome);
-        }
+    for hurt in if lab.full { all } else { few.to_vec() } {
+        let outcome = trial(lab.run, scene, event, hurt)?;
+        outcome.judge().map_err(|error| {
+            Error::check(format!("{error}: {}", outcome.tell_flows(&scene.flows)))
+        })?;
+        outcomes.push(outcome);
     }
     Ok(outcomes)
 }
 
 fn adopt(lab: &Lab<'_>) -> Result<String> {
     let mut scene = Active::stage(lab.run, lab.bins, OnFailure::Adopt, &mut |_| {})?;
-    let outcomes = each(lab, &mut scene, Event::Kill)?;
+    let outcomes = each(lab, &mut scene, Event::Kill, &[0, 1])?;
     scene.check_clean()?;
     Ok(tell("kill -9", &outcomes))
 }
 
 fn planned(lab: &Lab<'_>) -> Result<String> {
     let mut scene = Active::stage(lab.run, lab.bins, OnFailure::Adopt, &mut |_| {})?;
-    let drained = each(lab, &mut scene, Event::Drain)?;
-    let restarted = each(lab, &mut scene, Event::Restart)?;
+    let drained = each(lab, &mut scene, Event::Drain, &[0])?;
+    let restarted = each(lab, &mut scene, Event::Restart, &[1])?;
     scene.check_clean()?;
     Ok(format!("{}; {}", tell("drain", &drained), tell("restart", &restarted)))
 }

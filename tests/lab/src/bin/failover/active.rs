@@ -6,12 +6,12 @@
 //!
 //! ```json
 //! {"others_lost":0,"others_sent":20000,"home_lost_max":0,"home_reordered_max":0,"home_max_s":4.1,
-//!  "flows_moved":0,"others_moved":0,"strayed":0,"packets_placed":100000,"tcp_reordered":0,
+//!  "flows_moved":0,"others_moved":0,"unmoved":0,"strayed":0,"packets_placed":100000,"tcp_reordered":0,
 //!  "back_gap_max_ms":9.1,"back_lost_max":4}
 //! ```
 //! `others_lost`: packets lost of flows that do not meet it. `home_…`: on the way home. `flows_moved`, `others_moved`: flows of
 //! the hurt endpoint, and of the other, that were seen in the other's tunnel, by the packets that tshark opened
-//! (`packets_placed`); with `withdraw` the former do move. `strayed`: flows that were not in their own tunnel at the end.
+//! (`packets_placed`); with `withdraw` the former do move, or stand in `unmoved`. `strayed`: flows that were not in their own tunnel at the end.
 //! `tcp_reordered`: segments of the bulk stream that came out of order. `back_…`: what the peer sent, through the tunnel that
 //! it chose; where endpoints are withdrawn it is judged by nothing else. There is no `marks_seen`: the captured ESP proves the
 //! capture.
@@ -43,6 +43,7 @@ struct Summary {
     sent: u64,
     flows_moved: u64,
     others_moved: u64,
+    unmoved: u64,
     strayed: u64,
     packets_placed: u64,
     spis_changed: u64,
@@ -89,6 +90,7 @@ impl Summary {
             sent: sum(Outcome::sent),
             flows_moved: sum(Outcome::flows_moved),
             others_moved: sum(Outcome::others_moved),
+            unmoved: sum(|o| o.unmoved),
             strayed: sum(|o| o.strayed),
             packets_placed: sum(|o| o.placed),
             spis_changed: sum(|o| o.spis_changed),
@@ -150,8 +152,9 @@ pub(crate) fn trials(args: &Args, run: &Run, bins: &Bins, events: &[Event]) -> l
                 }
             };
             eprintln!("  {name}: {}: {}", scene.instances[hurt].name, outcome.tell());
+            scene.forget(outcome.away.from);
             if let Err(problem) = outcome.judge() {
-                eprintln!("      FAILED: {problem}");
+                eprintln!("      FAILED: {problem} ({})", outcome.tell_flows(&scene.flows));
                 keep_evidence(run, &scene.instances, &file, logged)?;
                 if let Some(pause) = outcome.stood_still(&stalls)
                     && stood_still < excused(args.trials)
