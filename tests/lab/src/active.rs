@@ -130,28 +130,43 @@ impl Active {
     /// Network, pair and peer, both tunnels up, no traffic yet. `args` go to the daemons.
     pub fn quiet(run: &Run, bins: &Bins, config: &Config, args: &[&str]) -> Result<Active> {
         let net = Net::build(run)?;
+        let scene = Active::on(run, bins, net, config, args, &peer_conns())?;
+        scene.bring_up()?;
+        Ok(scene)
+    }
+
+    /// On a given network, the peer having these connections: each endpoint at home, nothing negotiated yet, unless we
+    /// initiate.
+    pub fn on(
+        run: &Run,
+        bins: &Bins,
+        net: Net,
+        config: &Config,
+        args: &[&str],
+        conns: &[Conn],
+    ) -> Result<Active> {
         net.split_sends()?;
         net.second_next_hop()?;
         let wan = Some(start_wan(run, &net)?);
         let withdraws = config.withdraws();
-        // Who is not there when the pair begins is asked again only after a while.
-        let early = withdraws.then(|| start_peer(run, &net, withdraws)).transpose()?;
+        // First, because who is not there when the pair begins is asked again only after a while.
+        let peer = start_peer(run, &net, conns, withdraws)?;
         let instances = start_pair_with(run, bins, &net, config, args)?;
-        let peer = match early {
-            Some(peer) => peer,
-            None => start_peer(run, &net, withdraws)?,
-        };
         let (flows, tcp, keylog) = (Vec::new(), None, None);
         let ivs = IvChecker::default();
         let mut scene = Active { flows, tcp, instances, peer, net, ivs, withdraws, keylog, wan };
         scene.wait_home(PATIENCE)?;
-        if !withdraws {
+        Ok(scene)
+    }
+
+    /// Lets the peer initiate, unless we do, and waits for both tunnels.
+    pub fn bring_up(&self) -> Result<()> {
+        if !self.withdraws {
             for (name, ..) in ENDPOINTS {
-                scene.peer.initiate(&format!("net-{name}"), PATIENCE)?;
+                self.peer.initiate(&format!("net-{name}"), PATIENCE)?;
             }
         }
-        scene.wait_tunnels(PATIENCE)?;
-        Ok(scene)
+        self.wait_tunnels(PATIENCE)
     }
 
     /// The same with traffic, TCP connections, and keys for tshark: ready for trials. `say` is told each step.
@@ -189,7 +204,8 @@ impl Active {
         Ok(scene)
     }
 
-    fn add_flows(&mut self, run: &Run) -> Result<()> {
+    /// Starts flows until there is one of each kind.
+    pub fn add_flows(&mut self, run: &Run) -> Result<()> {
         let scene = self;
         for (arrives, source) in SOURCES.into_iter().enumerate() {
             // One host answers for both, so no port twice.
@@ -303,8 +319,8 @@ fn start_wan(run: &Run, net: &Net) -> Result<Capture> {
 
 /// The remote gateway, its connections loaded. Where tunnels are withdrawn it looks for itself whether one is dead, as
 /// whoever runs such a pair would have it.
-fn start_peer(run: &Run, net: &Net, withdraws: bool) -> Result<Charon> {
-    let (mut conns, mut settings) = (peer_conns(), "");
+fn start_peer(run: &Run, net: &Net, conns: &[Conn], withdraws: bool) -> Result<Charon> {
+    let (mut conns, mut settings) = (conns.to_vec(), "");
     if withdraws {
         conns = conns.into_iter().map(|conn| conn.with("dpd_delay", "1s")).collect();
         settings = "retransmit_tries = 2\n  retransmit_timeout = 0.5\n  retransmit_base = 1.5";

@@ -255,6 +255,13 @@ pub fn sent_by(recording: &Recording, address: &str, from: Duration, to: Duratio
         .count() as u64
 }
 
+/// ESP packets that came from an outer address.
+pub fn sent_by_esp(recording: &Recording, address: &str) -> u64 {
+    let address: Option<IpAddr> = address.parse().ok();
+    let esp = |packet: &Packet<'_>| matches!(packet.content, Content::Esp { .. });
+    recording.packets().filter(|packet| packet.source == address && esp(packet)).count() as u64
+}
+
 /// Frames from hardware address `mac` with IP source `address` within `[from, to)`.
 pub fn sent_as(
     recording: &Recording,
