@@ -615,7 +615,9 @@ impl Pair {
     /// [decline](Pair::decline) it.
     #[must_use]
     pub fn is_welcome(&self, endpoint: EndpointId) -> bool {
-        self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.is_welcome(&self.contact, self.bug))
+        self.endpoints
+            .get(usize::from(endpoint.0))
+            .is_some_and(|e| e.is_welcome(&self.contact, self.bug))
     }
 
     /// Whether flows may be pinned to the endpoint's tunnels. Always true but for an endpoint whose addresses cannot

@@ -6,38 +6,69 @@
 //! ```
 //! A flow arrives where its host's next hop leads, and leaves by the tunnel that it is pinned to: where these differ, it
 //! crosses the pair link. A scene has one flow of each of the four kinds. What the peer sends where is its own choice:
-//! strongSwan with kernel-libipsec uses its newest tunnel for all.
+//! strongSwan with kernel-libipsec uses its newest tunnel for all. [`trial`] hurts it and measures.
+
+pub mod trial;
 
 use crate::baseline::peer_conn;
 use crate::capture::{Capture, Recording};
-use crate::charon::{Backend, Charon, Conn, Spis};
+use crate::charon::{Backend, Charon, Conn};
 use crate::check::IvChecker;
-use crate::clock;
 use crate::error::{Error, Result, ensure};
 use crate::net::{self, Net};
-use crate::probe::{Measure, UdpProbes, Way};
+use crate::probe::{Measure, TcpProbes, UdpProbes, Way};
 use crate::run::Run;
 use crate::scene::{PATIENCE, start_pair_with};
-use crate::tandem::{Bins, Config, Daemon, PSK};
+use crate::tandem::{Bins, Config, Daemon, PSK, Status};
 use crate::wait;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use trial::{Event, Outcome, trial};
+
 /// Packets a second of each flow, each way.
-const RATE: u32 = 500;
+pub const RATE: u32 = 500;
 /// Ports are tried from here on until each kind of flow has one.
 const PORTS_FROM: u16 = 7100;
-/// How long a trial watches after its event.
-pub const OBSERVE: Duration = Duration::from_secs(5);
+/// Rate of the bulk TCP stream, bytes a second: as in a scene of one endpoint.
+const BULK: u64 = 2_500_000;
 
 /// Name, home, WAN address of the two endpoints.
 pub const ENDPOINTS: [(&str, usize, &str); 2] =
     [("a", 0, net::VIRTUAL_WAN), ("b", 1, net::SECOND_WAN)];
+
+/// Virtual LAN addresses of the two.
+pub const NEXT_HOPS: [&str; 2] = [net::VIRTUAL_LAN, net::SECOND_LAN];
+/// Addresses that the flows come from, by the endpoint that they are sent to.
+pub const SOURCES: [&str; 2] = [net::LHOST, net::LHOST_SECOND];
+
+/// What becomes of an endpoint whose home has failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnFailure {
+    /// The other instance carries it on, addresses and all.
+    #[default]
+    Adopt,
+    /// Its tunnels go down, and their flows go to the other endpoint's.
+    Withdraw,
+}
+
+impl OnFailure {
+    /// A pair of this kind.
+    pub fn config(self) -> Config {
+        match self {
+            OnFailure::Adopt => Config::active_active(),
+            OnFailure::Withdraw => Config::withdrawing(),
+        }
+    }
+}
 
 /// A flow, and where it goes.
 #[derive(Debug)]
 pub struct Flow {
     /// Its packets.
     pub udp: UdpProbes,
+    /// Its ports, at both ends.
+    pub port: u16,
     /// Index of the endpoint that its host sends to.
     pub arrives: usize,
     /// Index of the endpoint that it is pinned to.
@@ -45,6 +76,12 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// What tshark calls its packets to the peer's side (see [`crate::capture::InnerFlow`]).
+    pub fn inner(&self) -> String {
+        let (source, port) = (SOURCES.get(self.arrives).unwrap_or(&"?"), self.port);
+        format!("17 {source}:{port} {}:{port}", net::RHOST)
+    }
+
     /// For people.
     pub fn name(&self) -> String {
         let name = |index: usize| ENDPOINTS.get(index).map_or("?", |(name, ..)| name);
@@ -57,6 +94,8 @@ impl Flow {
 pub struct Active {
     /// One of each kind.
     pub flows: Vec<Flow>,
+    /// A bulk TCP stream and an idle connection, where there is a trial to see them.
+    pub tcp: Option<TcpProbes>,
     /// Left and right.
     pub instances: [Daemon; 2],
     /// The remote gateway.
@@ -65,6 +104,10 @@ pub struct Active {
     pub net: Net,
     /// Looks at every protected datagram on the WAN.
     pub ivs: IvChecker,
+    /// Whether a dead instance's endpoint is withdrawn instead of adopted.
+    pub withdraws: bool,
+    /// Where the daemons log keys for tshark.
+    keylog: Option<PathBuf>,
     wan: Option<Capture>,
 }
 
@@ -87,32 +130,89 @@ impl Active {
     /// Network, pair and peer, both tunnels up, no traffic yet. `args` go to the daemons.
     pub fn quiet(run: &Run, bins: &Bins, config: &Config, args: &[&str]) -> Result<Active> {
         let net = Net::build(run)?;
-        net.split_sends()?;
-        net.second_next_hop()?;
-        let wan = start_wan(run, &net)?;
-        let mut instances = start_pair_with(run, bins, &net, config, args)?;
-        wait_home(&mut instances, PATIENCE)?;
-        let peer = Charon::start_with(run, &net.peer, Backend::Libipsec, "")?;
-        peer.load(&peer_conns())?;
-        for (name, ..) in ENDPOINTS {
-            peer.initiate(&format!("net-{name}"), PATIENCE)?;
-        }
-        wait::until("both tunnels at both instances", PATIENCE, Duration::from_millis(20), || {
-            let up = |instance: &Daemon| -> Result<bool> {
-                let tunnels = instance.status()?.tunnels;
-                Ok(tunnels.len() == 2 && tunnels.iter().all(|t| t.state == "established"))
-            };
-            Ok((up(&instances[0])? && up(&instances[1])?).then_some(()))
-        })?;
-        let ivs = IvChecker::default();
-        Ok(Active { flows: Vec::new(), instances, peer, net, ivs, wan: Some(wan) })
+        let scene = Active::on(run, bins, net, config, args, &peer_conns())?;
+        scene.bring_up()?;
+        Ok(scene)
     }
 
-    /// The same with traffic.
-    pub fn build(run: &Run, bins: &Bins, config: &Config, args: &[&str]) -> Result<Active> {
-        let mut scene = Active::quiet(run, bins, config, args)?;
-        let hosts = [net::LHOST, net::LHOST_SECOND];
-        for (arrives, source) in hosts.into_iter().enumerate() {
+    /// On a given network, the peer having these connections: each endpoint at home, nothing negotiated yet, unless we
+    /// initiate.
+    pub fn on(
+        run: &Run,
+        bins: &Bins,
+        net: Net,
+        config: &Config,
+        args: &[&str],
+        conns: &[Conn],
+    ) -> Result<Active> {
+        net.split_sends()?;
+        net.second_next_hop()?;
+        let wan = Some(start_wan(run, &net)?);
+        let withdraws = config.withdraws();
+        // First, because who is not there when the pair begins is asked again only after a while.
+        let peer = start_peer(run, &net, conns, withdraws)?;
+        let instances = start_pair_with(run, bins, &net, config, args)?;
+        let (flows, tcp, keylog) = (Vec::new(), None, None);
+        let ivs = IvChecker::default();
+        let mut scene = Active { flows, tcp, instances, peer, net, ivs, withdraws, keylog, wan };
+        scene.wait_home(PATIENCE)?;
+        Ok(scene)
+    }
+
+    /// Lets the peer initiate, unless we do, and waits for both tunnels.
+    pub fn bring_up(&self) -> Result<()> {
+        if !self.withdraws {
+            for (name, ..) in ENDPOINTS {
+                self.peer.initiate(&format!("net-{name}"), PATIENCE)?;
+            }
+        }
+        self.wait_tunnels(PATIENCE)
+    }
+
+    /// The same with traffic, TCP connections, and keys for tshark: ready for trials. `say` is told each step.
+    pub fn stage(
+        run: &Run,
+        bins: &Bins,
+        on_failure: OnFailure,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Active> {
+        Active::stage_with(run, bins, on_failure, &[], say)
+    }
+
+    /// The same with more arguments for the daemons.
+    pub fn stage_with(
+        run: &Run,
+        bins: &Bins,
+        on_failure: OnFailure,
+        args: &[&str],
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Active> {
+        let keylog = run.subdir("keylog")?;
+        // Keys of an earlier scene are of no use.
+        for table in ["esp_sa", "ikev2_decryption_table"] {
+            let _ = std::fs::remove_file(keylog.join(table));
+        }
+        let folder = keylog.to_string_lossy().into_owned();
+        let config = on_failure.config();
+        let args = [args, &["--keylog", &folder]].concat();
+        let mut scene = Active::quiet(run, bins, &config, &args)?;
+        scene.keylog = Some(keylog);
+        say("virtual network; left at home with endpoint a, right with endpoint b, in sync");
+        say(&format!("{}: two tunnels up, one at each endpoint", scene.peer.version()?));
+        scene.add_flows(run)?;
+        let (client, server) = (&scene.net.lhost, (&scene.net.rhost, net::RHOST));
+        scene.tcp = Some(TcpProbes::start(run, client, server, Some(BULK))?);
+        say(&format!(
+            "traffic: four UDP flows of {RATE} numbered packets a second each way, two pinned to each tunnel; a bulk TCP \
+             stream, an idle TCP connection"
+        ));
+        Ok(scene)
+    }
+
+    /// Starts flows until there is one of each kind.
+    pub fn add_flows(&mut self, run: &Run) -> Result<()> {
+        let scene = self;
+        for (arrives, source) in SOURCES.into_iter().enumerate() {
             // One host answers for both, so no port twice.
             let first = PORTS_FROM + 64 * arrives as u16;
             for port in first..first + 64 {
@@ -131,12 +231,11 @@ impl Active {
                     .ok_or_else(|| Error::check(format!("{source}:{port} is not in {seen:?}")))?;
                 let known = |flow: &Flow| (flow.arrives, flow.pinned) == (arrives, pinned);
                 if !scene.flows.iter().any(known) {
-                    scene.flows.push(Flow { udp, arrives, pinned });
+                    scene.flows.push(Flow { udp, port, arrives, pinned });
                 }
             }
         }
-        ensure(scene.flows.len() == 4, || format!("{} kinds of flow found", scene.flows.len()))?;
-        Ok(scene)
+        ensure(scene.flows.len() == 4, || format!("{} kinds of flow found", scene.flows.len()))
     }
 
     /// Ends the running capture after a new one has started, and hands over what it saw.
@@ -150,7 +249,35 @@ impl Active {
 
     /// Waits until each endpoint is owned at home and both instances are in sync.
     pub fn wait_home(&mut self, within: Duration) -> Result<()> {
-        wait_home(&mut self.instances, within)
+        wait_home(&self.instances, self.withdraws, within)
+    }
+
+    /// Waits until both tunnels are up, and both instances know it.
+    pub fn wait_tunnels(&self, within: Duration) -> Result<()> {
+        let tick = Duration::from_millis(20);
+        wait::until_ok("both tunnels at both instances", within, tick, || {
+            for instance in &self.instances {
+                let status = instance.status()?;
+                for (endpoint, ..) in ENDPOINTS {
+                    ensure(is_up(&status, endpoint), || {
+                        format!("{endpoint}'s is not up at {}", instance.name)
+                    })?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Forgets packets that arrived before, so that long runs stay small.
+    pub fn forget(&self, before: Duration) {
+        for flow in &self.flows {
+            flow.udp.forget(before);
+        }
+    }
+
+    /// Where the daemons log keys for tshark, in a scene made by [`Active::stage`].
+    pub fn keylog(&self) -> Result<&Path> {
+        self.keylog.as_deref().ok_or_else(|| Error::check("this scene logs no keys"))
     }
 
     /// Fails if an instance has logged an ERROR, or anything was seen that must never be.
@@ -182,185 +309,41 @@ fn start_wan(run: &Run, net: &Net) -> Result<Capture> {
 }
 
 /// Waits until each endpoint is owned at home and both instances are in sync.
-pub fn wait_home(instances: &mut [Daemon; 2], within: Duration) -> Result<()> {
+pub fn wait_home(instances: &[Daemon; 2], withdraws: bool, within: Duration) -> Result<()> {
     wait::until_ok("each endpoint at home, in sync", within, Duration::from_millis(20), || {
         for (name, home, _) in ENDPOINTS {
             let here = instances[home].status()?.endpoint(name);
             let there = instances[1 - home].status()?.endpoint(name);
-            ensure(
-                here.role == "owner" && here.mode == "synced" && there.role == "shadow",
-                || {
-                    format!(
-                        "{name} is {} ({}) at home and {} away from it",
-                        here.role, here.mode, there.role
-                    )
-                },
-            )?;
+            let away = there.role == "shadow" || (withdraws && there.role != "owner");
+            ensure(here.role == "owner" && here.mode == "synced" && away, || {
+                format!(
+                    "{name} is {} ({}) at home and {} away from it",
+                    here.role, here.mode, there.role
+                )
+            })?;
         }
         Ok(())
     })
 }
 
-/// What is done to an instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// SIGKILL, and a new start when all was watched.
-    Kill,
-    /// `tandem drain`, then `tandem undrain`.
-    Drain,
-    /// `tandem drain`, an orderly stop, and a new start: an upgrade.
-    Restart,
+/// The remote gateway, its connections loaded. Where tunnels are withdrawn it looks for itself whether one is dead, as
+/// whoever runs such a pair would have it.
+fn start_peer(run: &Run, net: &Net, conns: &[Conn], withdraws: bool) -> Result<Charon> {
+    let (mut conns, mut settings) = (conns.to_vec(), "");
+    if withdraws {
+        conns = conns.into_iter().map(|conn| conn.with("dpd_delay", "1s")).collect();
+        settings = "retransmit_tries = 2\n  retransmit_timeout = 0.5\n  retransmit_base = 1.5";
+    }
+    let peer = Charon::start_with(run, &net.peer, Backend::Libipsec, settings)?;
+    peer.load(&conns)?;
+    Ok(peer)
 }
 
-/// What a trial found.
-#[derive(Clone, Debug, Default)]
-pub struct Outcome {
-    /// The longest silence of a flow that met the hurt instance: it is pinned there, or arrives there.
-    pub gap: Duration,
-    /// Packets lost of such flows.
-    pub lost: u64,
-    /// Packets lost of flows that arrive and stay at the other.
-    pub others_lost: u64,
-    /// Packets lost on the way home.
-    pub home_lost: u64,
-    /// Packets out of order within a flow, of all flows until all is at home.
-    pub reordered: u64,
-    /// Packets sent by all flows, both ways.
-    pub sent: u64,
-    /// Flows whose packets were seen in another tunnel than theirs.
-    pub flows_moved: u64,
-    /// SPIs that are not the same at the peer.
-    pub spis_changed: u64,
-    /// Unprotected packets between protected networks.
-    pub clear_text: u64,
-}
-
-impl Outcome {
-    /// Whether the trial kept every bar of the issue's table.
-    pub fn judge(&self, event: Event) -> Result<()> {
-        let gap = clock::millis(self.gap);
-        let bar = if event == Event::Kill { 150.0 } else { f64::INFINITY };
-        ensure(gap <= bar, || format!("gap {gap:.1} ms, bar {bar} ms"))?;
-        let planned = event != Event::Kill;
-        let zeros = [
-            ("packets of planned work lost", if planned { self.lost } else { 0 }),
-            ("packets reordered", if planned { self.reordered } else { 0 }),
-            ("packets of the other's flows lost", self.others_lost),
-            ("packets lost on the way home", self.home_lost),
-            ("flows moved to another tunnel", self.flows_moved),
-            ("SPIs changed", self.spis_changed),
-            ("packets in clear", self.clear_text),
-        ];
-        for (what, count) in zeros {
-            ensure(count == 0, || format!("{count} {what}: {self:?}"))?;
-        }
-        Ok(())
-    }
-}
-
-/// Hurts one instance and waits until all is at home again.
-pub fn trial(run: &Run, scene: &mut Active, event: Event, hurt: usize) -> Result<Outcome> {
-    scene.wait_home(PATIENCE)?;
-    for flow in &scene.flows {
-        flow.udp.wait_flowing(PATIENCE)?;
-    }
-    let before: Spis = scene.peer.spis()?;
-    scene.look(run)?.discard();
-    let start = clock::now();
-    match event {
-        Event::Kill => scene.instances[hurt].kill9()?,
-        Event::Drain => scene.instances[hurt].tandem(&["drain"]).map(drop)?,
-        Event::Restart => {
-            scene.instances[hurt].tandem(&["drain"])?;
-            scene.instances[hurt].stop()?;
-        }
-    }
-    clock::sleep_until(start + OBSERVE);
-    let end = clock::now();
-    let met = scene.measure(start, end)?;
-    // Half the flows are pinned to each endpoint, so a flow that changed its tunnel shows in the shares.
-    let settled = start + Duration::from_secs(1);
-    let shares = shares(&scene.look(run)?, settled, end);
-    let home_from = clock::now();
-    match event {
-        Event::Kill | Event::Restart => {
-            scene.instances[hurt].bury()?;
-            scene.instances[hurt].start()?;
-        }
-        Event::Drain => scene.instances[hurt].tandem(&["undrain"]).map(drop)?,
-    }
-    scene.wait_home(PATIENCE)?;
-    let home_to = clock::now() + Duration::from_secs(1);
-    clock::sleep_until(home_to);
-    let home = scene.measure(home_from, home_to)?;
-    let after = scene.peer.spis()?;
-    let seen = scene.look(run)?;
-
-    let mut outcome = Outcome {
-        flows_moved: moved(shares, settled, end),
-        spis_changed: if before.0.is_empty() { u64::MAX } else { before.changed(&after) },
-        clear_text: crate::check::clear_text(&seen),
-        ..Outcome::default()
-    };
-    seen.discard();
-    // The peer sends everything through one tunnel, so one instance meets all that comes back.
-    let back_meets = back_arrives(scene)? == hurt;
-    for (flow, (met, home)) in scene.flows.iter().zip(met.iter().zip(&home)) {
-        let meets = [flow.arrives == hurt || flow.pinned == hurt, back_meets];
-        for ((met, home), meets) in met.iter().zip(home).zip(meets) {
-            outcome.sent += met.sent + home.sent;
-            outcome.reordered += met.reordered + home.reordered;
-            outcome.home_lost += home.lost();
-            if meets {
-                outcome.gap = outcome.gap.max(met.gap);
-                outcome.lost += met.lost();
-            } else {
-                outcome.others_lost += met.lost();
-            }
-        }
-    }
-    for flow in &scene.flows {
-        flow.udp.forget(start);
-    }
-    Ok(outcome)
-}
-
-/// Home of the endpoint whose tunnel the peer sends through: of its Child SAs the one that sent most.
-fn back_arrives(scene: &Active) -> Result<usize> {
-    let sas = scene.peer.sas()?;
-    let busiest = sas
-        .iter()
-        .max_by_key(|sa| sa.children.iter().map(|child| child.packets_out).sum::<u64>())
-        .ok_or_else(|| Error::check("the peer has no tunnel"))?;
-    let at = ENDPOINTS.iter().find(|(name, ..)| busiest.name == format!("gw-{name}"));
-    at.map(|(_, home, _)| *home).ok_or_else(|| Error::check(format!("what is {}?", busiest.name)))
-}
-
-/// A probe in ESP is no longer; a bulk stream's segments are.
-const PROBE_MAX: u32 = 512;
-
-/// ESP packets of probes that left from each endpoint's address within a window.
-fn shares(seen: &Recording, from: Duration, to: Duration) -> [u64; 2] {
-    ENDPOINTS.map(|(_, _, address)| crate::check::sent_by(seen, address, PROBE_MAX, from, to))
-}
-
-/// How many flows left by another tunnel than theirs, given that half of them are pinned to each.
-fn moved(shares: [u64; 2], from: Duration, to: Duration) -> u64 {
-    let flow = (to - from).as_secs_f64() * f64::from(RATE);
-    let off = shares.iter().map(|count| (*count as f64 / flow - 2.0).abs().round() as u64);
-    off.max().unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flow_in_the_wrong_tunnel_shows_in_the_shares() {
-        let (from, to) = (Duration::ZERO, Duration::from_secs(4));
-        assert_eq!(moved([4000, 4000], from, to), 0);
-        assert_eq!(moved([3900, 4050], from, to), 0);
-        assert_eq!(moved([6000, 2000], from, to), 1);
-        assert_eq!(moved([0, 8000], from, to), 2);
-    }
+/// Whether an endpoint's tunnel is established, with a child.
+pub fn is_up(status: &Status, endpoint: &str) -> bool {
+    status.tunnels.iter().any(|tunnel| {
+        tunnel.endpoint == endpoint
+            && tunnel.state == "established"
+            && tunnel.children.iter().any(|child| child.state == "installed")
+    })
 }

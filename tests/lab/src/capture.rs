@@ -97,6 +97,17 @@ impl Recording {
         at.saturating_sub(self.lead)
     }
 
+    /// Saves the frames that `wanted` picks, for tshark. Returns how many.
+    pub fn select(&self, path: &Path, wanted: impl Fn(&Packet<'_>) -> bool) -> Result<usize> {
+        let all = pcap::frames(&self.file)?.into_iter();
+        let chosen: Vec<_> = all
+            .filter(|frame| wanted(&pcap::dissect(frame)))
+            .map(|frame| (frame.at, frame.bytes.to_vec()))
+            .collect();
+        save(&chosen, path)?;
+        Ok(chosen.len())
+    }
+
     /// The pcap file.
     pub fn path(&self) -> &Path {
         &self.path
@@ -170,7 +181,7 @@ pub fn tshark_flows(capture: &Path, keylog: &Path) -> Result<Vec<InnerFlow>> {
         .arg(capture)
         .args(["-o", "esp.enable_encryption_decode:TRUE"])
         .args(["-Y", "esp", "-T", "fields", "-E", "separator=;", "-E", "occurrence=a"])
-        .args(["-e", "ip.src", "-e", "ip.dst", "-e", "ip.proto"])
+        .args(["-e", "frame.time_epoch", "-e", "ip.src", "-e", "ip.dst", "-e", "ip.proto"])
         .args(["-e", "udp.srcport", "-e", "udp.dstport", "-e", "tcp.srcport", "-e", "tcp.dstport"])
         .run(Duration::from_secs(120))?;
     Ok(text.lines().filter_map(InnerFlow::read).collect())
@@ -179,6 +190,8 @@ pub fn tshark_flows(capture: &Path, keylog: &Path) -> Result<Vec<InnerFlow>> {
 /// A packet inside ESP, as tshark opened it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InnerFlow {
+    /// When it was captured (CLOCK_REALTIME), see [`Recording::boot_time`].
+    pub at: Duration,
     /// Outer source address.
     pub outer: String,
     /// Inner addresses, protocol and ports, as one flow's packets of one way have them alike.
@@ -186,8 +199,10 @@ pub struct InnerFlow {
 }
 
 impl InnerFlow {
-    /// `203.0.113.10,10.1.0.9;198.51.100.7,10.2.0.9;17,17;4500,20000;4500,7002;;`
+    /// `1790.5;203.0.113.10,10.1.0.9;198.51.100.7,10.2.0.9;17,17;4500,20000;4500,7002;;`
     fn read(line: &str) -> Option<InnerFlow> {
+        let (at, line) = line.split_once(';')?;
+        let at = Duration::try_from_secs_f64(at.parse().ok()?).ok()?;
         let mut fields = line.split(';').map(|field| field.split(',').collect::<Vec<_>>());
         let (sources, destinations) = (fields.next()?, fields.next()?);
         let protocol = *fields.next()?.get(1)?;
@@ -200,7 +215,7 @@ impl InnerFlow {
         let [from, to] = ports;
         let flow =
             format!("{} {}:{} {}:{}", protocol, sources.get(1)?, from?, destinations.get(1)?, to?);
-        Some(InnerFlow { outer: (*sources.first()?).to_owned(), flow })
+        Some(InnerFlow { at, outer: (*sources.first()?).to_owned(), flow })
     }
 }
 

@@ -245,21 +245,21 @@ pub fn arp_claims(
         .count() as u64
 }
 
-/// Packets of at most `longest` bytes that came from an outer address, whoever sent them.
-pub fn sent_by(
-    recording: &Recording,
-    address: &str,
-    longest: u32,
-    from: Duration,
-    to: Duration,
-) -> u64 {
+/// Packets that came from an outer address, whoever sent them.
+pub fn sent_by(recording: &Recording, address: &str, from: Duration, to: Duration) -> u64 {
     let address = address.parse().ok();
     recording
         .packets()
         .filter(|packet| packet.source.is_some() && packet.source == address)
-        .filter(|packet| packet.full_length <= longest)
         .filter(|packet| (from..to).contains(&recording.boot_time(packet.at)))
         .count() as u64
+}
+
+/// ESP packets that came from an outer address.
+pub fn sent_by_esp(recording: &Recording, address: &str) -> u64 {
+    let address: Option<IpAddr> = address.parse().ok();
+    let esp = |packet: &Packet<'_>| matches!(packet.content, Content::Esp { .. });
+    recording.packets().filter(|packet| packet.source == address && esp(packet)).count() as u64
 }
 
 /// Frames from hardware address `mac` with IP source `address` within `[from, to)`.

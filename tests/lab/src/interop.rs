@@ -2,6 +2,7 @@
 //! one line what it found. `lab interop` runs them.
 
 mod active;
+mod active_faults;
 mod bad_input;
 mod basic;
 mod ipv6;
@@ -62,6 +63,7 @@ pub fn all() -> Vec<Scenario> {
         active::SCENARIOS,
         rolling::SCENARIOS,
         steering::SCENARIOS,
+        active_faults::SCENARIOS,
         ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]

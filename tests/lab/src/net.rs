@@ -30,6 +30,10 @@ pub const VIRTUAL_LAN6: &str = "fd01::1";
 pub const SECOND_WAN: &str = "203.0.113.20";
 /// The second endpoint's virtual LAN address.
 pub const SECOND_LAN: &str = "10.1.0.4";
+/// The second endpoint's WAN address where it has an uplink of its own, see [`Net::second_uplink`].
+pub const OTHER_WAN: &str = "192.0.2.20";
+/// Its gateway there.
+pub const OTHER_GATEWAY: &str = "192.0.2.1";
 /// Another address of the host behind the endpoints: what it sends from there goes to the second endpoint.
 pub const LHOST_SECOND: &str = "10.1.0.19";
 /// The remote gateway's outer address.
@@ -167,6 +171,36 @@ impl Net {
              route add default via {SECOND_LAN} table 20\n\
              rule add from {LHOST_SECOND} lookup 20\n"
         ))
+    }
+
+    /// A second WAN with a router of its own, on eth3 of both instances' hosts. The routers know each other by a link that
+    /// is on neither WAN; the remote gateway is behind the first one. Returns the second WAN's switch (`br0`).
+    pub fn second_uplink(&self, run: &Run) -> Result<Ns> {
+        let (wan, router) = (Ns::add(run, "wan2")?, Ns::add(run, "router2")?);
+        router.sysctl(&["net.ipv4.ip_forward=1"])?;
+        ns::veth(&self.left, "eth3", &wan, "left")?;
+        ns::veth(&self.right, "eth3", &wan, "right")?;
+        ns::veth(&router, "eth0", &wan, "router")?;
+        ns::bridge(&wan, "br0", &["left", "right", "router"])?;
+        ns::veth(&router, "eth1", &self.router, "eth2")?;
+        for (host, address) in [(&self.left, "192.0.2.11"), (&self.right, "192.0.2.12")] {
+            host.ip(&format!("addr add {address}/24 dev eth3\nlink set eth3 gso_max_segs 1\n"))?;
+        }
+        router.ip(&format!(
+            "addr add {OTHER_GATEWAY}/24 dev eth0\n\
+             addr add 172.31.9.2/24 dev eth1\n\
+             route add default via 172.31.9.1\n"
+        ))?;
+        self.router
+            .ip("addr add 172.31.9.1/24 dev eth2\nroute add 192.0.2.0/24 via 172.31.9.2\n")?;
+        Ok(wan)
+    }
+
+    /// Where packets of the host behind the endpoints go, by its address (0: [`LHOST`], 1: [`LHOST_SECOND`]), as a
+    /// LAN's own routing would decide.
+    pub fn next_hop(&self, source: usize, via: &str) -> Result<()> {
+        let table = if source == 0 { "main" } else { "20" };
+        self.lhost.ip(&format!("route replace default via {via} table {table}\n"))
     }
 
     /// Gives the remote gateway's host addresses of its own, so that 198.51.100.7 and 10.2.0.1 can be virtual:

@@ -32,6 +32,10 @@ pub struct Event {
     pub ike_exchanges: u64,
     /// Whether every TCP connection survived.
     pub tcp_survived: bool,
+    /// Flows that left their tunnel, where there are two.
+    pub flows_moved: Option<u64>,
+    /// What the cloud gateway promises for it, milliseconds.
+    pub promise_ms: Option<u32>,
     /// Arrivals around the event in milliseconds relative to it: towards the peer, from the peer.
     pub close: [Vec<f64>; 2],
 }
@@ -39,8 +43,10 @@ pub struct Event {
 /// Everything on the page.
 #[derive(Clone, Debug)]
 pub struct Page {
-    /// `strongSwan 5.9.8`.
-    pub peer: String,
+    /// What was watched, in a few sentences.
+    pub intro: String,
+    /// Probe packets sent each way, a second.
+    pub rate: u32,
     /// Width of a bucket of the series.
     pub bucket: Duration,
     /// Packets received per bucket: towards the peer, from the peer.
@@ -94,10 +100,8 @@ pub fn render(page: &Page) -> String {
          <meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\
          <title>Tandem: a tunnel that survived</title><style>{STYLE}</style></head><body><main>\
          <h1>The tunnel outlived its gateway</h1>\
-         <p class=\"soft\">A real {} gateway held one IPsec tunnel to a Tandem pair. The instance that served it was \
-         killed with SIGKILL, came back, and then the tunnel was moved on purpose. Throughout, 1,000 numbered UDP \
-         packets a second flowed each way, beside a bulk TCP stream and an idle TCP connection.</p>",
-        escape(&page.peer)
+         <p class=\"soft\">{}</p>",
+        escape(&page.intro)
     );
     let _ = write!(
         html,
@@ -160,7 +164,7 @@ fn overview(html: &mut String, page: &Page) {
     let length = page.packets.iter().map(Vec::len).max().unwrap_or(0).max(1);
     let seconds = length as f64 * bucket;
     let x = |at: f64| LEFT + (WIDTH - LEFT - RIGHT) * (at / seconds).clamp(0.0, 1.0);
-    let expected = 1000.0 * bucket;
+    let expected = f64::from(page.rate) * bucket;
     let _ = write!(
         html,
         "<svg viewBox=\"0 0 {WIDTH} 420\" role=\"img\" aria-label=\"received packets over time\">"
@@ -186,10 +190,11 @@ fn overview(html: &mut String, page: &Page) {
         plot(html, &points, &band, class);
         let _ = write!(
             html,
-            "<text x=\"{}\" y=\"{:.0}\" text-anchor=\"end\">1,000/s</text><text x=\"{}\" y=\"{:.0}\" text-anchor=\"end\">0</text>\
+            "<text x=\"{}\" y=\"{:.0}\" text-anchor=\"end\">{}/s</text><text x=\"{}\" y=\"{:.0}\" text-anchor=\"end\">0</text>\
              <text x=\"{}\" y=\"{:.0}\" class=\"f{class}\">UDP probes {}</text>",
             LEFT - 8.0,
             band.y(expected) + 4.0,
+            thousands(page.rate.into()),
             LEFT - 8.0,
             band.y(0.0) + 4.0,
             LEFT + 6.0,
@@ -290,12 +295,15 @@ fn close_up(html: &mut String, event: &Event) {
 fn table(html: &mut String, page: &Page) {
     html.push_str(
         "<table><thead><tr><th>Event</th><th>Longest gap</th><th>Lost</th><th>Sent</th><th>SPIs changed</th>\
-         <th>IKE exchanges</th><th>TCP connections</th></tr></thead><tbody>",
+         <th>IKE exchanges</th><th>TCP connections</th>",
     );
+    let moves = page.events.iter().any(|event| event.flows_moved.is_some());
+    html.push_str(if moves { "<th>Flows moved</th>" } else { "" });
+    html.push_str("</tr></thead><tbody>");
     for event in &page.events {
         let _ = write!(
             html,
-            "<tr><td>{}</td><td>{:.1} ms</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"{}\">{}</td></tr>",
+            "<tr><td>{}</td><td>{:.1} ms</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td class=\"{}\">{}</td>",
             escape(&event.title),
             event.gap_ms,
             thousands(event.lost),
@@ -305,6 +313,10 @@ fn table(html: &mut String, page: &Page) {
             if event.tcp_survived { "good" } else { "bad" },
             if event.tcp_survived { "all survived" } else { "broken" }
         );
+        if let Some(moved) = event.flows_moved {
+            let _ = write!(html, "<td>{moved}</td>");
+        }
+        html.push_str("</tr>");
     }
     html.push_str("</tbody></table>");
 }
@@ -369,7 +381,8 @@ mod tests {
     #[test]
     fn the_page_needs_nothing_else_and_escapes() {
         let page = Page {
-            peer: "a <peer> & co".into(),
+            intro: "a <peer> & co".into(),
+            rate: 2000,
             bucket: Duration::from_millis(20),
             packets: [vec![20; 500], vec![19; 500]],
             tcp: vec![50_000; 500],
@@ -384,12 +397,15 @@ mod tests {
                 spis_changed: 0,
                 ike_exchanges: 0,
                 tcp_survived: true,
+                flows_moved: Some(3),
+                promise_ms: None,
                 close: [vec![-1.0, 9.0], vec![-0.5]],
             }],
             ivs: (1_234_567, 0),
         };
         let html = render(&page);
         assert!(html.contains("a &lt;peer&gt; &amp; co") && !html.contains("<peer>"));
+        assert!(html.contains("2,000/s") && html.contains("<td>3</td></tr>"));
         assert!(html.contains("0 in 1,234,567") && html.contains("11 of 20,000"));
         for outside in ["http:", "https:", "src=", "href=", "url(", "NaN", "inf"] {
             assert!(!html.contains(outside), "{outside}");

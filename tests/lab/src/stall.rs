@@ -17,6 +17,11 @@ use std::time::Duration;
 /// Who wakes later than this was not run.
 const LATE: Duration = Duration::from_millis(10);
 
+/// A pause of the machine that is shorter than a heartbeat interval explains nothing.
+const STOOD_STILL: Duration = Duration::from_millis(20);
+/// It may have come so long before the silence that it led to.
+const ABOUT: Duration = Duration::from_millis(100);
+
 /// When each pause began, and how long it was.
 type Pauses = Arc<Mutex<Vec<(Duration, Duration)>>>;
 
@@ -50,6 +55,12 @@ impl StallWatch {
             begun.recv().map_err(|_| Error::check("a watching thread ended"))??;
         }
         Ok(watch)
+    }
+
+    /// How long the machine stood still about a silence, if that explains it.
+    pub fn explains(&self, start: Duration, silence: Duration) -> Option<Duration> {
+        let pause = self.longest(start.saturating_sub(ABOUT), start + silence);
+        (pause >= STOOD_STILL && pause * 4 >= silence).then_some(pause)
     }
 
     /// The longest pause of a processor that touches this time.

@@ -83,7 +83,7 @@ pub struct Child {
     pub settings: Vec<(String, String)>,
 }
 
-/// An endpoint of the configuration file; its interfaces are eth0 on the WAN and eth1 on the LAN.
+/// An endpoint of the configuration file; its interface on the LAN is eth1.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     /// Its name.
@@ -94,6 +94,8 @@ pub struct Endpoint {
     pub wan: String,
     /// Next hop on the WAN.
     pub gateway: String,
+    /// The interface there.
+    pub uplink: String,
     /// Its virtual LAN addresses.
     pub lan: Vec<String>,
     /// Further `key = value` lines, values in TOML.
@@ -158,6 +160,7 @@ impl Config {
                 home: "left".into(),
                 wan: net::VIRTUAL_WAN.into(),
                 gateway: "203.0.113.1".into(),
+                uplink: "eth0".into(),
                 lan: vec![net::VIRTUAL_LAN.into(), net::VIRTUAL_LAN6.into()],
                 // Scenarios move it, and want it to stay.
                 settings: vec![("preempt".into(), "false".into())],
@@ -174,6 +177,7 @@ impl Config {
             home: home.into(),
             wan: wan.into(),
             gateway: "203.0.113.1".into(),
+            uplink: "eth0".into(),
             lan: vec![lan.into()],
             settings: vec![("hold_down_s".into(), "2".into())],
         };
@@ -184,6 +188,23 @@ impl Config {
             ],
             ..Config::pair()
         }
+    }
+
+    /// The same with endpoints that stay with their home: what dies with it is withdrawn. We initiate, so that a home
+    /// that is back negotiates anew.
+    pub fn withdrawing() -> Config {
+        let mut config = Config::active_active();
+        for endpoint in &mut config.endpoints {
+            endpoint.settings.push(("on_failure".into(), "\"withdraw\"".into()));
+        }
+        config.branch().children[0].start = "initiate".into();
+        config
+    }
+
+    /// Whether an endpoint stays with its home, come what may.
+    pub fn withdraws(&self) -> bool {
+        let settings = self.endpoints.iter().flat_map(|endpoint| &endpoint.settings);
+        settings.into_iter().any(|(key, value)| key == "on_failure" && value.contains("withdraw"))
     }
 
     /// One instance on its own, `left`.
@@ -209,6 +230,7 @@ impl Config {
                 home: "peer".into(),
                 wan: net::PEER_WAN.into(),
                 gateway: "198.51.100.1".into(),
+                uplink: "eth0".into(),
                 lan: vec!["10.2.0.1".into()],
                 settings: Vec::new(),
             }],
@@ -247,11 +269,11 @@ impl Config {
             }
         }
         for endpoint in &self.endpoints {
-            let Endpoint { name, home, wan, gateway, lan, settings } = endpoint;
+            let Endpoint { name, home, wan, gateway, uplink, lan, settings } = endpoint;
             let _ = writeln!(text, "[endpoints.{name}]\nhome = \"{home}\"");
             let _ = writeln!(
                 text,
-                "wan = {{ address = \"{wan}\", gateway = \"{gateway}\", interface = \"eth0\" }}"
+                "wan = {{ address = \"{wan}\", gateway = \"{gateway}\", interface = \"{uplink}\" }}"
             );
             let _ = writeln!(text, "lan = {{ address = {}, interface = \"eth1\" }}", list(lan));
             lines(&mut text, settings);
@@ -358,6 +380,8 @@ pub struct EndpointStatus {
 pub struct TunnelStatus {
     /// The connection.
     pub connection: String,
+    /// The endpoint.
+    pub endpoint: String,
     /// `down`, `connecting`, `established`, `closing`.
     pub state: String,
     /// The IKE SA.

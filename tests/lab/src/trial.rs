@@ -71,11 +71,6 @@ impl Kind {
     }
 }
 
-/// A pause of the machine that is shorter than a heartbeat interval explains nothing.
-const STOOD_STILL: Duration = Duration::from_millis(20);
-/// It may have come so long before the silence that it led to.
-const ABOUT: Duration = Duration::from_millis(100);
-
 /// How long a trial watches after its event: the window in which exchanges count.
 pub const OBSERVE: Duration = Duration::from_secs(10);
 /// When a stopped instance goes on.
@@ -169,10 +164,8 @@ impl Outcome {
     /// says nothing about a pair on two hosts. What must never be seen is never explained.
     pub fn stood_still(&self, stalls: &StallWatch) -> Option<Duration> {
         let worse = if self.out.gap >= self.back.gap { &self.out } else { &self.back };
-        let (from, to) = (worse.gap_start.saturating_sub(ABOUT), worse.gap_start + worse.gap);
-        let pause = stalls.longest(from, to);
-        let explains = pause >= STOOD_STILL && pause * 4 >= worse.gap;
-        (self.judge_safety().is_ok() && explains).then_some(pause)
+        self.judge_safety().ok()?;
+        stalls.explains(worse.gap_start, worse.gap)
     }
 
     /// The longest silence, in the worse direction.

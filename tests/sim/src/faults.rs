@@ -306,9 +306,9 @@ impl Fault {
     /// Whether established SAs may be lost by this one: the peer threw them away, or both instances went on alone.
     pub(crate) fn may_lose_sas(self, links: usize) -> bool {
         match self {
-            Self::PeerRestart { .. }
-            | Self::PeerLeave { .. }
-            | Self::CutAll { from: None, .. } => true,
+            Self::PeerRestart { .. } | Self::PeerLeave { .. } | Self::CutAll { from: None, .. } => {
+                true
+            }
             Self::Cut { from: None, .. } => links == 1,
             _ => false,
         }

@@ -81,8 +81,12 @@ impl View {
                     Some((at.instance(), at.worker(), at.slot()))
                 };
                 // The shard took it, so what another life chose there is gone.
-                let gone: Vec<u32> =
-                    self.sas.keys().copied().filter(|s| *s != spi && place(*s) == place(spi)).collect();
+                let gone: Vec<u32> = self
+                    .sas
+                    .keys()
+                    .copied()
+                    .filter(|s| *s != spi && place(*s) == place(spi))
+                    .collect();
                 for spi in gone {
                     self.note(now, Change::Remove(spi));
                 }

@@ -180,7 +180,6 @@ impl World {
                     self.at(self.now + delay, Event::Disk { host, life, endpoint, term: up_to });
                 }
                 Output::Answer { answer, .. } => {
-
                     if log::verbose() && !matches!(answer, gateway::Answer::Status(_)) {
                         log::say(&format!("  answers {answer:?}"));
                     }

@@ -397,9 +397,9 @@ impl World {
     ) {
         self.must_pass(host, p, endpoint);
         let tunnel = if host < 2 { endpoint } else { self.scene.tunnel_of(host).1 };
-        let kind = self.checks.wan(self.now, &datagram, tunnel, |spi| {
-            p.outbound.get(&spi).map(|out| out.key)
-        });
+        let kind = self
+            .checks
+            .wan(self.now, &datagram, tunnel, |spi| p.outbound.get(&spi).map(|out| out.key));
         match kind {
             Kind::Esp => self.look_inside(host, p, &mut datagram),
             Kind::Ike(exchange, id, response) if log::verbose() => {
@@ -738,7 +738,8 @@ impl World {
         *before = before.saturating_add(1);
         let times = *before;
         if times > 2 || (times == 2) != packet.back {
-            let text = format!("a packet crossed the pair link {times} times (back: {})", packet.back);
+            let text =
+                format!("a packet crossed the pair link {times} times (back: {})", packet.back);
             self.checks.violate(0, text);
         }
     }
@@ -885,10 +886,8 @@ impl World {
         let status = [self.pair_status(0), self.pair_status(1)];
         if let (Some(p), Some(status)) = (&mut self.hosts[turned].process, &status[turned]) {
             for (synced, status) in p.synced.iter_mut().zip(status) {
-                *synced = matches!(
-                    status.role,
-                    ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering
-                );
+                *synced =
+                    matches!(status.role, ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering);
             }
         }
         let [Some(a), Some(b)] = status else { return };

@@ -1,8 +1,8 @@
 //! Active-active against strongSwan: shares, adoption, drain, restart.
 
 use super::{Lab, Scenario};
-use crate::active::{Active, ENDPOINTS, Event, Outcome, trial};
-use crate::error::{Result, ensure};
+use crate::active::{Active, ENDPOINTS, Event, OnFailure, Outcome, trial};
+use crate::error::{Error, Result, ensure};
 use crate::scene::PATIENCE;
 use crate::tandem::Config;
 use crate::{capture, clock, net, probe, wait};
@@ -87,46 +87,46 @@ fn pins(lab: &Lab<'_>) -> Result<String> {
 
 /// What trials found, in a line.
 pub(super) fn tell(event: &str, outcomes: &[Outcome]) -> String {
-    let worst = outcomes.iter().map(|o| o.gap).max().unwrap_or_default();
+    let worst = outcomes.iter().map(|o| o.away.gap()).max().unwrap_or_default();
     let sum = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).sum::<u64>();
     format!(
         "{event}: gap at most {:.1} ms, {} lost, {} of the other's flows, {} on the way home of {} sent, {} reordered, \
          {} flows moved",
         clock::millis(worst),
-        sum(|o| o.lost),
-        sum(|o| o.others_lost),
-        sum(|o| o.home_lost),
-        sum(|o| o.sent),
-        sum(|o| o.reordered),
-        sum(|o| o.flows_moved)
+        sum(|o| o.away.lost()),
+        sum(|o| o.away.others_lost()),
+        sum(|o| o.home.lost()),
+        sum(Outcome::sent),
+        sum(|o| o.away.reordered() + o.home.reordered()),
+        sum(Outcome::flows_moved)
     )
 }
 
-/// Both instances in turn.
-fn each(lab: &Lab<'_>, scene: &mut Active, event: Event) -> Result<Vec<Outcome>> {
-    let rounds = if lab.full { 5 } else { 1 };
+/// These instances, in turn; with `--full` both, five times.
+fn each(lab: &Lab<'_>, scene: &mut Active, event: Event, few: &[usize]) -> Result<Vec<Outcome>> {
+    let all = [0, 1].repeat(5);
     let mut outcomes = Vec::new();
-    for _ in 0..rounds {
-        for hurt in [0, 1] {
-            let outcome = trial(lab.run, scene, event, hurt)?;
-            outcome.judge(event)?;
-            outcomes.push(outcome);
-        }
+    for hurt in if lab.full { all } else { few.to_vec() } {
+        let outcome = trial(lab.run, scene, event, hurt)?;
+        outcome.judge().map_err(|error| {
+            Error::check(format!("{error}: {}", outcome.tell_flows(&scene.flows)))
+        })?;
+        outcomes.push(outcome);
     }
     Ok(outcomes)
 }
 
 fn adopt(lab: &Lab<'_>) -> Result<String> {
-    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active(), &[])?;
-    let outcomes = each(lab, &mut scene, Event::Kill)?;
+    let mut scene = Active::stage(lab.run, lab.bins, OnFailure::Adopt, &mut |_| {})?;
+    let outcomes = each(lab, &mut scene, Event::Kill, &[0, 1])?;
     scene.check_clean()?;
     Ok(tell("kill -9", &outcomes))
 }
 
 fn planned(lab: &Lab<'_>) -> Result<String> {
-    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active(), &[])?;
-    let drained = each(lab, &mut scene, Event::Drain)?;
-    let restarted = each(lab, &mut scene, Event::Restart)?;
+    let mut scene = Active::stage(lab.run, lab.bins, OnFailure::Adopt, &mut |_| {})?;
+    let drained = each(lab, &mut scene, Event::Drain, &[0])?;
+    let restarted = each(lab, &mut scene, Event::Restart, &[1])?;
     scene.check_clean()?;
     Ok(format!("{}; {}", tell("drain", &drained), tell("restart", &restarted)))
 }

@@ -6,14 +6,13 @@
 
 use super::active::tell;
 use super::{Lab, Scenario};
-use crate::active::{Active, Event, trial};
+use crate::active::{Active, Event, OnFailure, trial};
 use crate::clock;
 use crate::error::{Error, Result, ensure};
-use crate::net;
 use crate::ns::Ns;
-use crate::probe::{TcpProbes, Way};
+use crate::probe::Way;
 use crate::scene::{PATIENCE, Scene, Setup};
-use crate::tandem::{Config, Daemon};
+use crate::tandem::Daemon;
 use crate::wait;
 use std::time::Duration;
 
@@ -73,21 +72,18 @@ fn out_of_order(host: &Ns) -> Result<u64> {
 }
 
 fn active(lab: &Lab<'_>) -> Result<String> {
-    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active(), OLD)?;
+    let mut scene = Active::stage_with(lab.run, lab.bins, OnFailure::Adopt, OLD, &mut |_| {})?;
     settled(&scene.instances, 1)?;
-    let mut tcp =
-        TcpProbes::start(lab.run, &scene.net.lhost, (&scene.net.rhost, net::RHOST), Some(BULK))?;
+    let folder = scene.keylog()?.to_string_lossy().into_owned();
     let late = out_of_order(&scene.net.rhost)?;
     let mut outcomes = Vec::new();
     for (hurt, build, format) in STEPS {
-        scene.instances[hurt].set_args(build);
+        scene.instances[hurt].set_args(&[build, &["--keylog", &folder]].concat());
         let outcome = trial(lab.run, &mut scene, Event::Restart, hurt)?;
-        outcome.judge(Event::Restart)?;
+        outcome.judge()?;
         outcomes.push(outcome);
         settled(&scene.instances, format)?;
     }
-    let broken = tcp.broken(PATIENCE)?;
-    ensure(broken == 0, || format!("{broken} of {} TCP connections broken", tcp.connections()))?;
     let late = out_of_order(&scene.net.rhost)?.saturating_sub(late);
     scene.check_clean()?;
     Ok(format!(

@@ -115,9 +115,8 @@ impl Stage {
     fn build(lab: &Lab<'_>) -> Result<Stage> {
         let net = Net::build(lab.run)?;
         net.second_next_hop()?;
-        let mut instances =
-            start_pair_with(lab.run, lab.bins, &net, &Config::active_active(), &[])?;
-        wait_home(&mut instances, PATIENCE)?;
+        let instances = start_pair_with(lab.run, lab.bins, &net, &Config::active_active(), &[])?;
+        wait_home(&instances, false, PATIENCE)?;
         let peer = start_tandem(lab.run, lab.bins, &net, &remote())?;
         wait::until("both tunnels", PATIENCE, Duration::from_millis(20), || {
             let there = peer.status()?;

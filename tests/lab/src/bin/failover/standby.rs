@@ -1,6 +1,6 @@
-//! `failover`: measures what the remote peer and the flows see when the pair is hurt, many times over.
+//! Trials with one endpoint: the owner is hurt, or the standby.
 //!
-//! With `--json`, standard output is one document, a key for every kind of trial (`kill`, `stop`, `switchover`,
+//! The document has a key for every kind of trial (`kill`, `stop`, `switchover`,
 //! `rejoin`, `standby-kill`, `standby-stop`):
 //!
 //! ```json
@@ -15,78 +15,18 @@
 //! 10 s, after which the network is built anew. `stood_still` are trials that lost packets while the machine itself stood still
 //! for a heartbeat interval or longer (`lab::stall`): played again and not counted, at most one of ten (of fewer, one); what must
 //! never be seen is never excused so. `marks_seen` proves the capture that `ike_exchanges` is counted in.
-//! Exit code 0: every trial recovered and nothing was seen that
-//! must never be (IV repeats, clear text, ARP claims of a dead host, changed SPIs, broken connections).
 
-use clap::Parser;
+use crate::{Args, IvCount, excused, keep_evidence, print_document, random_phase, tenth};
+use lab::clock;
 use lab::run::Run;
-use lab::scene::{PeerKind, Scene, Setup};
+use lab::scene::{Scene, Setup};
 use lab::stall::StallWatch;
 use lab::stats::{maximum, nearest_rank};
 use lab::tandem::Bins;
 use lab::trial::{Kind, Outcome, run_trial};
-use lab::{Error, clock};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::Duration;
-
-#[derive(Parser)]
-#[command(
-    about = "Measures the gap, the losses and all that must not happen when an instance of the pair is hurt"
-)]
-struct Args {
-    /// Trials of each kind
-    #[arg(long, default_value_t = 5)]
-    trials: u32,
-    /// What is done to the pair
-    #[arg(long, value_enum, default_value = "all")]
-    kind: Wanted,
-    /// Print one JSON document on standard output instead of a table
-    #[arg(long)]
-    json: bool,
-    /// Where tandemd and tandem are [default: beside this program]
-    #[arg(long)]
-    bin_dir: Option<PathBuf>,
-    /// The remote gateway: strongSwan with its own ESP, or on a real kernel's (user-mode-linux)
-    #[arg(long, value_enum, default_value = "strongswan")]
-    peer: Peer,
-    /// Keep logs and the last captures
-    #[arg(long)]
-    keep_files: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Wanted {
-    Kill,
-    Stop,
-    Switchover,
-    Rejoin,
-    StandbyKill,
-    StandbyStop,
-    All,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Peer {
-    Strongswan,
-    Kernel,
-}
-
-impl Wanted {
-    fn kinds(self) -> Vec<Kind> {
-        match self {
-            Wanted::Kill => vec![Kind::Kill],
-            Wanted::Stop => vec![Kind::Stop],
-            Wanted::Switchover => vec![Kind::Switchover],
-            Wanted::Rejoin => vec![Kind::Rejoin],
-            Wanted::StandbyKill => vec![Kind::StandbyKill],
-            Wanted::StandbyStop => vec![Kind::StandbyStop],
-            Wanted::All => Kind::ALL.to_vec(),
-        }
-    }
-}
 
 #[derive(Debug, Default, Serialize)]
 struct Summary {
@@ -119,12 +59,11 @@ impl Summary {
         let sum =
             |value: fn(&Outcome) -> u64| outcomes.iter().map(value).fold(0, u64::saturating_add);
         let max = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).max().unwrap_or(0);
-        let round = |value: f64| (value * 10.0).round() / 10.0;
         Summary {
             trials: outcomes.len() as u64,
-            gap_p50_ms: round(nearest_rank(&gaps, 50.0)),
-            gap_p99_ms: round(nearest_rank(&gaps, 99.0)),
-            gap_max_ms: round(maximum(&gaps)),
+            gap_p50_ms: tenth(nearest_rank(&gaps, 50.0)),
+            gap_p99_ms: tenth(nearest_rank(&gaps, 99.0)),
+            gap_max_ms: tenth(maximum(&gaps)),
             lost_max: max(Outcome::lost),
             sent: sum(Outcome::sent),
             spis_changed: sum(|outcome| outcome.spis_changed),
@@ -162,49 +101,18 @@ impl Summary {
     }
 }
 
-fn main() -> ExitCode {
-    let args = Args::parse();
-    match measure(&args) {
-        Ok(0) => ExitCode::SUCCESS,
-        Ok(faults) => {
-            eprintln!("failover: {faults} things were seen that must never be");
-            ExitCode::FAILURE
-        }
-        Err(error) => {
-            eprintln!("failover: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn measure(args: &Args) -> lab::Result<u64> {
-    let bins = Bins::find(args.bin_dir.as_deref())?;
-    let kinds = args.kind.kinds();
-    let per_trial = 40 * u64::from(args.trials) * kinds.len() as u64;
-    let run = Run::start(Some(Duration::from_secs(180 + per_trial)))?;
-    if args.keep_files {
-        run.keep_files();
-    }
-    let setup = Setup {
-        peer: match args.peer {
-            Peer::Strongswan => PeerKind::Strongswan,
-            Peer::Kernel => PeerKind::Kernel,
-        },
-        ..Setup::default()
-    };
-    let result = trials(args, &run, &bins, &setup, &kinds);
-    if result.is_err() {
-        run.keep_files();
-    }
-    result
-}
-
-fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) -> lab::Result<u64> {
+pub(crate) fn trials(
+    args: &Args,
+    run: &Run,
+    bins: &Bins,
+    setup: &Setup,
+    kinds: &[Kind],
+) -> lab::Result<u64> {
     let mut scene = Scene::build(run, bins, setup, &mut |line| eprintln!("  {line}"))?;
     let stalls = StallWatch::start()?;
     let mut summaries = BTreeMap::new();
     for kind in kinds {
-        let mut seen = IvCount::of(&scene);
+        let mut seen = IvCount::of(&scene.ivs);
         let mut counted = (0, 0);
         let mut failed = 0;
         let mut stood_still = 0;
@@ -218,12 +126,12 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
                 Err(error) => {
                     failed += 1;
                     eprintln!("  {} {trial}/{}: FAILED: {error}", kind.key(), args.trials);
-                    seen.add_to(&scene, &mut counted);
+                    seen.add_to(&scene.ivs, &mut counted);
                     run.keep_files();
                     drop(scene);
                     run.clear_namespaces();
                     scene = Scene::build(run, bins, setup, &mut |_| {})?;
-                    seen = IvCount::of(&scene);
+                    seen = IvCount::of(&scene.ivs);
                     continue;
                 }
             };
@@ -247,9 +155,9 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
             }
             if let Err(problem) = outcome.judge() {
                 eprintln!("      FAILED: {problem}");
-                keep_evidence(run, &scene, &format!("{}-{trial}", kind.key()), logged)?;
+                keep_evidence(run, &scene.instances, &format!("{}-{trial}", kind.key()), logged)?;
                 if let Some(pause) = outcome.stood_still(&stalls)
-                    && stood_still < (args.trials / 10).max(1)
+                    && stood_still < excused(args.trials)
                 {
                     eprintln!(
                         "      not counted, played again: the machine stood still for {:.0} ms",
@@ -265,53 +173,18 @@ fn trials(args: &Args, run: &Run, bins: &Bins, setup: &Setup, kinds: &[Kind]) ->
             outcomes.push(outcome);
         }
         scene.look(run)?.discard();
-        seen.add_to(&scene, &mut counted);
+        seen.add_to(&scene.ivs, &mut counted);
         let summary =
             Summary { stood_still: stood_still.into(), ..Summary::of(&outcomes, failed, counted) };
         summaries.insert(kind.key(), summary);
     }
     scene.check_clean()?;
     if args.json {
-        let text = serde_json::to_string(&summaries)
-            .map_err(|error| Error::parse("the summary", error.to_string()))?;
-        println!("{text}");
+        print_document(&summaries)?;
     } else {
         table(kinds, &summaries);
     }
     Ok(summaries.values().map(Summary::faults).fold(0, u64::saturating_add))
-}
-
-/// What the daemons logged in a trial that kept not every bar: shown, and saved, since the next trial goes on with them.
-fn keep_evidence(run: &Run, scene: &Scene, name: &str, logged: [usize; 2]) -> lab::Result<()> {
-    run.keep_files();
-    for (instance, skip) in scene.instances.iter().zip(logged) {
-        let log = instance.log();
-        let new = log.get(skip..).unwrap_or_default();
-        let path = run.dir().join(format!("{name}-{}.log", instance.name));
-        lab::error::write_file(&path, new)?;
-        eprintln!("      {}, saved in {}:", instance.name, path.display());
-        for line in new.lines().take(15) {
-            eprintln!("        {line}");
-        }
-    }
-    Ok(())
-}
-
-/// What a scene's IV checker had counted at one moment.
-struct IvCount {
-    checked: u64,
-    repeats: u64,
-}
-
-impl IvCount {
-    fn of(scene: &Scene) -> IvCount {
-        IvCount { checked: scene.ivs.checked, repeats: scene.ivs.iv_repeats }
-    }
-
-    fn add_to(&self, scene: &Scene, (checked, repeats): &mut (u64, u64)) {
-        *checked += scene.ivs.checked - self.checked;
-        *repeats += scene.ivs.iv_repeats - self.repeats;
-    }
 }
 
 fn table(kinds: &[Kind], summaries: &BTreeMap<&str, Summary>) {
@@ -346,11 +219,4 @@ fn table(kinds: &[Kind], summaries: &BTreeMap<&str, Summary>) {
             s.iv_repeats
         );
     }
-}
-
-/// Uniform in [0, 1), from the clock's fine digits and a generator that no two calls share.
-fn random_phase() -> f64 {
-    use std::hash::{BuildHasher, RandomState};
-    let number = RandomState::new().hash_one(clock::now());
-    (number >> 11) as f64 / (1_u64 << 53) as f64
 }
