@@ -181,6 +181,8 @@ pub fn tshark_flows(capture: &Path, keylog: &Path) -> Result<Vec<InnerFlow>> {
 pub struct InnerFlow {
     /// Outer source address.
     pub outer: String,
+    /// Outer destination address.
+    pub target: String,
     /// Inner addresses, protocol and ports, as one flow's packets of one way have them alike.
     pub flow: String,
 }
@@ -200,7 +202,8 @@ impl InnerFlow {
         let [from, to] = ports;
         let flow =
             format!("{} {}:{} {}:{}", protocol, sources.get(1)?, from?, destinations.get(1)?, to?);
-        Some(InnerFlow { outer: (*sources.first()?).to_owned(), flow })
+        let (outer, target) = (*sources.first()?, *destinations.first()?);
+        Some(InnerFlow { outer: outer.to_owned(), target: target.to_owned(), flow })
     }
 }
 

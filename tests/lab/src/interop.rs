@@ -11,6 +11,7 @@ mod operator;
 mod pair;
 mod protection;
 mod stage;
+mod topologies;
 mod two_hosts;
 mod uplink;
 
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Scenario> {
         pair::SCENARIOS,
         uplink::SCENARIOS,
         active::SCENARIOS,
+        topologies::SCENARIOS,
         ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]
@@ -151,10 +153,12 @@ fn logged_error(run: &Run) -> bool {
 }
 
 /// Where a scenario leaves logs and configurations: folder, file.
-const LOGS: [(&str, &str); 15] = [
+const LOGS: [(&str, &str); 17] = [
     ("tandem-left", "tandemd.log"),
     ("tandem-right", "tandemd.log"),
     ("tandem-peer", "tandemd.log"),
+    ("tandem-north", "tandemd.log"),
+    ("tandem-south", "tandemd.log"),
     ("tandem-left", "tandem.toml"),
     ("charon-peer", "charon.log"),
     ("charon-peer", "swanctl.conf"),
