@@ -164,7 +164,12 @@ const CASES: &[Case] = &[
             (1, "pair", "`pair.secret_file` is missing", "/etc/tandem/pair.key"),
             (9, "2", "does not take 2", "expected a whole number from 0 to 1"),
             (12, "\"203.0.113\"", "does not take \"203.0.113\"", "an address of this segment"),
-            (16, "\"gw.example.org\"", "names are not resolved", "an IPv4 address, a list of them, or \"any\""),
+            (
+                16,
+                "\"gw.example.org\"",
+                "names are not resolved",
+                "an IPv4 address, a list of them, or \"any\"",
+            ),
         ],
     ),
 ];

@@ -273,13 +273,16 @@ impl TwoPairs {
             for instance in self.instances.iter().flatten() {
                 let tunnels = instance.status()?.tunnels;
                 let up = tunnels.iter().filter(|t| t.state == "established").count();
-                ensure((up, tunnels.len()) == (2, 2), || format!("{}: {tunnels:?}", instance.name))?;
+                ensure((up, tunnels.len()) == (2, 2), || {
+                    format!("{}: {tunnels:?}", instance.name)
+                })?;
             }
             Ok(())
         })
     }
 
-    /// Waits until each endpoint is owned at home and all instances are in sync.
+    /// Waits until each endpoint is owned at home and all instances are in sync. An instance that has just handed one
+    /// over still steers what arrives late: it is the shadow all the same.
     pub fn wait_home(&mut self, within: Duration) -> Result<()> {
         wait::until_ok("each endpoint at home, in sync", within, TICK, || {
             for (side, instances) in self.shape.sides.iter().zip(&self.instances) {
@@ -288,8 +291,11 @@ impl TwoPairs {
                     let here = status[*home].endpoint(name);
                     let there = status[1 - *home].endpoint(name);
                     let well = here.role == "owner" && here.mode == "synced";
-                    ensure(well && there.role == "shadow", || {
-                        format!("{name} is {} ({}) at home, {} away", here.role, here.mode, there.role)
+                    ensure(well && ["shadow", "steering"].contains(&there.role.as_str()), || {
+                        format!(
+                            "{name} is {} ({}) at home, {} away",
+                            here.role, here.mode, there.role
+                        )
                     })?;
                 }
             }
@@ -299,7 +305,8 @@ impl TwoPairs {
 
     /// The SPIs that each side knows, as its first instance tells.
     pub fn spis(&self) -> Result<[Spis; 2]> {
-        let of = |side: usize| -> Result<Spis> { Ok(tandem_spis(&self.instances[side][0].status()?)) };
+        let of =
+            |side: usize| -> Result<Spis> { Ok(tandem_spis(&self.instances[side][0].status()?)) };
         Ok([of(0)?, of(1)?])
     }
 
@@ -354,7 +361,8 @@ fn start_captures(run: &Run, nets: &[SideNet; 2]) -> Result<[Capture; 2]> {
 /// A file of `config/`, with this daemon's paths, and endpoints that go home soon.
 fn write_config(dir: &Path, sample: &str, secret: &str) -> Result<PathBuf> {
     let at = dir.display();
-    let mut text = format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
+    let mut text =
+        format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
     for line in sample.lines() {
         text.push_str(&line.replace("/etc/tandem/", &format!("{at}/")));
         text.push('\n');

@@ -138,10 +138,20 @@ const MANY_FROM: u16 = 20_000;
 fn many(bind: IpAddr, to: IpAddr, udp: u16, tcp: u16) -> std::io::Result<()> {
     for port in (MANY_FROM..).take(udp.into()) {
         let socket = UdpSocket::bind((bind, port))?;
-        for _ in 0..3 {
-            socket.send_to(&[0; 64], (to, ECHO_PORT))?;
+        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+        socket.connect((to, ECHO_PORT))?;
+        let ask = || {
+            for _ in 0..3 {
+                socket.send(&[0; 64])?;
+            }
+            socket.recv(&mut [0; 64])
+        };
+        // The server may be about to start, or have no room for a packet.
+        let mut answer = ask();
+        for _ in 0..4 {
+            answer = answer.or_else(|_| ask());
         }
-        std::thread::sleep(Duration::from_millis(1));
+        answer?;
     }
     for _ in 0..tcp {
         let socket = socket2::Socket::new(

@@ -78,7 +78,9 @@ fn pins(lab: &Lab<'_>, scene: &mut TwoPairs, keylog: &Path) -> Result<String> {
     let mut shares = Vec::new();
     for (side, hosts) in HOSTS.iter().enumerate() {
         let found = Pinned::among(&packets, scene.shape, hosts);
-        ensure(found.flows == many, || format!("{} of {many} flows from side {side}", found.flows))?;
+        ensure(found.flows == many, || {
+            format!("{} of {many} flows from side {side}", found.flows)
+        })?;
         ensure(found.answered == many, || format!("{} of {many} flows answered", found.answered))?;
         ensure(found.strayed.is_empty(), || format!("in both tunnels: {:?}", found.strayed))?;
         let share = found.in_first as f64 * 100.0 / many as f64;
@@ -148,7 +150,7 @@ fn began_by(flow: &str, hosts: &[&str; 2]) -> Option<(String, usize)> {
 fn kills(lab: &Lab<'_>, scene: &mut TwoPairs) -> Result<String> {
     trial::start_flows(lab.run, scene)?;
     let (rounds, observe) =
-        if lab.full { (5, Duration::from_secs(5)) } else { (1, Duration::from_millis(1500)) };
+        if lab.full { (5, Duration::from_secs(5)) } else { (1, Duration::from_secs(1)) };
     let mut events: Vec<Vec<(usize, usize)>> =
         [(0, 0), (0, 1), (1, 0), (1, 1)].map(|one| vec![one]).into();
     if lab.full {

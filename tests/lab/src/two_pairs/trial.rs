@@ -63,14 +63,17 @@ pub fn start_flows(run: &Run, scene: &mut TwoPairs) -> Result<()> {
         let (own, other) = (HOSTS[0][near], HOSTS[1][far]);
         let udp = loop {
             let port = ports.next().ok_or_else(|| Error::check("no port left"))?;
-            ensure(port < PORTS_FROM + 256, || format!("no port leads {own} into tunnel {tunnel}"))?;
+            ensure(port < PORTS_FROM + 256, || {
+                format!("no port leads {own} into tunnel {tunnel}")
+            })?;
             let ends = ((&scene.nets[0].inner, own), (&scene.nets[1].inner, other));
             let udp = UdpProbes::sized(run, ends.0, ends.1, RATE, port, size)?;
-            udp.wait_flowing(PATIENCE)?;
+            udp.wait_arrivals_since(Duration::ZERO, PATIENCE)?;
             let arrives = &scene.instances[0][scene.shape.home(0, near)];
             let seen = arrives.flows(&["--address", own, "--port", &port.to_string()])?;
             let pinned = seen.iter().find(|flow| flow.source == own);
-            let pinned = pinned.ok_or_else(|| Error::check(format!("{own}:{port} not in {seen:?}")))?;
+            let pinned =
+                pinned.ok_or_else(|| Error::check(format!("{own}:{port} not in {seen:?}")))?;
             if pinned.endpoint == scene.shape.tunnels[tunnel].0 {
                 break udp;
             }
@@ -158,8 +161,6 @@ pub fn kill(
     }
     clock::sleep_until(start + observe);
     let end = clock::now();
-    let met = measure(scene, start, end)?;
-    let home_from = clock::now();
     for (side, n) in killed {
         scene.instances[*side][*n].bury()?;
         scene.instances[*side][*n].spawn()?;
@@ -170,7 +171,8 @@ pub fn kill(
     scene.wait_home(PATIENCE)?;
     let home_to = clock::now() + Duration::from_millis(500);
     clock::sleep_until(home_to);
-    let home = measure(scene, home_from, home_to)?;
+    let met = measure(scene, start, end)?;
+    let home = measure(scene, end, home_to)?;
     let after = scene.spis()?;
     let seen = scene.look(run)?;
 
@@ -227,7 +229,8 @@ fn place(scene: &TwoPairs, seen: &Recording) -> (u64, u64) {
     for packet in seen.packets().filter(|p| matches!(p.content, Content::Esp { .. })) {
         let of_size = |flow: &&Flow| frame_length(flow.size) == packet.full_length;
         let Some(flow) = scene.flows.iter().find(of_size) else { continue };
-        let ends = [packet.source, packet.target].map(|a| a.map_or(String::new(), |a| a.to_string()));
+        let ends =
+            [packet.source, packet.target].map(|a| a.map_or(String::new(), |a| a.to_string()));
         if scene.shape.tunnel_of(&ends[0], &ends[1]) == Some(flow.tunnel) {
             own += 1;
         } else {
@@ -255,7 +258,8 @@ mod tests {
         let meets = |shape: &Shape, kind: (usize, usize, usize), way: Way| {
             let (near, far, tunnel) = kind;
             let all = [(0, 0), (0, 1), (1, 0), (1, 1)];
-            let of = |(side, n): &(usize, usize)| passes(shape, [near, far], tunnel, way, *side, *n);
+            let of =
+                |(side, n): &(usize, usize)| passes(shape, [near, far], tunnel, way, *side, *n);
             all.into_iter().filter(|at| of(at)).collect::<Vec<_>>()
         };
         assert_eq!(meets(&ACTIVE_ACTIVE, (0, 0, 0), Way::Out), [(0, 0), (1, 0)]);
