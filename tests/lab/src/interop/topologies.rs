@@ -150,7 +150,7 @@ fn began_by(flow: &str, hosts: &[&str; 2]) -> Option<(String, usize)> {
 fn kills(lab: &Lab<'_>, scene: &mut TwoPairs) -> Result<String> {
     trial::start_flows(lab.run, scene)?;
     let (rounds, observe) =
-        if lab.full { (5, Duration::from_secs(5)) } else { (1, Duration::from_secs(1)) };
+        if lab.full { (5, Duration::from_secs(3)) } else { (1, Duration::from_secs(1)) };
     let mut events: Vec<Vec<(usize, usize)>> =
         [(0, 0), (0, 1), (1, 0), (1, 1)].map(|one| vec![one]).into();
     if lab.full {
