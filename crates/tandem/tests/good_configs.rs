@@ -44,6 +44,65 @@ fn the_active_active_sample_is_read_as_it_says() {
     assert!(!config.connections[0].ike.initial_contact);
 }
 
+/// Two pairs that face each other: near and far file, and the names of their instances.
+const PAIRS: [([&str; 2], usize); 2] = [
+    (
+        [
+            include_str!("../../../config/pairs-active-active/hq.toml"),
+            include_str!("../../../config/pairs-active-active/branch.toml"),
+        ],
+        2,
+    ),
+    (
+        [
+            include_str!("../../../config/pairs-active-standby/hq.toml"),
+            include_str!("../../../config/pairs-active-standby/branch.toml"),
+        ],
+        1,
+    ),
+];
+
+#[test]
+fn the_samples_of_two_pairs_fit_each_other() {
+    for (texts, far_endpoints) in PAIRS {
+        let instances = [["left", "right"], ["north", "south"]];
+        let configs = [0, 1].map(|side| {
+            let both = instances[side].map(|instance| read(texts[side], instance));
+            for loaded in &both {
+                assert!(loaded.report.is_empty(), "{}", loaded.report);
+            }
+            assert_eq!(both[0].config.digest(), both[1].config.digest());
+            let [first, _] = both;
+            first.config
+        });
+        assert_eq!(configs.each_ref().map(|c| c.endpoints.len()), [2, far_endpoints]);
+        // Each tunnel of one side is one of the other's, seen from its end.
+        let tunnels = |config: &Config| {
+            let ike = config.endpoints.iter().flat_map(|e| {
+                config.ike_endpoint(e.id).unwrap().connections.into_iter().map(|c| {
+                    let RemoteAddress::Ip(remote) = c.remote_address else { panic!("{}", c.name) };
+                    // peers.md 7: it would delete the other tunnel.
+                    assert!(!c.initial_contact);
+                    ([c.local_address, remote], [c.local_id.to_string(), c.remote_id.to_string()])
+                })
+            });
+            ike.collect::<Vec<_>>()
+        };
+        let [near, far] = configs.each_ref().map(tunnels);
+        let mut turned = far;
+        turned.iter_mut().for_each(|(addresses, ids)| {
+            addresses.reverse();
+            ids.reverse();
+        });
+        turned.sort();
+        assert_eq!((near.len(), &near), (2, &turned));
+        let children = configs.each_ref().map(|c| c.connections[0].ike.children[0].clone());
+        assert_eq!(children.each_ref().map(|c| c.start), [Start::Respond, Start::Initiate]);
+        assert_eq!(children[0].local_ts, children[1].remote_ts);
+        assert_eq!(children[0].remote_ts, children[1].local_ts);
+    }
+}
+
 #[test]
 fn how_an_endpoint_comes_home() {
     let of = |text: &str| read(text, "left").config.endpoints[0].clone();

@@ -194,6 +194,8 @@ pub struct InnerFlow {
     pub at: Duration,
     /// Outer source address.
     pub outer: String,
+    /// Outer destination address.
+    pub target: String,
     /// Inner addresses, protocol and ports, as one flow's packets of one way have them alike.
     pub flow: String,
 }
@@ -215,7 +217,8 @@ impl InnerFlow {
         let [from, to] = ports;
         let flow =
             format!("{} {}:{} {}:{}", protocol, sources.get(1)?, from?, destinations.get(1)?, to?);
-        Some(InnerFlow { at, outer: (*sources.first()?).to_owned(), flow })
+        let (outer, target) = (*sources.first()?, *destinations.first()?);
+        Some(InnerFlow { at, outer: outer.to_owned(), target: target.to_owned(), flow })
     }
 }
 

@@ -14,6 +14,7 @@ mod protection;
 mod rolling;
 mod stage;
 mod steering;
+mod topologies;
 mod two_hosts;
 mod uplink;
 
@@ -64,6 +65,7 @@ pub fn all() -> Vec<Scenario> {
         rolling::SCENARIOS,
         steering::SCENARIOS,
         active_faults::SCENARIOS,
+        topologies::SCENARIOS,
         ipv6::SCENARIOS,
         two_hosts::SCENARIOS,
     ]
@@ -157,10 +159,12 @@ fn logged_error(run: &Run) -> bool {
 }
 
 /// Where a scenario leaves logs and configurations: folder, file.
-const LOGS: [(&str, &str); 15] = [
+const LOGS: [(&str, &str); 17] = [
     ("tandem-left", "tandemd.log"),
     ("tandem-right", "tandemd.log"),
     ("tandem-peer", "tandemd.log"),
+    ("tandem-north", "tandemd.log"),
+    ("tandem-south", "tandemd.log"),
     ("tandem-left", "tandem.toml"),
     ("charon-peer", "charon.log"),
     ("charon-peer", "swanctl.conf"),

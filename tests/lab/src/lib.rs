@@ -13,7 +13,7 @@
 //! * [`faults`]: SIGSTOP, cuts, losses, saturated cores.
 //! * [`stall`]: whether the machine itself stood still.
 //! * [`scene`]: a pair that serves a peer, ready to be hurt; [`trial`]: one fault, measured.
-//! * [`active`]: the same for two endpoints.
+//! * [`active`]: the same for two endpoints; [`two_pairs`]: for two pairs that face each other.
 //! * [`report`]: the demo's page. [`interop`]: the named real-peer scenarios.
 
 pub mod active;
@@ -39,6 +39,7 @@ pub mod stall;
 pub mod stats;
 pub mod tandem;
 pub mod trial;
+pub mod two_pairs;
 pub mod uml;
 pub mod wait;
 

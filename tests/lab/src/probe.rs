@@ -236,11 +236,25 @@ impl UdpProbes {
         rate: u32,
         port: u16,
     ) -> Result<UdpProbes> {
-        let (each, port) = (rate.to_string(), port.to_string());
+        Self::sized(run, left, right, rate, port, 64)
+    }
+
+    /// The same with packets of `size` bytes of payload, by which they are known inside a tunnel.
+    pub fn sized(
+        run: &Run,
+        left: (&Ns, &str),
+        right: (&Ns, &str),
+        rate: u32,
+        port: u16,
+        size: usize,
+    ) -> Result<UdpProbes> {
+        let (each, port, size) = (rate.to_string(), port.to_string(), size.to_string());
         let agent = |(ns, own): (&Ns, &str), (_, other): (&Ns, &str)| {
             let args = ["udp", "--bind", own, "--to", other, "--rate", &each, "--port", &port];
+            let args = [&args[..], &["--size", &size]].concat();
             let name = format!("udp-{own}-{port}");
-            Agent::start(run, ns, &name, &args.map(str::to_owned))
+            let args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+            Agent::start(run, ns, &name, &args)
         };
         Ok(UdpProbes { rate, left: agent(left, right)?, right: agent(right, left)? })
     }

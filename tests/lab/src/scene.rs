@@ -67,7 +67,8 @@ impl Remote {
     }
 }
 
-fn tandem_spis(status: &Status) -> Spis {
+/// The SPIs of all that is established at an instance.
+pub(crate) fn tandem_spis(status: &Status) -> Spis {
     let long = |text: &str| u64::from_str_radix(text, 16).unwrap_or(0);
     let short = |text: &str| u32::from_str_radix(text, 16).unwrap_or(0);
     let mut list = Vec::new();

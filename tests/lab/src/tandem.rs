@@ -318,7 +318,7 @@ fn lines(text: &mut String, settings: &[(String, String)]) {
 }
 
 /// Key files are refused when others can read them.
-fn secret_file(path: &Path, secret: &str) -> Result<()> {
+pub(crate) fn secret_file(path: &Path, secret: &str) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     write_file(path, secret)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).doing("protect a secret")
@@ -515,10 +515,21 @@ pub struct Daemon {
 impl Daemon {
     /// Prepares an instance without starting it.
     pub fn prepare(run: &Run, bins: &Bins, ns: &Ns, name: &str, config: &Config) -> Result<Daemon> {
+        Self::prepare_with(run, bins, ns, name, |dir| config.write(dir))
+    }
+
+    /// The same with a configuration file that `write` writes into the daemon's folder.
+    pub fn prepare_with(
+        run: &Run,
+        bins: &Bins,
+        ns: &Ns,
+        name: &str,
+        write: impl FnOnce(&Path) -> Result<PathBuf>,
+    ) -> Result<Daemon> {
         let dir = run.subdir(&format!("tandem-{name}"))?;
         // A folder may be left from an earlier scene of the same run; terms of another life must not be.
         std::fs::remove_dir_all(&dir).doing("empty a folder")?;
-        let config = config.write(&dir)?;
+        let config = write(&dir)?;
         Ok(Daemon {
             proc: None,
             name: name.to_owned(),

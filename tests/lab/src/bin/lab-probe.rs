@@ -33,7 +33,7 @@ enum What {
         #[arg(long, default_value_t = UDP_PORT)]
         port: u16,
     },
-    /// Many short flows: of each, some packets in UDP (nobody need listen) or a TCP connection to `serve`.
+    /// Many short flows: of each, some packets in UDP or a TCP connection to `serve`, which answers both.
     Many {
         #[arg(long)]
         bind: IpAddr,
@@ -44,7 +44,7 @@ enum What {
         #[arg(long)]
         tcp: u16,
     },
-    /// The server of `bulk` and `idle`.
+    /// The server of `bulk`, `idle` and `many`.
     Serve {
         #[arg(long)]
         bind: IpAddr,
@@ -155,16 +155,29 @@ fn record(out: &Sender<Record>, kind: u8, value: u64) {
     let _ = out.send(Record { kind, value, at: clock::nanos(clock::now()) });
 }
 
+/// Where [`serve`] sends UDP packets back.
+const ECHO_PORT: u16 = UDP_PORT + 2;
+
 /// Source ports of [`many`] count up from here.
 const MANY_FROM: u16 = 20_000;
 
 fn many(bind: IpAddr, to: IpAddr, udp: u16, tcp: u16) -> std::io::Result<()> {
     for port in (MANY_FROM..).take(udp.into()) {
         let socket = UdpSocket::bind((bind, port))?;
-        for _ in 0..3 {
-            socket.send_to(&[0; 64], (to, UDP_PORT + 2))?;
+        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+        socket.connect((to, ECHO_PORT))?;
+        let ask = || {
+            for _ in 0..3 {
+                socket.send(&[0; 64])?;
+            }
+            socket.recv(&mut [0; 64])
+        };
+        // The server may be about to start, or have no room for a packet.
+        let mut answer = ask();
+        for _ in 0..4 {
+            answer = answer.or_else(|_| ask());
         }
-        std::thread::sleep(Duration::from_millis(1));
+        answer?;
     }
     for _ in 0..tcp {
         let socket = socket2::Socket::new(
@@ -221,6 +234,16 @@ fn udp(
 
 fn serve(bind: IpAddr, out: Sender<Record>) -> std::io::Result<()> {
     let listener = TcpListener::bind(SocketAddr::new(bind, TCP_PORT))?;
+    let echo = UdpSocket::bind(SocketAddr::new(bind, ECHO_PORT))?;
+    std::thread::spawn(move || {
+        let mut buffer = [0; 2048];
+        loop {
+            // An error is the last packet's, which nobody waited for any more.
+            if let Ok((length, from)) = echo.recv_from(&mut buffer) {
+                let _ = echo.send_to(&buffer[..length], from);
+            }
+        }
+    });
     record(&out, b'C', 0);
     let total = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&total);
