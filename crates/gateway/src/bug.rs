@@ -43,7 +43,7 @@ impl crate::Gateway {
         self.spoil = number;
     }
 
-    /// The IKE SAs that are held for an endpoint, by the keys of their records.
+    /// What IKE holds for an endpoint, by the keys of the records, in their order.
     #[must_use]
     pub fn held_records(
         &self,
@@ -51,7 +51,10 @@ impl crate::Gateway {
         endpoint: wire::id::EndpointId,
     ) -> Vec<u64> {
         let endpoint = self.endpoints.get(usize::from(endpoint.0));
-        endpoint.into_iter().flat_map(|e| e.ike.snapshot(now)).map(|(spi, _)| spi.0).collect()
+        let records = endpoint.into_iter().flat_map(|e| e.ike.snapshot(now));
+        let mut keys: Vec<u64> = records.map(|(key, _)| key.0).collect();
+        keys.sort_unstable();
+        keys
     }
 
     /// The pair protocol's state, for the simulation's checks.
