@@ -15,6 +15,8 @@ pub enum Bug {
     SendBeforeCommit,
     /// Invariant 4: an owner in doubt goes on as if its state were exact.
     DoubtIgnored,
+    /// Invariant 5: records are written in this build's own format, whatever is settled.
+    FormatIgnored,
     /// Invariants 5 and 7: a shadow acknowledges what it could not decode.
     BadRecordAcked,
     /// Invariant 2: `synced` is said although the shards do not obey their leases.
