@@ -15,6 +15,8 @@ pub enum Bug {
     SendBeforeCommit,
     /// Invariant 4: an owner in doubt goes on as if its state were exact.
     DoubtIgnored,
+    /// Invariant 5: records are written in this build's own format, whatever is settled.
+    FormatIgnored,
     /// Invariants 5 and 7: a shadow acknowledges what it could not decode.
     BadRecordAcked,
     /// Invariant 2: `synced` is said although the shards do not obey their leases.
@@ -59,7 +61,7 @@ impl crate::Gateway {
         self.spoil = number;
     }
 
-    /// The IKE SAs that are held for an endpoint, by the keys of their records.
+    /// What IKE holds for an endpoint, by the keys of the records, in their order.
     #[must_use]
     pub fn held_records(
         &self,
@@ -67,7 +69,10 @@ impl crate::Gateway {
         endpoint: wire::id::EndpointId,
     ) -> Vec<u64> {
         let endpoint = self.endpoints.get(usize::from(endpoint.0));
-        endpoint.into_iter().flat_map(|e| e.ike.snapshot(now)).map(|(spi, _)| spi.0).collect()
+        let records = endpoint.into_iter().flat_map(|e| e.ike.snapshot(now));
+        let mut keys: Vec<u64> = records.map(|(key, _)| key.0).collect();
+        keys.sort_unstable();
+        keys
     }
 
     /// The pair protocol's state, for the simulation's checks.

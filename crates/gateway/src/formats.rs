@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use wire::id::IkeSpi;
 
+use crate::bug::Bug;
 use crate::endpoint::Endpoint;
 use crate::machine::Gateway;
 
@@ -45,6 +46,9 @@ impl Gateway {
     /// Both instances speak this release.
     pub(crate) fn settled(&mut self, release: u32) {
         tracing::info!(format = release, "the pair's format is settled");
+        if self.bug == Bug::FormatIgnored {
+            return;
+        }
         for e in &mut self.endpoints {
             e.ike.set_format(of_records(release));
         }

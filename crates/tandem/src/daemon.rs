@@ -45,8 +45,8 @@ struct Args {
     /// Write every key to FOLDER, in the tables of tshark. Whoever can read them can read all traffic
     #[arg(long, value_name = "FOLDER")]
     keylog: Option<PathBuf>,
-    /// Speak no newer pair format than N with the other instance, as an older release does: until both
-    /// hosts are upgraded and the way back is no longer needed [default: the newest]
+    /// Write and speak no newer pair format than N, as an older release does: until both hosts are upgraded
+    /// and the way back is no longer needed [default: the newest that both know]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32)
         .range(i64::from(*gateway::FORMATS.start())..=i64::from(*gateway::FORMATS.end())))]
     hold_format: Option<u32>,

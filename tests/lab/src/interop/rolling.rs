@@ -138,14 +138,14 @@ fn standby(lab: &Lab<'_>) -> Result<String> {
         scene.instances[0].start()?;
         let owner = scene.wait_synced(PATIENCE)?;
         settled(&scene.instances, format)?;
-        scene.instances[owner].tandem(&["down", "gw"])?;
+        scene.instances[owner].tandem(&["down", "branch"])?;
         scene.instances[owner].tandem(&["failover"])?;
         let next = scene.wait_synced(PATIENCE)?;
         ensure(next != owner, || "failover moved nothing".into())?;
-        let tunnel = scene.instances[next].status()?.tunnel("gw");
+        let tunnel = scene.instances[next].status()?.tunnel("branch");
         ensure(tunnel.taken_down == stays, || format!("format {format}: {tunnel:?}"))?;
         kept.push(format!("format {format} {}", if stays { "kept" } else { "forgotten" }));
-        scene.instances[next].tandem(&["up", "gw"])?;
+        scene.instances[next].tandem(&["up", "branch"])?;
     }
     scene.check_clean()?;
     Ok(format!(
