@@ -20,6 +20,7 @@ mod addresses;
 mod answers;
 mod control;
 mod fences;
+mod keylog;
 mod setup;
 
 use std::path::PathBuf;

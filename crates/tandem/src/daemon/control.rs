@@ -509,14 +509,8 @@ impl Control {
     }
 
     fn keylog(&self, line: &ike::KeyLogLine) {
-        use std::io::Write;
         let Some(folder) = &self.parts.keylog else { return };
-        let name = match line.table {
-            ike::KeyLogTable::Ike => "ikev2_decryption_table",
-            ike::KeyLogTable::Esp => "esp_sa",
-        };
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(folder.join(name));
-        if let Err(problem) = file.and_then(|mut file| writeln!(file, "{}", line.line.as_str())) {
+        if let Err(problem) = super::keylog::append(folder, line) {
             warn!(%problem, "the key log cannot be written");
         }
     }

@@ -177,7 +177,8 @@ pub fn kill(
     let seen = scene.look(run)?;
 
     let names = killed.iter().map(|(side, n)| scene.instances[*side][*n].name.as_str());
-    let (in_tunnel, strayed) = place(scene, &seen.near);
+    let flows: Vec<_> = scene.flows.iter().map(|flow| (flow.size, flow.tunnel)).collect();
+    let (in_tunnel, strayed) = place(&scene.shape, &flows, &seen.near);
     let mut outcome = Outcome {
         killed: names.collect::<Vec<_>>().join(" and "),
         in_tunnel,
@@ -223,15 +224,15 @@ fn measure(scene: &TwoPairs, from: Duration, to: Duration) -> Result<Vec<[Measur
     scene.flows.iter().map(of).collect()
 }
 
-/// ESP packets of probe flows: those in their own tunnel, and those elsewhere.
-fn place(scene: &TwoPairs, seen: &Recording) -> (u64, u64) {
+/// ESP packets of probe flows, of which size and tunnel are given: those in their own tunnel, and those elsewhere.
+fn place(shape: &Shape, flows: &[(usize, usize)], seen: &Recording) -> (u64, u64) {
     let (mut own, mut elsewhere) = (0, 0);
     for packet in seen.packets().filter(|p| matches!(p.content, Content::Esp { .. })) {
-        let of_size = |flow: &&Flow| frame_length(flow.size) == packet.full_length;
-        let Some(flow) = scene.flows.iter().find(of_size) else { continue };
+        let of_size = |(size, _): &&(usize, usize)| frame_length(*size) == packet.full_length;
+        let Some((_, tunnel)) = flows.iter().find(of_size) else { continue };
         let ends =
             [packet.source, packet.target].map(|a| a.map_or(String::new(), |a| a.to_string()));
-        if scene.shape.tunnel_of(&ends[0], &ends[1]) == Some(flow.tunnel) {
+        if shape.tunnel_of(&ends[0], &ends[1]) == Some(*tunnel) {
             own += 1;
         } else {
             elsewhere += 1;
@@ -250,7 +251,29 @@ fn frame_length(size: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pcap::samples;
     use crate::two_pairs::{ACTIVE_ACTIVE, ACTIVE_STANDBY};
+
+    #[test]
+    fn a_probe_in_the_wrong_tunnel_strays() {
+        let ([a, b], far) = ([[203, 0, 113, 10], [203, 0, 113, 20]], [198, 51, 100, 10]);
+        // An SPI above 255, so that it is ESP; the frame's headers are 42 bytes.
+        let esp = |from, to, size| {
+            let data = vec![1; frame_length(size) as usize - 42];
+            samples::udp(from, to, (4500, 4500), &data)
+        };
+        let seen = [
+            esp(a, far, 64),
+            esp(far, a, 64),
+            esp(b, far, 128),
+            // In the wrong tunnel, one each way; and of a size that no flow has.
+            esp(a, far, 128),
+            esp(far, b, 64),
+            esp(a, far, 100),
+        ];
+        let flows = [(64, 0), (128, 1)];
+        assert_eq!(place(&ACTIVE_STANDBY, &flows, &Recording::from_frames(&seen)), (3, 2));
+    }
 
     #[test]
     fn flows_meet_who_is_on_their_way() {
