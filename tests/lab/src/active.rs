@@ -14,7 +14,8 @@ use crate::baseline::peer_conn;
 use crate::capture::{Capture, Recording};
 use crate::charon::{Backend, Charon, Conn};
 use crate::check::IvChecker;
-use crate::error::{Error, Result, ensure};
+use crate::clock;
+use crate::error::{Error, Result, ensure, write_file};
 use crate::net::{self, Net};
 use crate::probe::{Measure, TcpProbes, UdpProbes, Way};
 use crate::run::Run;
@@ -187,12 +188,13 @@ impl Active {
         args: &[&str],
         say: &mut dyn FnMut(&str),
     ) -> Result<Active> {
-        let keylog = run.subdir("keylog")?;
-        // Keys of an earlier scene are of no use.
-        for table in ["esp_sa", "ikev2_decryption_table"] {
-            let _ = std::fs::remove_file(keylog.join(table));
+        // A folder for this scene (keys of an earlier one are of no use), and in it one for each instance: what two processes
+        // add to one file at once may be mixed.
+        let keylog = run.subdir(&format!("keylog-{}", clock::nanos(clock::now())))?;
+        for instance in ["left", "right"] {
+            run.subdir(&keylog.join(instance).to_string_lossy())?;
         }
-        let folder = keylog.to_string_lossy().into_owned();
+        let folder = keylog.join("%i").to_string_lossy().into_owned();
         let config = on_failure.config();
         let args = [args, &["--keylog", &folder]].concat();
         let mut scene = Active::quiet(run, bins, &config, &args)?;
@@ -275,9 +277,20 @@ impl Active {
         }
     }
 
-    /// Where the daemons log keys for tshark, in a scene made by [`Active::stage`].
+    /// The keys that both daemons have logged so far, for tshark, in a scene made by [`Active::stage`].
     pub fn keylog(&self) -> Result<&Path> {
-        self.keylog.as_deref().ok_or_else(|| Error::check("this scene logs no keys"))
+        let Some(folder) = self.keylog.as_deref() else {
+            return Err(Error::check("this scene logs no keys"));
+        };
+        for table in ["esp_sa", "ikev2_decryption_table"] {
+            let read = |instance: &Daemon| {
+                let path = folder.join(&instance.name).join(table);
+                std::fs::read_to_string(path).unwrap_or_default()
+            };
+            let text = self.instances.each_ref().map(read).concat();
+            write_file(&folder.join(table), text)?;
+        }
+        Ok(folder)
     }
 
     /// Fails if an instance has logged an ERROR, or anything was seen that must never be.

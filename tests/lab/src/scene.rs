@@ -311,7 +311,7 @@ pub fn start_pair(run: &Run, bins: &Bins, net: &Net, config: &Config) -> Result<
     start_pair_with(run, bins, net, config, &[])
 }
 
-/// The same with further arguments for both daemons.
+/// The same with further arguments for both daemons; `%i` in one stands for the instance's name.
 pub fn start_pair_with(
     run: &Run,
     bins: &Bins,
@@ -319,8 +319,13 @@ pub fn start_pair_with(
     config: &Config,
     args: &[&str],
 ) -> Result<[Daemon; 2]> {
-    let mut left = Daemon::prepare(run, bins, &net.left, "left", config)?.with_args(args);
-    let mut right = Daemon::prepare(run, bins, &net.right, "right", config)?.with_args(args);
+    let prepare = |ns: &crate::ns::Ns, name: &str| -> Result<Daemon> {
+        let args: Vec<String> = args.iter().map(|arg| arg.replace("%i", name)).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        Ok(Daemon::prepare(run, bins, ns, name, config)?.with_args(&args))
+    };
+    let mut left = prepare(&net.left, "left")?;
+    let mut right = prepare(&net.right, "right")?;
     left.spawn()?;
     right.spawn()?;
     left.wait_ready(PATIENCE)?;

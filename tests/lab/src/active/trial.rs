@@ -224,11 +224,11 @@ impl Outcome {
         let (gap, bar) = (clock::millis(self.away.gap()), self.event.bar_ms(self.withdraws));
         ensure(gap <= bar, || format!("{}: gap {gap:.1} ms, bar {bar} ms", self.event.title()))?;
         let planned = |count: u64| if self.event.is_planned() { count } else { 0 };
-        // A withdrawn endpoint's return is a new tunnel: what moves to it is not held to order.
+        // A withdrawn endpoint's return is a new tunnel, as its drain is the other's: what moves is not held to order.
         let adopted = |count: u64| if self.withdraws { 0 } else { count };
         self.all_zero(&[
             ("packets of planned work lost", planned(self.away.lost())),
-            ("packets reordered by planned work", planned(self.away.reordered())),
+            ("packets reordered by planned work", adopted(planned(self.away.reordered()))),
             ("packets of the other's flows lost", self.away.others_lost()),
             ("packets lost on the way home", adopted(self.home.lost())),
             ("packets of the other's flows lost on the way home", self.home.others_lost()),

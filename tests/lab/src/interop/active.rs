@@ -21,6 +21,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         play: adopt,
     },
     Scenario {
+        name: "active-withdraw",
+        about: "SIGKILL of an instance whose addresses stay: its tunnel goes down, its flows move, and come back",
+        play: withdraw,
+    },
+    Scenario {
         name: "active-drain",
         about: "drain and undrain, and an upgrade of both instances, under traffic",
         play: planned,
@@ -121,6 +126,18 @@ fn adopt(lab: &Lab<'_>) -> Result<String> {
     let outcomes = each(lab, &mut scene, Event::Kill, &[0, 1])?;
     scene.check_clean()?;
     Ok(tell("kill -9", &outcomes))
+}
+
+fn withdraw(lab: &Lab<'_>) -> Result<String> {
+    let mut scene = Active::stage(lab.run, lab.bins, OnFailure::Withdraw, &mut |_| {})?;
+    let outcomes = each(lab, &mut scene, Event::Kill, &[0])?;
+    scene.check_clean()?;
+    let back = outcomes.iter().map(|o| o.away.back_gap().max(o.home.back_gap())).max();
+    Ok(format!(
+        "{}; silence from the peer at most {:.1} s",
+        tell("kill -9", &outcomes),
+        back.unwrap_or_default().as_secs_f64()
+    ))
 }
 
 fn planned(lab: &Lab<'_>) -> Result<String> {

@@ -74,11 +74,13 @@ fn out_of_order(host: &Ns) -> Result<u64> {
 fn active(lab: &Lab<'_>) -> Result<String> {
     let mut scene = Active::stage_with(lab.run, lab.bins, OnFailure::Adopt, OLD, &mut |_| {})?;
     settled(&scene.instances, 1)?;
-    let folder = scene.keylog()?.to_string_lossy().into_owned();
+    let keylog = scene.keylog()?.to_owned();
     let late = out_of_order(&scene.net.rhost)?;
     let mut outcomes = Vec::new();
     for (hurt, build, format) in STEPS {
-        scene.instances[hurt].set_args(&[build, &["--keylog", &folder]].concat());
+        let instance = &mut scene.instances[hurt];
+        let folder = keylog.join(&instance.name).to_string_lossy().into_owned();
+        instance.set_args(&[build, &["--keylog", &folder]].concat());
         let outcome = trial(lab.run, &mut scene, Event::Restart, hurt)?;
         outcome.judge()?;
         outcomes.push(outcome);

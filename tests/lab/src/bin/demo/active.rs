@@ -3,7 +3,7 @@
 
 use crate::{Args, Peer, Stage, close_up, keep, tell};
 use lab::active::trial::{Leg, Moment, watched};
-use lab::active::{Active, ENDPOINTS, Event as What, OnFailure, Outcome, RATE};
+use lab::active::{Active, ENDPOINTS, Event as What, Outcome, RATE};
 use lab::probe::Way;
 use lab::report::{CLOUD_PLANNED_MS, CLOUD_UNPLANNED_MS, Event, Page};
 use lab::run::Run;
@@ -27,15 +27,11 @@ pub(crate) fn play(args: &Args, run: &Run, bins: &Bins, stage: &mut Stage) -> la
         stage.count(&event);
         events.push(event);
     }
-    let mut clean = killed.judge_safety().is_ok();
-    // An endpoint that is withdrawn never leaves its home on purpose.
-    if args.on_failure == OnFailure::Adopt {
-        let drained = act(run, &mut scene, stage, What::Drain)?;
-        let event = switchover(&scene, begin, &drained);
-        stage.count(&event);
-        events.push(event);
-        clean &= drained.judge_safety().is_ok();
-    }
+    let drained = act(run, &mut scene, stage, What::Drain)?;
+    let event = switchover(&scene, begin, &drained);
+    stage.count(&event);
+    events.push(event);
+    let clean = killed.judge_safety().is_ok() && drained.judge_safety().is_ok();
     scene.look(run)?.discard();
     let page = page_of(&scene, &peer, begin, events);
     tell(args, stage, &peer, &page)?;
@@ -146,12 +142,19 @@ fn rejoin(scene: &Active, begin: Duration, outcome: &Outcome) -> Event {
 /// Both legs: there and back.
 fn switchover(scene: &Active, begin: Duration, outcome: &Outcome) -> Event {
     let (hurt, endpoint, other) = names(scene, outcome);
+    let story = if outcome.withdraws {
+        format!(
+            "{hurt}'s tunnel ended, {other} took its flows; then it came up anew, and they went back"
+        )
+    } else {
+        format!("{hurt} gave endpoint {endpoint} to {other}, and got it back")
+    };
     let away = event_of(scene, begin, outcome, &outcome.away);
     let home = event_of(scene, begin, outcome, &outcome.home);
     Event {
         kind: "switchover".into(),
         title: outcome.event.title().into(),
-        story: format!("{hurt} gave endpoint {endpoint} to {other}, and got it back"),
+        story,
         gap_ms: away.gap_ms.max(home.gap_ms),
         lost: away.lost + home.lost,
         sent: away.sent + home.sent,

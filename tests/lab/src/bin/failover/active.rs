@@ -1,7 +1,6 @@
 //! Trials with two endpoints: left and right are hurt in turn.
 //!
-//! The document has a key for every kind of trial (`kill`, `stop`, `switchover`, `restart`, `rejoin`; with `--on-failure
-//! withdraw` `kill`, `stop` and `rejoin`), with the numbers of a trial with one endpoint (see `standby.rs`), of which `gap_…`
+//! The document has a key for every kind of trial (`kill`, `stop`, `switchover`, `restart`, `rejoin`), with the numbers of a trial with one endpoint (see `standby.rs`), of which `gap_…`
 //! and `lost_max` tell of the flows that meet the hurt instance, and these:
 //!
 //! ```json

@@ -94,20 +94,15 @@ impl Wanted {
         })
     }
 
-    /// Kinds of trials with two. An endpoint that is withdrawn never leaves its home on purpose.
-    fn events(self, on_failure: OnFailure) -> lab::Result<Vec<Event>> {
-        let adopt = on_failure == OnFailure::Adopt;
+    /// Kinds of trials with two.
+    fn events(self) -> lab::Result<Vec<Event>> {
         Ok(match self {
             Wanted::Kill => vec![Event::Kill],
             Wanted::Stop => vec![Event::Stop],
+            Wanted::Switchover => vec![Event::Drain],
+            Wanted::Restart => vec![Event::Restart],
             Wanted::Rejoin => vec![Event::Rejoin],
-            Wanted::Switchover if adopt => vec![Event::Drain],
-            Wanted::Restart if adopt => vec![Event::Restart],
-            Wanted::All if adopt => Event::ALL.to_vec(),
-            Wanted::All => vec![Event::Kill, Event::Stop, Event::Rejoin],
-            Wanted::Switchover | Wanted::Restart => {
-                return Err(Error::check("--on-failure withdraw: such an endpoint stays at home"));
-            }
+            Wanted::All => Event::ALL.to_vec(),
             Wanted::StandbyKill | Wanted::StandbyStop => {
                 return Err(Error::check("--mode active-active: there is no standby"));
             }
@@ -146,7 +141,7 @@ fn measure(args: &Args) -> lab::Result<u64> {
             in_run(args, kinds.len(), |run| standby::trials(args, run, &bins, &setup, &kinds))
         }
         Mode::ActiveActive => {
-            let events = args.kind.events(args.on_failure)?;
+            let events = args.kind.events()?;
             if !matches!(args.peer, Peer::Strongswan) {
                 return Err(Error::check(
                     "--mode active-active has the plain strongSwan peer only",
