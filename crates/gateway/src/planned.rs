@@ -87,8 +87,8 @@ impl Gateway {
             let Some(config) = self.config.endpoint(e.id) else { continue };
             let abroad = config.home != self.config.local && config.home_coming.preempt;
             let leaves = self.draining || abroad;
-            let welcome = self.pair.is_welcome(e.ha_id())
-                || (self.draining && self.bug == Bug::DrainUnready);
+            let welcome =
+                self.pair.is_welcome(e.ha_id()) || (self.draining && self.bug == Bug::DrainUnready);
             if !leaves || !e.serves(now) || !welcome {
                 e.welcome_since = None;
                 continue;

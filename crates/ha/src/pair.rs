@@ -575,7 +575,9 @@ impl Pair {
     /// [decline](Pair::decline) it.
     #[must_use]
     pub fn is_welcome(&self, endpoint: EndpointId) -> bool {
-        self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.is_welcome(&self.contact, self.bug))
+        self.endpoints
+            .get(usize::from(endpoint.0))
+            .is_some_and(|e| e.is_welcome(&self.contact, self.bug))
     }
 
     /// Tells the other whether it is to keep the endpoint, should it own it, until it is asked: this

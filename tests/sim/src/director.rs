@@ -147,9 +147,8 @@ impl World {
     /// Instances that own nothing, and that no endpoint goes home to.
     fn idle(&self, owners: &[usize]) -> [bool; 2] {
         std::array::from_fn(|host| {
-            let quiet = |place: &crate::scene::Place| {
-                !place.home_coming.preempt || place.home != host
-            };
+            let quiet =
+                |place: &crate::scene::Place| !place.home_coming.preempt || place.home != host;
             owners.iter().all(|owner| *owner != host) && self.scene.endpoints.iter().all(quiet)
         })
     }
@@ -167,9 +166,8 @@ impl World {
 
     /// No instance uses a tunnel any more.
     fn is_gone(&self, tunnel: (usize, usize)) -> bool {
-        let here = |host: &crate::host::Host| {
-            host.process.as_ref().is_some_and(|p| !p.view.lives(tunnel))
-        };
+        let here =
+            |host: &crate::host::Host| host.process.as_ref().is_some_and(|p| !p.view.lives(tunnel));
         self.hosts.iter().take(2).all(here)
     }
 

@@ -334,9 +334,7 @@ fn boot_clock(now: Nanos, dice: &mut Dice) -> Clock {
 
 impl std::fmt::Debug for Process {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Process")
-            .field("life", &self.life)
-            .finish_non_exhaustive()
+        f.debug_struct("Process").field("life", &self.life).finish_non_exhaustive()
     }
 }
 

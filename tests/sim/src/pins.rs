@@ -64,15 +64,13 @@ pub struct View {
 }
 
 impl View {
-    /// A command was carried out. Whether a tunnel came to life or was lost.
-    pub fn note(&mut self, now: Nanos, change: Change) -> bool {
+    /// A command was carried out. The tunnel that came to life thereby, or was lost.
+    pub fn note(&mut self, now: Nanos, change: Change) -> Option<(Tunnel, bool)> {
         let (spi, tunnel) = match &change {
             Change::Install(spi, _, tunnel) => (*spi, Some(*tunnel)),
             Change::Use(spi) | Change::Remove(spi) => (*spi, None),
         };
-        let Some(tunnel) = tunnel.or(self.sas.get(&spi).map(|known| known.tunnel)) else {
-            return false;
-        };
+        let tunnel = tunnel.or(self.sas.get(&spi).map(|known| known.tunnel))?;
         let lived = self.lives(tunnel);
         match change {
             Change::Install(spi, key, tunnel) => {
@@ -81,8 +79,12 @@ impl View {
                     Some((at.instance(), at.worker(), at.slot()))
                 };
                 // The shard took it, so what another life chose there is gone.
-                let gone: Vec<u32> =
-                    self.sas.keys().copied().filter(|s| *s != spi && place(*s) == place(spi)).collect();
+                let gone: Vec<u32> = self
+                    .sas
+                    .keys()
+                    .copied()
+                    .filter(|s| *s != spi && place(*s) == place(spi))
+                    .collect();
                 for spi in gone {
                     self.note(now, Change::Remove(spi));
                 }
@@ -99,11 +101,11 @@ impl View {
                 self.sas.remove(&spi);
             }
         }
-        let changed = self.lives(tunnel) != lived;
-        if changed {
+        let lives = self.lives(tunnel);
+        (lives != lived).then(|| {
             self.changed.insert(tunnel, now);
-        }
-        changed
+            (tunnel, lives)
+        })
     }
 
     /// Whether an SA may seal.

@@ -237,6 +237,16 @@ impl World {
         self.hosts.iter().take(2).any(|host| self.now < host.stopped_until)
     }
 
+    /// Nothing delays what the instances tell each other.
+    pub(crate) fn is_calm(&self) -> bool {
+        let well = |host: &Host| host.up && !host.paused && !host.slow;
+        self.net.lag == [0; 2]
+            && self.net.pair.loss == 0
+            && self.net.pair.jitter < MS
+            && self.net.links.iter().flatten().all(|works| *works)
+            && self.hosts.iter().take(2).all(well)
+    }
+
     /// Both instances pass the fence of an endpoint now.
     fn overlap(&mut self, endpoint: usize) {
         let stopped = self.is_stopped();
@@ -397,9 +407,9 @@ impl World {
     ) {
         self.must_pass(host, p, endpoint);
         let tunnel = if host < 2 { endpoint } else { self.scene.tunnel_of(host).1 };
-        let kind = self.checks.wan(self.now, &datagram, tunnel, |spi| {
-            p.outbound.get(&spi).map(|out| out.key)
-        });
+        let kind = self
+            .checks
+            .wan(self.now, &datagram, tunnel, |spi| p.outbound.get(&spi).map(|out| out.key));
         match kind {
             Kind::Esp => self.look_inside(host, p, &mut datagram),
             Kind::Ike(exchange, id, response) if log::verbose() => {
@@ -596,8 +606,8 @@ impl World {
     pub(crate) fn burst(&mut self) {
         let mut at = self.now;
         for _ in 0..12 {
-            at += self.dice.us(20, 400);
             self.at(at, Event::Burst);
+            at += self.dice.us(20, 400);
         }
     }
 
@@ -738,7 +748,8 @@ impl World {
         *before = before.saturating_add(1);
         let times = *before;
         if times > 2 || (times == 2) != packet.back {
-            let text = format!("a packet crossed the pair link {times} times (back: {})", packet.back);
+            let text =
+                format!("a packet crossed the pair link {times} times (back: {})", packet.back);
             self.checks.violate(0, text);
         }
     }
@@ -885,10 +896,8 @@ impl World {
         let status = [self.pair_status(0), self.pair_status(1)];
         if let (Some(p), Some(status)) = (&mut self.hosts[turned].process, &status[turned]) {
             for (synced, status) in p.synced.iter_mut().zip(status) {
-                *synced = matches!(
-                    status.role,
-                    ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering
-                );
+                *synced =
+                    matches!(status.role, ha::Role::Owner(ha::Mode::Synced) | ha::Role::Offering);
             }
         }
         let [Some(a), Some(b)] = status else { return };
