@@ -298,7 +298,7 @@ fn an_unknown_generation_of_a_slot_is_unknown() {
 
 #[test]
 fn a_shadow_gives_the_slot_of_another_endpoints_past_to_what_its_owner_chose_anew() {
-    let config = Config { endpoints: 2, max_slots: 64, ..Config::default() };
+    let config = esp::Config { endpoints: 2, ..esp::Config::default() };
     let (_, _, _, sa) = pair(AeadAlg::Aes256Gcm16);
     let next = wire::id::SpiLayout::of(sa.spi_in).unwrap().next_generation().spi();
     let of = |spi_in, endpoint| {
