@@ -83,7 +83,7 @@ impl View {
                     .sas
                     .keys()
                     .copied()
-                    .filter(|s| *s != spi && place(*s) == place(spi))
+                    .filter(|s| *s != spi && place(*s).is_some_and(|at| Some(at) == place(spi)))
                     .collect();
                 for spi in gone {
                     self.note(now, Change::Remove(spi));
@@ -202,6 +202,11 @@ mod tests {
         assert!(view.lives((0, 1)), "an update changes nothing");
         view.note(5 + SURE, Change::Install(9, 3, (0, 1)));
         assert!(!view.lives((0, 1)), "other keys do");
+        let old = SpiLayout::new(1, 5, 0, 3).unwrap();
+        view.note(9, Change::Install(old.spi().0, 1, (0, 0)));
+        view.note(9, Change::Use(old.spi().0));
+        view.note(9, Change::Install(old.next_generation().spi().0, 2, (0, 1)));
+        assert!(!view.lives((0, 0)), "its place is taken");
     }
 
     #[test]
