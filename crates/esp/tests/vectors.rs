@@ -295,3 +295,26 @@ fn an_unknown_generation_of_a_slot_is_unknown() {
         "a slot is not reused before its SA is removed"
     );
 }
+
+#[test]
+fn a_shadow_gives_the_slot_of_another_endpoints_past_to_what_its_owner_chose_anew() {
+    let config = esp::Config { endpoints: 2, ..esp::Config::default() };
+    let (_, _, _, sa) = pair(AeadAlg::Aes256Gcm16);
+    let next = wire::id::SpiLayout::of(sa.spi_in).unwrap().next_generation().spi();
+    let of = |spi_in, endpoint| {
+        let endpoint = wire::id::EndpointId(endpoint);
+        Command::Install(Box::new(Sa { spi_in, endpoint, ..copy(&sa) }))
+    };
+    let mut shadow = Shard::new(config);
+    shadow.apply(of(sa.spi_in, 1)).unwrap();
+    shadow.apply(of(next, 0)).unwrap();
+    // The other endpoint's records say so a moment later.
+    let gone = shadow.apply(Command::Remove { spi_in: sa.spi_in });
+    assert_eq!(gone, Err(esp::CommandError::UnknownSa(sa.spi_in)));
+    // What is owned here lives.
+    let endpoint = wire::id::EndpointId(0);
+    let own = Command::Own { endpoint, term: Term(9), seq_jump: 0, obey_leases: false };
+    shadow.apply(own).unwrap();
+    let taken = shadow.apply(of(sa.spi_in, 1));
+    assert_eq!(taken, Err(esp::CommandError::SlotTaken(sa.spi_in, next)));
+}

@@ -114,7 +114,7 @@ pub const ALL: &[(&str, &[u8], Bug)] = &[
     ("pin-by-sa", &[6], Bug::Shard(esp::Bug::PinBySa)),
     ("pin-to-the-dead", &[6], Bug::Shard(esp::Bug::PinToTheDead)),
     ("shadow-never-uses", &[6], Bug::Gateway(gateway::Bug::ShadowNeverUses)),
-    ("shadow-uses-at-once", &[5], Bug::Gateway(gateway::Bug::ShadowUsesAtOnce)),
+    ("shadow-uses-at-once", &[6, 5], Bug::Gateway(gateway::Bug::ShadowUsesAtOnce)),
     ("steered-unmarked", &[0], Bug::Runtime(Runtime::SteeredUnmarked)),
     ("steer-missing", &[5], Bug::Runtime(Runtime::SteerMissing)),
     ("hand-back-missing", &[5], Bug::Runtime(Runtime::HandBackMissing)),

@@ -253,7 +253,7 @@ impl Fault {
         let other = 1 - owner;
         let mut ms = |about: u64| dice.ms(about * 8 / 10, about * 12 / 10);
         let crash = |host, down, lost_file| Self::Crash { host, down, outputs: None, lost_file };
-        match ms(1_000) % 7 {
+        match ms(1_000) % 8 {
             // A term taken beyond a cut and forgotten, keys known again, then a takeover with the same keys.
             0 => vec![
                 (0, Self::CutAll { from: None, time: ms(1_500) }),
@@ -292,6 +292,13 @@ impl Fault {
                 (0, Self::Failover { endpoint: 0 }),
                 (ms(1_500), Self::Failover { endpoint: 0 }),
                 (ms(3_000), Self::Pause { host: owner, time: ms(400) }),
+            ],
+            // The other cannot follow; then the owner is drained, and must stay for so long.
+            6 => vec![
+                (0, Self::Spoil { host: other, records: u32::MAX, time: ms(3_000) }),
+                (ms(300), Self::Slow { host: other, time: ms(100) }),
+                (ms(700), Self::Slow { host: other, time: ms(100) }),
+                (ms(1_200), Self::Drain { host: owner, time: ms(2_500) }),
             ],
             // The owner is suspended again and again.
             _ => vec![

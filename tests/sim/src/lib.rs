@@ -9,6 +9,7 @@
 //! | [`network`] | pair links, stream, WAN, the switch |
 //! | [`host`], `turns` | machines, daemons, their two actors |
 //! | [`world`] | the queue of events |
+//! | `link`, `wan` | what becomes of what is sent |
 //! | [`faults`], [`director`] | what goes wrong, when, and what must hold afterwards |
 //! | [`traffic`] | numbered inner packets |
 //! | [`checks`], [`pins`] | the invariants |
@@ -23,6 +24,7 @@ pub mod dice;
 pub mod director;
 pub mod faults;
 pub mod host;
+mod link;
 pub mod log;
 pub mod network;
 pub mod pins;
@@ -30,6 +32,7 @@ pub mod planned;
 pub mod scene;
 pub mod traffic;
 mod turns;
+mod wan;
 pub mod world;
 
 /// What one seed came to.

@@ -64,15 +64,13 @@ pub struct View {
 }
 
 impl View {
-    /// A command was carried out. Whether a tunnel came to life or was lost.
-    pub fn note(&mut self, now: Nanos, change: Change) -> bool {
+    /// A command was carried out. The tunnel that came to life thereby, or was lost.
+    pub fn note(&mut self, now: Nanos, change: Change) -> Option<(Tunnel, bool)> {
         let (spi, tunnel) = match &change {
             Change::Install(spi, _, tunnel) => (*spi, Some(*tunnel)),
             Change::Use(spi) | Change::Remove(spi) => (*spi, None),
         };
-        let Some(tunnel) = tunnel.or(self.sas.get(&spi).map(|known| known.tunnel)) else {
-            return false;
-        };
+        let tunnel = tunnel.or(self.sas.get(&spi).map(|known| known.tunnel))?;
         let lived = self.lives(tunnel);
         match change {
             Change::Install(spi, key, tunnel) => {
@@ -85,7 +83,7 @@ impl View {
                     .sas
                     .keys()
                     .copied()
-                    .filter(|s| *s != spi && place(*s) == place(spi))
+                    .filter(|s| *s != spi && place(*s).is_some_and(|at| Some(at) == place(spi)))
                     .collect();
                 for spi in gone {
                     self.note(now, Change::Remove(spi));
@@ -103,11 +101,11 @@ impl View {
                 self.sas.remove(&spi);
             }
         }
-        let changed = self.lives(tunnel) != lived;
-        if changed {
+        let lives = self.lives(tunnel);
+        (lives != lived).then(|| {
             self.changed.insert(tunnel, now);
-        }
-        changed
+            (tunnel, lives)
+        })
     }
 
     /// Whether an SA may seal.
@@ -204,6 +202,11 @@ mod tests {
         assert!(view.lives((0, 1)), "an update changes nothing");
         view.note(5 + SURE, Change::Install(9, 3, (0, 1)));
         assert!(!view.lives((0, 1)), "other keys do");
+        let old = SpiLayout::new(1, 5, 0, 3).unwrap();
+        view.note(9, Change::Install(old.spi().0, 1, (0, 0)));
+        view.note(9, Change::Use(old.spi().0));
+        view.note(9, Change::Install(old.next_generation().spi().0, 2, (0, 1)));
+        assert!(!view.lives((0, 0)), "its place is taken");
     }
 
     #[test]

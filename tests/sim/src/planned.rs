@@ -62,9 +62,9 @@ impl Wishes {
                 self.declines = [None; ENDPOINTS];
             }
             Request::Failover { endpoint } => {
-                for n in 0..ENDPOINTS {
+                for (n, offered) in offered.into_iter().enumerate() {
                     let named = endpoint.as_ref().is_none_or(|name| name == endpoint_name(n));
-                    if named && offered[n] {
+                    if named && offered {
                         self.moved[n] = Some(now);
                         self.declines[n].get_or_insert(now);
                     }

@@ -12,7 +12,7 @@ use crate::clock::{MS, Nanos, US};
 use crate::host::{Handed, Input, Leaving, Order, Outbound, Packet, Process};
 use crate::log;
 use crate::network::{Datagram, Item};
-use crate::pins::Change;
+use crate::pins::{Change, Tunnel};
 use crate::scene::{ENDPOINTS, virtual_address};
 use crate::traffic;
 use crate::world::{Event, Steered, World};
@@ -258,6 +258,9 @@ impl World {
 
     /// A command on its way to the shard: what it means is noted, then it queues.
     fn command(&mut self, host: usize, p: &mut Process, mut command: Command) {
+        if let Command::HoldDirect { endpoint, until } = &command {
+            p.held_until[usize::from(endpoint.0)] = *until;
+        }
         if let (Some(Bug::Runtime(bug)), 0..=1) = (self.bug, host)
             && !bug.spoil(host, &mut command)
         {
@@ -288,8 +291,7 @@ impl World {
                 p.wishes.owns(usize::from(endpoint.0));
             }
             // This is said in a grant alone.
-            Command::HoldDirect { endpoint, until } if host < 2 => {
-                p.held_until[usize::from(endpoint.0)] = *until;
+            Command::HoldDirect { endpoint, .. } if host < 2 => {
                 self.note_grant(host, p, usize::from(endpoint.0));
             }
             Command::Lease { spi_in, ceiling } if host < 2 => {
@@ -409,8 +411,11 @@ impl World {
         let change = Change::of(&command);
         match (p.shard.apply(command), change) {
             (Ok(()), Some(change)) => {
-                if p.view.note(self.now, change) && host < 2 {
+                if let (Some((tunnel, lives)), 0..=1) = (p.view.note(self.now, change), host) {
                     self.burst();
+                    if lives {
+                        self.note_use(host, tunnel);
+                    }
                 }
             }
             // A removal overtook a lease or a window: ordinary.
@@ -418,6 +423,22 @@ impl World {
             (Err(error), _) => {
                 self.checks.violate(0, format!("the shard refused a command: {error}"))
             }
+        }
+    }
+
+    /// An instance uses a tunnel from now on: its owner does already, unless it has heard nothing of that so far.
+    fn note_use(&mut self, host: usize, (peer, endpoint): Tunnel) {
+        let owns = |s: ha::EndpointStatus| matches!(s.role, ha::Role::Owner(_));
+        if !self.is_calm() || !self.endpoint_status(1 - host, endpoint).is_some_and(owns) {
+            return;
+        }
+        let Some(owner) = self.hosts[1 - host].process.as_deref() else { return };
+        let of = (peer, endpoint);
+        if !owner.view.lives(of) && owner.view.is_steady(self.now, of) {
+            let text = format!(
+                "a shadow uses the tunnel of peer {peer} at endpoint {endpoint} before its owner"
+            );
+            self.checks.violate(6, text);
         }
     }
 

@@ -4,24 +4,23 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
 use wire::id::Term;
-use wire::natt;
 
 use crate::bugs::Bug;
-use crate::checks::{Checks, Kind, esp_of, hash};
-use crate::clock::{MS, Nanos, S, US};
+use crate::checks::Checks;
+use crate::clock::{MS, Nanos, S};
 use crate::dice::Dice;
 use crate::director::Director;
 use crate::faults::Fault;
-use crate::host::{Handed, Host, Input, Packet, Process};
+use crate::host::{Handed, Host, Input, Process};
 use crate::log;
-use crate::network::{Datagram, Item, Network, Stream};
-use crate::pins::{Keys, Pinned};
+use crate::network::{Datagram, Item, Network};
+use crate::pins::Keys;
 use crate::planned::Homes;
-use crate::scene::{Scene, endpoint_at, name_of, peer_of};
+use crate::scene::{Scene, name_of};
 use crate::traffic::Traffic;
 
 /// Packets that a socket or the TUN holds for a daemon that does not read.
-const SOCKET: usize = 512;
+pub(crate) const SOCKET: usize = 512;
 /// How often the instances try to connect (ha.md, "Pair link").
 const RETRY: Nanos = 200 * MS;
 /// The neighbours ask for an address that does not answer this often.
@@ -126,7 +125,7 @@ pub struct World {
     pub(crate) keys: Keys,
     pub(crate) homes: Homes,
     /// How often a packet crossed the pair link, by its hash.
-    crossings: HashMap<u64, u8>,
+    pub(crate) crossings: HashMap<u64, u8>,
     /// Until when two senders are allowed: a full partition and its aftermath.
     pub(crate) partition_until: Nanos,
     /// Steps in which two senders were excused by a cut, by a clock that stood still.
@@ -237,8 +236,18 @@ impl World {
         self.hosts.iter().take(2).any(|host| self.now < host.stopped_until)
     }
 
+    /// Nothing delays what the instances tell each other.
+    pub(crate) fn is_calm(&self) -> bool {
+        let well = |host: &Host| host.up && !host.paused && !host.slow;
+        self.net.lag == [0; 2]
+            && self.net.pair.loss == 0
+            && self.net.pair.jitter < MS
+            && self.net.links.iter().flatten().all(|works| *works)
+            && self.hosts.iter().take(2).all(well)
+    }
+
     /// Both instances pass the fence of an endpoint now.
-    fn overlap(&mut self, endpoint: usize) {
+    pub(crate) fn overlap(&mut self, endpoint: usize) {
         let stopped = self.is_stopped();
         let cut = self.now < self.partition_until;
         for (count, excuse) in self.excuses.iter_mut().zip([cut, stopped]) {
@@ -385,222 +394,6 @@ impl World {
         self.wake_worker(host, self.now + wake);
     }
 
-    // ---- the WAN
-
-    /// A datagram leaves a host from one of its endpoints: everything on the wire passes here.
-    pub(crate) fn send_wan(
-        &mut self,
-        host: usize,
-        p: &Process,
-        endpoint: usize,
-        mut datagram: Datagram,
-    ) {
-        self.must_pass(host, p, endpoint);
-        let tunnel = if host < 2 { endpoint } else { self.scene.tunnel_of(host).1 };
-        let kind = self
-            .checks
-            .wan(self.now, &datagram, tunnel, |spi| p.outbound.get(&spi).map(|out| out.key));
-        match kind {
-            Kind::Esp => self.look_inside(host, p, &mut datagram),
-            Kind::Ike(exchange, id, response) if log::verbose() => {
-                log::set_turn(self.now, host);
-                let spi = datagram.bytes.get(4..12).unwrap_or_default();
-                let what = if response { "response" } else { "request" };
-                log::say(&format!("  IKE {exchange} {what} {id} ({spi:02x?}) to {}", datagram.to));
-            }
-            Kind::Ike(..) | Kind::Keepalive => {}
-        }
-        if !self.hosts[host].wan_up[endpoint] {
-            return;
-        }
-        for delay in self.net.wan.copies(&mut self.dice).into_iter().flatten() {
-            self.at(self.now + delay, Event::Wan(datagram.clone()));
-        }
-    }
-
-    /// Opens an ESP packet on the wire. What leaves the pair must keep to its flow's tunnel.
-    fn look_inside(&mut self, host: usize, p: &Process, datagram: &mut Datagram) {
-        let Some(packet) = esp_of(datagram) else { return };
-        let out = wire::esp::Header::parse(packet).and_then(|head| p.outbound.get(&head.spi.0));
-        let Some(out) = out else { return };
-        datagram.inner = self.keys.open(out.key, packet);
-        let Some(inner) = datagram.inner.filter(|_| host < 2) else { return };
-        let Some(flow) = self.traffic.flows.get_mut(inner.flow) else { return };
-        if log::verbose() {
-            log::set_turn(self.now, host);
-            log::say(&format!("  sends {inner} through {}", out.endpoint));
-        }
-        let mut sure = p.view.sure(self.now, flow.peer);
-        let entry = flow.entry_of(inner.number).filter(|entry| *entry != host);
-        if let Some(entry) = entry {
-            let view = self.hosts[entry].process.as_deref().map(|p| &p.view);
-            for (n, sure) in sure.iter_mut().enumerate() {
-                *sure &= view.is_some_and(|view| view.is_sure(self.now, (flow.peer, n)));
-            }
-        }
-        let left = flow.leaves(inner.number, Pinned { endpoint: out.endpoint, sure });
-        if let Err(why) = left
-            && !self.is_stopped()
-        {
-            self.checks.violate(6, why);
-        }
-    }
-
-    /// Whoever sends for an endpoint of the pair, or delivers, passes its fence.
-    pub(crate) fn must_pass(&mut self, host: usize, p: &Process, endpoint: usize) {
-        if host < 2 && self.hosts[host].local(self.now) >= p.fence[endpoint] {
-            self.checks.violate(3, "something left outside the fence".into());
-        } else if host < 2 && self.hosts[1 - host].passes(self.now, endpoint) {
-            self.overlap(endpoint);
-        }
-    }
-
-    fn wan_arrives(&mut self, datagram: Datagram) {
-        let (to, endpoint) = match (endpoint_at(datagram.to.ip()), endpoint_at(datagram.from.ip()))
-        {
-            (Some(endpoint), _) => (self.net.switch[endpoint], endpoint),
-            (None, Some(endpoint)) => {
-                let peer = peer_of(datagram.to.ip(), self.scene.peers);
-                (peer.map(|peer| self.scene.far_end(peer, endpoint)), 0)
-            }
-            (None, None) => return,
-        };
-        let Some(to) = to.filter(|to| self.hosts[*to].wan_up[endpoint]) else { return };
-        if let (Some(inner), 0..=1) = (datagram.inner, to)
-            && let Some(flow) = self.traffic.flows.get_mut(inner.flow)
-        {
-            flow.reaches(inner.number);
-        }
-        let Some(p) = self.reads(to).filter(|p| p.present[endpoint]) else { return };
-        let ike = if datagram.to.port() == 500 {
-            datagram.bytes.as_slice()
-        } else {
-            match natt::classify(&datagram.bytes) {
-                natt::Datagram::Ike(ike) => ike,
-                natt::Datagram::Esp(_) => {
-                    if p.sealed.len() < SOCKET {
-                        let peer = Some(datagram.from);
-                        p.sealed.push_back(Packet { bytes: datagram.bytes, peer });
-                        self.wake_worker_soon(to);
-                    }
-                    return;
-                }
-                natt::Datagram::Keepalive | natt::Datagram::Short => return,
-            }
-        };
-        if p.inbox.len() < 4 * SOCKET {
-            let bytes = ike.to_vec();
-            p.inbox.push_back(Input::Ike {
-                endpoint,
-                from: datagram.from,
-                to: datagram.to,
-                bytes,
-                steered: false,
-            });
-            self.wake_soon(to);
-        }
-    }
-
-    fn address(&mut self, host: usize, life: u64, endpoint: usize, present: Option<bool>) {
-        let open = self.hosts[host].passes(self.now, endpoint);
-        if self.hosts[host].paused {
-            let again = Event::Address { host, life, endpoint, present };
-            return self.at(self.now + 5 * MS, again);
-        }
-        let Some(p) = self.reads(host).filter(|p| p.life == life) else { return };
-        match present {
-            Some(present) => p.present[endpoint] = present,
-            // The fence is compared before ARP leaves, too.
-            None if host < 2
-                && open
-                && self.hosts[host].wan_up[endpoint]
-                && !self.dice.chance(self.net.deaf) =>
-            {
-                let before = self.net.switch[endpoint].replace(host);
-                if before != Some(host) {
-                    self.note_switched(host, endpoint);
-                }
-            }
-            None => {}
-        }
-    }
-
-    /// Neighbours send to another instance from now on. Direct arrivals wait there for steered packets, but not for ever:
-    /// where neighbours learn of it so late that what they sent before may still be under way then, order is not kept.
-    fn note_switched(&mut self, host: usize, endpoint: usize) {
-        let steering = self.net.pair.delay + self.net.pair.jitter + 500 * US;
-        let then = self.hosts[host].local(self.now + steering);
-        let held = self.hosts[host].process.as_ref().map(|p| p.held_until[endpoint]);
-        self.director.unordered |= held.is_none_or(|held| then >= held);
-        for flow in &mut self.traffic.flows {
-            flow.next_hop_moves(endpoint);
-        }
-    }
-
-    /// Neighbours whose entry does not answer ask everybody.
-    fn ask(&mut self) {
-        for endpoint in 0..self.scene.endpoints.len() {
-            let answers = |host: &Host| {
-                host.runs()
-                    && host.wan_up[endpoint]
-                    && host.passes(self.now, endpoint)
-                    && host.process.as_ref().is_some_and(|p| p.present[endpoint])
-            };
-            if self.net.switch[endpoint].is_some_and(|host| answers(&self.hosts[host])) {
-                self.net.unanswered[endpoint] = 0;
-                continue;
-            }
-            // An entry is given up after several questions without an answer.
-            self.net.unanswered[endpoint] += 1;
-            if self.net.switch[endpoint].is_none() || self.net.unanswered[endpoint] >= 3 {
-                self.net.switch[endpoint] = (0..2).find(|host| answers(&self.hosts[*host]));
-            }
-        }
-    }
-
-    fn traffic_tick(&mut self) {
-        let several = self.scene.endpoints.len() > 1;
-        for flow in 0..self.traffic.flows.len() {
-            let f = &mut self.traffic.flows[flow];
-            if several && f.outward && self.dice.chance(10) {
-                // Its host, or a router there, takes the other next hop from now on.
-                f.via = 1 - f.via;
-                f.rests_until = self.now + 3 * MS;
-            }
-            if self.now < f.rests_until {
-                continue;
-            }
-            let (to, place) = if f.outward {
-                (self.net.switch[f.via], f.via)
-            } else {
-                (Some(self.scene.far_end(f.peer, f.via)), 0)
-            };
-            // About as many packets in all, however many flows.
-            let (low, high) = if several { (0, 2) } else { (1, 2) };
-            for _ in 0..self.dice.between(low, high) {
-                let Some(bytes) = self.traffic.packet(flow) else { continue };
-                let Some(to) = to else { continue };
-                let reads = |p: &&mut Process| p.present[place] && p.plain.len() < SOCKET;
-                if let Some(p) = self.reads(to).filter(reads) {
-                    p.plain.push_back(Packet { bytes, peer: None });
-                    if to < 2 {
-                        self.traffic.flows[flow].enters_at(to);
-                    }
-                    self.wake_worker_soon(to);
-                }
-            }
-        }
-    }
-
-    /// Packets set out now and every moment for a few milliseconds.
-    pub(crate) fn burst(&mut self) {
-        let mut at = self.now;
-        for _ in 0..12 {
-            at += self.dice.us(20, 400);
-            self.at(at, Event::Burst);
-        }
-    }
-
     fn rekey(&mut self, again: bool) {
         let host = self.dice.below(self.hosts.len() as u64) as usize;
         let peer = if host >= 2 {
@@ -638,190 +431,6 @@ impl World {
         if let Some(p) = self.reads(host).filter(|p| p.life == life) {
             p.inbox.push_back(Input::Reserved(endpoint, term));
             self.wake_soon(host);
-        }
-    }
-
-    // ---- the pair link
-
-    /// A datagram to the other instance over one link.
-    pub(crate) fn send_link(&mut self, from: usize, link: usize, event: impl Fn() -> Event) {
-        if !self.net.carries(link, from) || !self.hosts[from].up {
-            return;
-        }
-        for delay in self.net.pair.copies(&mut self.dice).into_iter().flatten() {
-            self.at(self.now + delay, event());
-        }
-    }
-
-    pub(crate) fn send_item(&mut self, from: usize, p: &Process, item: Item) {
-        let Some(id) = p.stream else { return };
-        if self.net.stream.as_ref().is_none_or(|stream| stream.id != id) {
-            return;
-        }
-        if let Some(at) = self.net.stream_at(self.now, from, &item, &mut self.dice) {
-            self.at(at, Event::Stream { to: 1 - from, id, sent: self.now, item });
-        }
-    }
-
-    fn stream_arrives(&mut self, to: usize, id: u64, sent: Nanos, item: Item) {
-        let from = 1 - to;
-        if self.hosts[to].suspended {
-            // TCP tries again.
-            return self.at(self.now + 100 * MS, Event::Stream { to, id, sent, item });
-        }
-        let newest = self.net.stream.as_ref().filter(|stream| stream.id == id);
-        let lost = newest.is_some_and(|stream| sent > stream.lost_after[from])
-            && matches!(item, Item::Frame(_));
-        let up = self.hosts[to].up;
-        match self.reads(to) {
-            Some(p) if p.stream == Some(id) => {
-                match item {
-                    Item::Frame(_) if lost => return,
-                    Item::Frame(bytes) => p.inbox.push_back(Input::Frame(bytes)),
-                    Item::End { goodbye } => {
-                        p.stream = None;
-                        p.inbox.push_back(Input::StreamDown(goodbye));
-                    }
-                }
-                self.wake_soon(to);
-            }
-            // Nobody there knows it: the kernel resets it.
-            _ if up => {
-                let answers = newest_is(&self.net.stream, id) && self.net.carries_stream(to);
-                if answers && matches!(item, Item::Frame(_)) {
-                    let at = self.now + self.net.pair.delay(&mut self.dice);
-                    let item = Item::End { goodbye: false };
-                    self.at(at, Event::Stream { to: from, id, sent: self.now, item });
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Something for the other instance sets out.
-    pub(crate) fn steer(&mut self, host: usize, keys: u64, what: &Steered) {
-        if host >= 2 {
-            return;
-        }
-        let link = self.net.two_way().unwrap_or(0);
-        if !self.net.carries(link, host) || !self.hosts[host].up {
-            return;
-        }
-        if let Steered::Packet(packet) = what {
-            self.crosses(packet);
-            if log::verbose() {
-                log::set_turn(self.now, host);
-                let Handed { endpoint, plain, back, .. } = packet;
-                let inner = crate::traffic::inner(&packet.bytes).filter(|_| *plain);
-                let what = inner.map_or("ESP".into(), |inner| inner.to_string());
-                let back = if *back { ", back" } else { "" };
-                log::say(&format!("  steers {what} for {endpoint}{back}"));
-            }
-        }
-        // The link refuses a second copy.
-        let Some(delay) = self.net.pair.copies(&mut self.dice)[0] else { return };
-        let mut at = self.now + delay;
-        if self.net.pair.loss == 0 {
-            at = at.max(self.net.steered_at[host] + 1);
-            self.net.steered_at[host] = at;
-        }
-        self.at(at, Event::Steered { to: 1 - host, keys, what: what.clone() });
-    }
-
-    /// ha.md, "Switchover": steered packets are never steered again, but back, once, while an endpoint moves. Seen on
-    /// inner packets, of which there is one copy of each.
-    fn crosses(&mut self, packet: &Handed) {
-        if !packet.plain {
-            return;
-        }
-        let before = self.crossings.entry(hash(&packet.bytes)).or_default();
-        *before = before.saturating_add(1);
-        let times = *before;
-        if times > 2 || (times == 2) != packet.back {
-            let text =
-                format!("a packet crossed the pair link {times} times (back: {})", packet.back);
-            self.checks.violate(0, text);
-        }
-    }
-
-    fn steered_arrives(&mut self, to: usize, keys: u64, what: Steered) {
-        let Some(p) = self.reads(to).filter(|p| p.keys == keys) else { return };
-        p.inbox.push_back(match what {
-            Steered::Ike(endpoint, from, to, bytes) => {
-                Input::Ike { endpoint, from, to, bytes, steered: true }
-            }
-            Steered::Packet(packet) if p.inbox.len() < 4 * SOCKET => Input::Handed(packet),
-            Steered::Packet(_) => return,
-        });
-        self.wake_soon(to);
-    }
-
-    fn probed(&mut self, from: usize, life: u64, link: usize) {
-        let to = 1 - from;
-        let there = self.net.carries(link, from) && self.net.carries(link, to) && self.hosts[to].up;
-        let open = self.hosts[to].process.is_some() || self.now < self.hosts[to].closing_until;
-        let result = match (there, open) {
-            (false, _) => ha::Probe::Unknown,
-            (true, true) => ha::Probe::Accepted,
-            (true, false) => ha::Probe::Refused,
-        };
-        let delay = if there { self.net.pair.delay(&mut self.dice) } else { 100 * MS };
-        self.at(
-            self.now + delay,
-            Event::Tell { host: from, life, input: Input::Probe(link as u8, result) },
-        );
-    }
-
-    fn connect(&mut self) {
-        if !self.hosts[0].runs() || !self.hosts[1].runs() {
-            return;
-        }
-        let (Some(left), Some(right)) = (&self.hosts[0].process, &self.hosts[1].process) else {
-            return;
-        };
-        if left.stream.is_some() || left.stopping || right.stopping {
-            return;
-        }
-        let lives = [left.life, right.life];
-        let Some(link) = self.net.two_way() else { return };
-        self.net.streams += 1;
-        let id = self.net.streams;
-        self.net.stream = Some(Stream {
-            id,
-            link,
-            next_at: [self.now; 2],
-            lost_after: [Nanos::MAX; 2],
-            stalled: [Vec::new(), Vec::new()],
-        });
-        for (to, life) in lives.into_iter().enumerate() {
-            let delay = self.net.pair.delay(&mut self.dice) * 2 + self.dice.us(100, 1_500);
-            let at = self.now + delay;
-            if let Some(stream) = &mut self.net.stream {
-                // What is said arrives after the other end stands, too.
-                stream.next_at[1 - to] = stream.next_at[1 - to].max(at + 1);
-            }
-            self.at(at, Event::StreamUp { to, life, id, link });
-        }
-    }
-
-    /// A link works again: what TCP still holds is sent anew.
-    pub(crate) fn thaw_stream(&mut self) {
-        for from in 0..2 {
-            let Some(stream) = &mut self.net.stream else { return };
-            if !self.net.links.get(stream.link).is_some_and(|link| link[from]) {
-                continue;
-            }
-            let id = stream.id;
-            let waiting = std::mem::take(&mut stream.stalled[from]);
-            let mut at = self.now + self.dice.ms(1, 200);
-            for (sent, item) in waiting {
-                at += 1_000;
-                if let Some(stream) = &mut self.net.stream {
-                    at = at.max(stream.next_at[from] + 1);
-                    stream.next_at[from] = at;
-                }
-                self.at(at, Event::Stream { to: 1 - from, id, sent, item });
-            }
         }
     }
 
@@ -946,8 +555,4 @@ impl World {
     pub(crate) fn excuse_partition(&mut self, until: Nanos) {
         self.partition_until = self.partition_until.max(until.min(Nanos::MAX - S));
     }
-}
-
-fn newest_is(stream: &Option<Stream>, id: u64) -> bool {
-    stream.as_ref().is_some_and(|stream| stream.id == id)
 }

@@ -172,6 +172,30 @@ fn an_owner_echoes_at_once() {
     assert_eq!(wire.pairs[1].status(wire.now).echo_ago, Some(Duration::ZERO));
 }
 
+// Rule 2 of the fence begins a moment before rule 1 ends: a turn is due in between, however heartbeats and turns lie.
+#[test]
+fn a_shadow_that_dies_silently_never_closes_the_fence() {
+    for echo_us in (0..=21_000).step_by(100) {
+        let mut wire = Wire::synced();
+        wire.pairs[0].send_heartbeats(wire.now);
+        wire.deliver();
+        // Its last word.
+        wire.now += Duration::from_micros(echo_us);
+        wire.drain(1);
+        wire.sent[1].clear();
+        wire.pairs[1].send_heartbeats(wire.now);
+        wire.deliver();
+        wire.pairs[0].handle_turn(wire.now);
+        wire.drain(0);
+        for _ in 0..20 {
+            wire.now = wire.now.max(wire.pairs[0].poll_timeout()) + Duration::from_micros(100);
+            assert!(wire.now < wire.pairs[0].fence(E), "an echo of {echo_us} us");
+            wire.pairs[0].handle_turn(wire.now);
+            wire.drain(0);
+        }
+    }
+}
+
 // What `config::alone` gives is taken back before a new process can hear us.
 #[test]
 fn a_lone_survivors_fence_reaches_far_until_somebody_says_hello() {
