@@ -68,7 +68,7 @@ pub enum Bug {
 /// Every mistake: its name, the invariant that it breaks (with others by which it may show first, and why), and what it
 /// is. It counts as caught only when one of these is what was violated.
 ///
-/// Four of `ha`'s are left to its own simulation: `SnapshotAsItWas` (the gateway has nearly always answered before the
+/// Four of `ha`'s are left to its own tests: `SnapshotAsItWas` (the gateway has nearly always answered before the
 /// other is ready for a snapshot), and three because a whole gateway leaves no way to them: `AckBeforeApply` (the
 /// gateway applies a record before it handles anything else), `OldLogAcked` (a takeover closes the stream, so no
 /// record of the old term arrives) and `HealInOldTerm` (a loser stands down at the hello, before the winner hears its

@@ -745,7 +745,15 @@ fn a_wait_for_the_disk_is_told_only_when_it_is_long() {
 // says neither its own name nor a newer release.
 #[test]
 fn a_snapshot_waits_for_what_is_rewritten() {
+    assert_eq!(chunks_before_rewriting(Bug::None), 0);
+    // Too rare a race for the seeds.
+    assert!(chunks_before_rewriting(Bug::SnapshotAsItWas) > 0);
+}
+
+/// How many pieces of a snapshot leave while the gateway has not answered. The rest holds without the mistake.
+fn chunks_before_rewriting(bug: Bug) -> usize {
     let mut wire = Wire::synced();
+    wire.pairs[0].set_bug(bug);
     wire.put(1, vec![1]).unwrap();
     wire.put(2, vec![2]).unwrap();
     wire.run(100);
@@ -791,7 +799,9 @@ fn a_snapshot_waits_for_what_is_rewritten() {
         }
     }
     assert!(matches!(asked[..], [(0, _, false)]), "{asked:?}");
-    assert_eq!(chunks, 0);
+    if bug != Bug::None {
+        return chunks;
+    }
     let before = wire.pairs[0].status(wire.now).endpoints[0].position;
     let dirty: Vec<u64> = wire.pairs[0].endpoints[0].dirty.keys().copied().collect();
     let puts = vec![(1, Value::new(vec![11])), (2, Value::new(vec![12]))];
@@ -810,4 +820,5 @@ fn a_snapshot_waits_for_what_is_rewritten() {
         Releases::held(3).unwrap_err().to_string(),
         "format 3 is not spoken by this build, which speaks 1 to 2"
     );
+    chunks
 }

@@ -237,7 +237,6 @@ fn deliberate_bugs_are_found() {
         (Bug::OldLogAcked, "invariant 4"),
         (Bug::EmptyBeatsLiving, "invariant"),
         (Bug::HealInOldTerm, "healing"),
-        (Bug::SnapshotAsItWas, "settled format"),
         (Bug::PutLost, "digest"),
         (Bug::DigestIgnored, "invariant 7"),
     ];
