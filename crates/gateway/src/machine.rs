@@ -308,10 +308,8 @@ impl Gateway {
             if !e.serves(now) || self.pair.switchover(now, e.ha_id()).is_ok() || !alone {
                 continue;
             }
-            for connection in &self.config.connections {
-                let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
-                e.ike.terminate(&mut cx, ike::Target::Connection(connection.ike.id));
-            }
+            let mut cx = ike::Context { now, rng: &mut *self.rng, spis: &mut self.spis };
+            e.ike.leave(&mut cx);
         }
         self.pump(now);
     }
