@@ -311,7 +311,7 @@ impl Gateway {
                 continue;
             }
             if alone {
-                self.terminate_all(now, index);
+                self.end_tunnels(now, index);
             } else if self.stays(index) {
                 self.close(now, index);
             }

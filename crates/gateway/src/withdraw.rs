@@ -55,21 +55,18 @@ impl Gateway {
         }
         self.decline(now, index, true);
         if now >= closing.since + SETTLE {
-            self.terminate_all(now, index);
+            self.end_tunnels(now, index);
             if let Some(e) = self.endpoints.get_mut(index) {
                 e.closing = Some(Closing { told: Some(now), ..closing });
             }
         }
     }
 
-    /// All connections of an endpoint end, and their peers are told.
-    pub(crate) fn terminate_all(&mut self, now: Duration, index: usize) {
-        for at in 0..self.config.connections.len() {
-            let Some(id) = self.config.connections.get(at).map(|c| c.ike.id) else { continue };
-            let (mut cx, endpoints) = self.context(now);
-            if let Some(e) = endpoints.get_mut(index) {
-                e.ike.terminate(&mut cx, ike::Target::Connection(id));
-            }
+    /// All tunnels of an endpoint end, and their peers are told.
+    pub(crate) fn end_tunnels(&mut self, now: Duration, index: usize) {
+        let (mut cx, endpoints) = self.context(now);
+        if let Some(e) = endpoints.get_mut(index) {
+            e.ike.leave(&mut cx);
         }
     }
 
@@ -85,9 +82,7 @@ impl Gateway {
     pub(crate) fn reopen(&mut self, now: Duration, index: usize) {
         let Some(e) = self.endpoints.get_mut(index) else { return };
         if e.closing.take().is_some() {
-            for connection in &self.config.connections {
-                e.ike.permit(now, connection.ike.id);
-            }
+            e.ike.stay(now);
         }
     }
 }

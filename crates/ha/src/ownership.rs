@@ -7,12 +7,13 @@
 //!   other never met ────── boot_wait ───► own (empty: a new lineage)
 //!   stopped for so long that another process may own ── boot_wait again ──► own, in doubt
 //!   other alive, not owning ────────────► the better claim owns, once the other has echoed it
-//!   other alive, owning ────────────────► follow (unless its claim is of a lower class: emptier)
+//!   other alive, owning ────────────────► follow; one that is emptier stands down for us first
 //!   addresses cannot move, not its home ► never; its home dead or empty: what we hold is removed
 //!
 //!   an owner that hears
 //!   a higher term of its lineage ───────► stands down at once, owes its tail
 //!   a rival with the better claim ──────► the same
+//!   empty: a shadow with state of its own ► stands down, and that owns when it has heard of it
 //!   a rival with the worse claim, or what
 //!   stood down from a higher term ──────► takes a term above both, announces again
 //! ```
@@ -69,6 +70,11 @@ pub(crate) fn class(claim: &Claim) -> u8 {
     }
 }
 
+/// Whether `one` has more of another history.
+fn fuller(one: &Claim, other: &Claim) -> bool {
+    one.lineage != other.lineage && class(one) > class(other)
+}
+
 /// Whether `mine` beats `theirs`; the same question asked by the other gives the opposite answer.
 fn beats(mine: &Claim, theirs: &Claim, home: bool) -> bool {
     let owners = mine.role == ClaimRole::Owner && theirs.role == ClaimRole::Owner;
@@ -109,6 +115,13 @@ impl Endpoint {
             && cx.bug != Bug::IgnoreHigherTerm
         {
             self.stand_down(cx, Why::Healed);
+        } else if self.adopted
+            && claim.role != ClaimRole::Owner
+            && fuller(&claim, &self.claim(false))
+            && cx.bug != Bug::EmptyBeatsLiving
+        {
+            // It was away for so long that we began anew. It owns when it has heard that we do not.
+            self.stand_down(cx, Why::Healed);
         } else {
             self.compare(cx);
         }
@@ -141,7 +154,9 @@ impl Endpoint {
     pub(crate) fn withdraw_turn(&mut self, cx: &mut Cx<'_>) {
         let Role::Follower(_) = &self.role else { return };
         let claim = cx.contact.claim(self.hash).filter(|_| cx.contact.alive);
-        let home_has_it = claim.is_some_and(|claim| claim.role != ClaimRole::Empty);
+        let mine = self.claim(false);
+        let home_has_it = claim
+            .is_some_and(|claim| claim.role != ClaimRole::Empty && !fuller(&mine, claim));
         if self.may_own() || home_has_it || self.store.lineage == Lineage::NONE {
             return;
         }
@@ -188,9 +203,7 @@ impl Endpoint {
                 Some(_) if cx.bug == Bug::EmptyBeatsLiving && mine.role == ClaimRole::Empty => {
                     self.home
                 }
-                Some(theirs) if owned => {
-                    theirs.lineage != mine.lineage && class(&mine) > class(theirs)
-                }
+                Some(_) if owned => false,
                 Some(theirs) => beats(&mine, theirs, self.home),
             };
             let heard = contact.echoed_since(self.claim_mark)

@@ -114,6 +114,8 @@ pub struct Endpoint {
     /// What anybody can bring about that sends us a datagram, by connection: it is told here, and
     /// makes no record.
     knocked: BTreeMap<String, Failed>,
+    /// This instance stops or drains: nothing begins any more. No note, for the next owner is not to keep to it.
+    leaving: bool,
     /// The format in which records are written.
     format: u8,
     /// The newest one that is read.
@@ -150,6 +152,7 @@ impl Endpoint {
             due: BTreeMap::new(),
             notes: Notes::default(),
             knocked: BTreeMap::new(),
+            leaving: false,
             format: NEWEST_FORMAT,
             newest_format: NEWEST_FORMAT,
             doubted: BTreeSet::new(),
@@ -500,7 +503,7 @@ impl Endpoint {
                         .config
                         .connections
                         .iter()
-                        .any(|c| c.name == name && self.notes.is_held(&c.name));
+                        .any(|c| c.name == name && self.stays_down(&c.name));
                 if !lives_on {
                     Buried::push(&mut self.buried.children, spi);
                 }
@@ -548,6 +551,11 @@ impl Endpoint {
             }
         }
         self.events.push_back(event);
+    }
+
+    /// Whether a connection is not to be begun by itself, nor by a packet.
+    fn stays_down(&self, connection: &str) -> bool {
+        self.leaving || self.notes.is_held(connection)
     }
 
     /// The record of a note that has changed.

@@ -373,3 +373,20 @@ fn usage_errors_have_a_code_of_their_own() {
     }
     assert!(out(&tandem(&["--version"])).starts_with("tandem "));
 }
+
+#[test]
+fn the_daemon_holds_no_format_that_it_does_not_speak() {
+    let tandemd =
+        |args: &[&str]| Command::new(env!("CARGO_BIN_EXE_tandemd")).args(args).output().unwrap();
+    for newest in ["0", "3", "one"] {
+        let refused = tandemd(&["--hold-format", newest]);
+        assert_eq!(refused.status.code(), Some(2));
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains("--hold-format"), "{said}");
+    }
+    // One that it speaks leads on to the configuration.
+    let config = "/nonexistent/tandem.toml";
+    let begun = tandemd(&["--hold-format", "1", "--config", config]);
+    assert!(String::from_utf8_lossy(&begun.stderr).contains(config));
+    assert!(out(&tandemd(&["--help"])).contains("--hold-format <N>"));
+}

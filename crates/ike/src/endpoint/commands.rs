@@ -58,7 +58,7 @@ impl Endpoint {
             return false;
         }
         let allowed = self.registry.by_id(id).is_some_and(|conn| {
-            !self.notes.is_held(&conn.name)
+            !self.stays_down(&conn.name)
                 && conn.children.iter().any(|c| c.name == child && c.start != Start::Respond)
         });
         allowed && self.bring_up(cx, id, vec![child.to_owned()])
@@ -124,6 +124,24 @@ impl Endpoint {
             if self.active && !name.is_empty() && self.notes.hold(&name, true) {
                 self.put_note(&name, cx.now);
             }
+        }
+        self.end(cx, target)
+    }
+
+    /// This instance stops or drains, and nobody goes on: every peer is told. Nothing begins here from
+    /// now on; whoever owns the endpoint next brings up what is to be up.
+    pub fn leave(&mut self, cx: &mut Context<'_>) {
+        self.leaving = true;
+        let all: Vec<ConnectionId> =
+            self.registry.config.connections.iter().map(|c| c.id).collect();
+        for id in all {
+            self.end(cx, Target::Connection(id));
+        }
+    }
+
+    fn end(&mut self, cx: &mut Context<'_>, target: Target) -> bool {
+        if let Target::Connection(id) = target {
+            let name = self.registry.by_id(id).map(|c| c.name.clone()).unwrap_or_default();
             let unfinished: Vec<IkeSpi> = self
                 .table
                 .of_connection(&name)
@@ -156,12 +174,13 @@ impl Endpoint {
         })
     }
 
-    /// Takes back that a terminated connection stays down: one that is ours to start comes up.
-    pub fn permit(&mut self, now: Duration, id: ConnectionId) {
-        let Some(name) = self.registry.by_id(id).map(|c| c.name.clone()) else { return };
-        if self.active && self.notes.hold(&name, false) {
-            self.put_note(&name, now);
-            self.review(now, &name);
+    /// Takes [`Endpoint::leave`] back: what is to be up comes up.
+    pub fn stay(&mut self, now: Duration) {
+        self.leaving = false;
+        let names: Vec<String> =
+            self.registry.config.connections.iter().map(|c| c.name.clone()).collect();
+        if self.active {
+            names.iter().for_each(|name| self.review(now, name));
         }
     }
 

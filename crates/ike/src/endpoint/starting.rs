@@ -20,7 +20,7 @@ impl Endpoint {
         let id = conn.id;
         let wanted = conn.children.iter().any(|c| c.start == Start::Initiate)
             && conn.remote_address != RemoteAddress::Any
-            && !self.notes.is_held(name);
+            && !self.stays_down(name);
         let (mut up, mut trying) = (false, false);
         for sa in self.table.of_connection(name) {
             up |= is_live(sa);
@@ -67,7 +67,7 @@ impl Endpoint {
             };
             let busy = self.table.of_connection(&name).any(|sa| sa.is_initiating() || is_live(sa));
             let ours = conn.children.iter().any(|c| c.start == Start::Initiate);
-            if busy || !ours || self.notes.is_held(&name) {
+            if busy || !ours || self.stays_down(&name) {
                 // A pause after `acquire` failed, or a start that came true.
                 self.due.remove(&id);
                 continue;

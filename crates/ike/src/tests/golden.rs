@@ -183,8 +183,8 @@ fn either_format_is_translated_into_the_other() {
     let (notes, sas): (Vec<_>, Vec<_>) = new.into_iter().partition(|r| r.0.starts_with("note"));
     assert_eq!((old.len(), notes.len()), (sas.len(), 2));
     for ((state, key, first), (_, _, second)) in old.iter().zip(&sas) {
-        assert_eq!(rewritten(*key, first, 2).1, [second.clone()], "{state}");
-        assert_eq!(rewritten(*key, second, 1).1, [first.clone()], "{state}");
+        assert_eq!(rewritten(*key, first, 2).1.as_slice(), std::slice::from_ref(second), "{state}");
+        assert_eq!(rewritten(*key, second, 1).1.as_slice(), std::slice::from_ref(first), "{state}");
     }
     for (state, key, bytes) in notes {
         let (ike, again) = rewritten(key, &bytes, 1);

@@ -104,3 +104,18 @@ fn a_snapshot_is_whole_in_the_format_of_its_time() {
     }
     assert!(matches!(reader(1, &w), Err(crate::RecordError::Format(2))));
 }
+
+// An instance that stops on its own closes everything, and that is nobody's wish: whoever owns the
+// endpoint next brings it up.
+#[test]
+fn an_instance_that_leaves_holds_nothing_down() {
+    let mut w = eager();
+    w.with_side(A, |ike, cx| ike.leave(cx));
+    w.settle();
+    w.run(Duration::from_secs(120));
+    assert!(w.sides[A].plane.sas.is_empty(), "and it began nothing");
+    assert!(!w.sides[A].ike.is_held("c"));
+    w.take_over(A, Doubt::None);
+    w.run(Duration::from_secs(120));
+    w.assert_tunnel();
+}
