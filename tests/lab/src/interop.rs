@@ -132,13 +132,15 @@ pub fn run(lab: &Lab<'_>, names: &[String]) -> Option<usize> {
 /// Whether a failure says what no slow machine explains: a repeated IV or number, clear text, SPIs that changed, an ERROR
 /// in a log.
 fn is_final(error: &str) -> bool {
-    const WORDS: [&str; 11] = [
+    const WORDS: [&str; 13] = [
         "repeat",
         "reused",
         "in clear",
         "clear text",
         "SPIs changed",
         "SAs changed",
+        "in both tunnels",
+        "in another tunnel",
         "ARP claims",
         "ARP replies from the stopped host",
         "after SIGCONT",
@@ -204,6 +206,7 @@ mod tests {
             "message id repeats: []",
             "3 packets in clear on the WAN",
             "2 SPIs changed",
+            "3 flows in both tunnels: []",
             "round 1: clear text",
             "left logged: 2026 ERROR x",
             "the daemon logged: thread panicked",
