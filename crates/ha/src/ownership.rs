@@ -155,8 +155,8 @@ impl Endpoint {
         let Role::Follower(_) = &self.role else { return };
         let claim = cx.contact.claim(self.hash).filter(|_| cx.contact.alive);
         let mine = self.claim(false);
-        let home_has_it = claim
-            .is_some_and(|claim| claim.role != ClaimRole::Empty && !fuller(&mine, claim));
+        let home_has_it =
+            claim.is_some_and(|claim| claim.role != ClaimRole::Empty && !fuller(&mine, claim));
         if self.may_own() || home_has_it || self.store.lineage == Lineage::NONE {
             return;
         }
