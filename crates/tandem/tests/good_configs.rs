@@ -97,7 +97,7 @@ fn the_samples_of_two_pairs_fit_each_other() {
         turned.sort();
         assert_eq!((near.len(), &near), (2, &turned));
         let children = configs.each_ref().map(|c| c.connections[0].ike.children[0].clone());
-        assert_eq!(children.each_ref().map(|c| c.start), [Start::Respond, Start::Initiate]);
+        assert_eq!(children.each_ref().map(|c| c.start), [Start::Trap, Start::Initiate]);
         assert_eq!(children[0].local_ts, children[1].remote_ts);
         assert_eq!(children[0].remote_ts, children[1].local_ts);
     }

@@ -149,7 +149,7 @@ fn began_by(flow: &str, hosts: &[&str; 2]) -> Option<(String, usize)> {
     }
 }
 
-/// Each instance in turn; then, at full count, one of each side at once.
+/// Each instance in turn; at full count, one of each side at once; then a whole pair.
 fn kills(lab: &Lab<'_>, scene: &mut TwoPairs) -> Result<String> {
     trial::start_flows(lab.run, scene)?;
     let (rounds, observe) =
@@ -168,6 +168,13 @@ fn kills(lab: &Lab<'_>, scene: &mut TwoPairs) -> Result<String> {
             outcomes.push(outcome);
         }
         told.push(tell(&outcomes));
+    }
+    for (side, name) in [(0, "near"), (1, "far")] {
+        let took = trial::lose_pair(lab.run, scene, side)?;
+        told.push(format!(
+            "all of the {name} side killed: flows {:.1} s after",
+            took.as_secs_f64()
+        ));
     }
     Ok(told.join("; "))
 }

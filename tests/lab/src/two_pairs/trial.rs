@@ -215,6 +215,31 @@ pub fn kill(
     Ok(outcome)
 }
 
+/// Kills both instances of a side at once and starts them again: its tunnels are made anew. Returns how long it took from
+/// the start until all probes flowed.
+pub fn lose_pair(run: &Run, scene: &mut TwoPairs, side: usize) -> Result<Duration> {
+    scene.wait_home(PATIENCE)?;
+    scene.look(run)?.discard();
+    for instance in &mut scene.instances[side] {
+        instance.kill9()?;
+    }
+    for instance in &mut scene.instances[side] {
+        instance.bury()?;
+        instance.spawn()?;
+    }
+    let start = clock::now();
+    scene.wait_home(PATIENCE)?;
+    for flow in &scene.flows {
+        flow.udp.wait_flowing(PATIENCE)?;
+    }
+    let took = clock::now() - start;
+    let seen = scene.look(run)?;
+    let clear = seen.clear_text();
+    ensure(clear == 0, || format!("{clear} packets in clear while side {side} was lost"))?;
+    seen.discard();
+    Ok(took)
+}
+
 /// What each flow met within a window, out and back.
 fn measure(scene: &TwoPairs, from: Duration, to: Duration) -> Result<Vec<[Measure; 2]>> {
     let of = |flow: &Flow| {
