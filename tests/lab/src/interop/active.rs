@@ -91,7 +91,7 @@ fn pins(lab: &Lab<'_>) -> Result<String> {
 }
 
 /// What trials found, in a line.
-fn tell(event: &str, outcomes: &[Outcome]) -> String {
+pub(super) fn tell(event: &str, outcomes: &[Outcome]) -> String {
     let worst = outcomes.iter().map(|o| o.away.gap()).max().unwrap_or_default();
     let sum = |value: fn(&Outcome) -> u64| outcomes.iter().map(value).sum::<u64>();
     format!(
