@@ -8,6 +8,7 @@
 //! crosses the pair link. A scene has one flow of each of the four kinds. What the peer sends where is its own choice:
 //! strongSwan with kernel-libipsec uses its newest tunnel for all. [`trial`] hurts it and measures.
 
+pub mod outcome;
 pub mod trial;
 
 use crate::baseline::peer_conn;
@@ -25,7 +26,8 @@ use crate::wait;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-pub use trial::{Event, Outcome, trial};
+pub use outcome::{Event, Outcome};
+pub use trial::trial;
 
 /// Packets a second of each flow, each way.
 pub const RATE: u32 = 500;
@@ -170,24 +172,8 @@ impl Active {
         self.wait_tunnels(PATIENCE)
     }
 
-    /// The same with traffic, TCP connections, and keys for tshark: ready for trials. `say` is told each step.
-    pub fn stage(
-        run: &Run,
-        bins: &Bins,
-        on_failure: OnFailure,
-        say: &mut dyn FnMut(&str),
-    ) -> Result<Active> {
-        Active::stage_with(run, bins, on_failure, &[], say)
-    }
-
-    /// The same with more arguments for the daemons.
-    pub fn stage_with(
-        run: &Run,
-        bins: &Bins,
-        on_failure: OnFailure,
-        args: &[&str],
-        say: &mut dyn FnMut(&str),
-    ) -> Result<Active> {
+    /// The same with a flow of each kind, and keys for tshark: ready for trials.
+    pub fn build(run: &Run, bins: &Bins, config: &Config, args: &[&str]) -> Result<Active> {
         // A folder for this scene (keys of an earlier one are of no use), and in it one for each instance: what two processes
         // add to one file at once may be mixed.
         let keylog = run.subdir(&format!("keylog-{}", clock::nanos(clock::now())))?;
@@ -195,13 +181,23 @@ impl Active {
             run.subdir(&keylog.join(instance).to_string_lossy())?;
         }
         let folder = keylog.join("%i").to_string_lossy().into_owned();
-        let config = on_failure.config();
-        let args = [args, &["--keylog", &folder]].concat();
-        let mut scene = Active::quiet(run, bins, &config, &args)?;
+        let args = [&["--keylog", folder.as_str()], args].concat();
+        let mut scene = Active::quiet(run, bins, config, &args)?;
         scene.keylog = Some(keylog);
+        scene.add_flows(run)?;
+        Ok(scene)
+    }
+
+    /// The same with TCP connections. `say` is told each step.
+    pub fn stage(
+        run: &Run,
+        bins: &Bins,
+        on_failure: OnFailure,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Active> {
+        let mut scene = Active::build(run, bins, &on_failure.config(), &[])?;
         say("virtual network; left at home with endpoint a, right with endpoint b, in sync");
         say(&format!("{}: two tunnels up, one at each endpoint", scene.peer.version()?));
-        scene.add_flows(run)?;
         let (client, server) = (&scene.net.lhost, (&scene.net.rhost, net::RHOST));
         scene.tcp = Some(TcpProbes::start(run, client, server, Some(BULK))?);
         say(&format!(
@@ -251,7 +247,7 @@ impl Active {
 
     /// Waits until each endpoint is owned at home and both instances are in sync.
     pub fn wait_home(&mut self, within: Duration) -> Result<()> {
-        wait_home(&self.instances, self.withdraws, within)
+        wait_where_home(&self.instances, self.withdraws, within)
     }
 
     /// Waits until both tunnels are up, and both instances know it.
@@ -317,13 +313,14 @@ impl Active {
     }
 }
 
-fn start_wan(run: &Run, net: &Net) -> Result<Capture> {
-    Capture::start(run, &net.wan, "br0", "", 256)
+/// Waits until each endpoint is owned at home and both instances are in sync.
+pub fn wait_home(instances: &mut [Daemon; 2], within: Duration) -> Result<()> {
+    wait_where_home(instances, false, within)
 }
 
-/// Waits until each endpoint is owned at home and both instances are in sync.
-pub fn wait_home(instances: &[Daemon; 2], withdraws: bool, within: Duration) -> Result<()> {
-    wait::until_ok("each endpoint at home, in sync", within, Duration::from_millis(20), || {
+fn wait_where_home(instances: &[Daemon; 2], withdraws: bool, within: Duration) -> Result<()> {
+    let tick = Duration::from_millis(20);
+    wait::until_ok("each endpoint at home, in sync", within, tick, || {
         for (name, home, _) in ENDPOINTS {
             let here = instances[home].status()?.endpoint(name);
             let there = instances[1 - home].status()?.endpoint(name);
@@ -337,6 +334,10 @@ pub fn wait_home(instances: &[Daemon; 2], withdraws: bool, within: Duration) -> 
         }
         Ok(())
     })
+}
+
+fn start_wan(run: &Run, net: &Net) -> Result<Capture> {
+    Capture::start(run, &net.wan, "br0", "", 256)
 }
 
 /// The remote gateway, its connections loaded. Where tunnels are withdrawn it looks for itself whether one is dead, as

@@ -65,9 +65,16 @@ impl Endpoint {
                 self.due.remove(&id);
                 continue;
             };
-            let busy = self.table.of_connection(&name).any(|sa| sa.is_initiating() || is_live(sa));
+            let live = self.table.of_connection(&name).any(is_live);
+            let trying = self.table.of_connection(&name).any(IkeSa::is_initiating);
             let ours = conn.children.iter().any(|c| c.start == Start::Initiate);
-            if busy || !ours || self.stays_down(&name) {
+            let retry_max = conn.timers.retry_max;
+            if trying && !live && ours && !self.stays_down(&name) {
+                // Under way. Were its tries forgotten, a peer that refuses it would be asked again at once.
+                self.due.entry(id).and_modify(|due| due.at = cx.now + retry_max);
+                continue;
+            }
+            if trying || live || !ours || self.stays_down(&name) {
                 // A pause after `acquire` failed, or a start that came true.
                 self.due.remove(&id);
                 continue;

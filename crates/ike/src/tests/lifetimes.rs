@@ -351,6 +351,22 @@ fn mass_initiation_is_paced() {
     assert!(!w.sent.iter().any(|(_, t)| t.bytes.len() < 100 && t.bytes[18] == 34), "no cookies");
 }
 
+// A peer that refuses to authenticate us is asked again after 1, 2, 4, 8 s, not at once.
+#[test]
+fn who_refuses_is_asked_ever_more_rarely() {
+    let mut w = World::tuned(|n, c| {
+        c.connections[0].children[0].start = if n == A { Start::Initiate } else { Start::Respond };
+        if n == B {
+            c.connections[0].psk = Secret::from_slice(b"another secret");
+        }
+    });
+    w.run(Duration::from_secs(20));
+    let asked = w.sent.iter().filter(|(n, t)| *n == A && t.bytes[18] == 34);
+    // By our SPI: with a cookie it is the same attempt.
+    let asked: BTreeSet<&[u8]> = asked.map(|(_, t)| &t.bytes[..8]).collect();
+    assert_eq!(asked.len(), 5, "at 0, 1, 3, 7 and 15 s");
+}
+
 // ha.md, split brain: no exchange of ours in the first seconds, but answers.
 #[test]
 fn initiations_can_be_held_back() {

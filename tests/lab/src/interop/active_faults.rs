@@ -2,7 +2,7 @@
 
 use super::stage::TICK;
 use super::{Lab, Scenario};
-use crate::active::{Active, ENDPOINTS, OnFailure, peer_conns};
+use crate::active::{Active, ENDPOINTS, Flow, OnFailure, peer_conns};
 use crate::capture::{Capture, Recording};
 use crate::charon::Conn;
 use crate::check::{self, IvChecker};
@@ -103,8 +103,7 @@ fn links_cut(lab: &Lab<'_>) -> Result<String> {
     ensure(changed == 0, || format!("{changed} SPIs changed"))?;
     let tcp = scene.tcp.as_mut().ok_or_else(|| Error::check("no TCP"))?;
     ensure(tcp.broken(20 * SECOND)? == 0, || "a TCP connection broke".into())?;
-    let lost: Vec<String> =
-        scene.flows.iter().map(|flow| told_loss(&flow.udp, cut, healed)).collect();
+    let lost: Vec<String> = scene.flows.iter().map(|flow| told_loss(flow, cut, healed)).collect();
     let seen = scene.look(lab.run)?;
     clear_text += check::clear_text(&seen);
     seen.discard();
@@ -128,8 +127,9 @@ fn links_cut(lab: &Lab<'_>) -> Result<String> {
     ))
 }
 
-fn told_loss(udp: &UdpProbes, from: Duration, to: Duration) -> String {
-    Way::BOTH.map(|way| udp.measure(way, from, to).lost().to_string()).join("+")
+fn told_loss(flow: &Flow, from: Duration, to: Duration) -> String {
+    let [out, back] = Way::BOTH.map(|way| flow.udp.measure(way, from, to));
+    format!("{}: {}+{} of {}", flow.name(), out.lost(), back.lost(), out.sent + back.sent)
 }
 
 fn no_errors(scene: &Active) -> Result<()> {
@@ -186,10 +186,9 @@ fn refused(lab: &Lab<'_>) -> Result<String> {
     udp.iter().try_for_each(|udp| udp.wait_flowing(PATIENCE))?;
 
     let mut told = Vec::new();
-    // The second refusal costs CI half a minute of waiting for the next try.
     let rounds: &[(&str, &[Conn])] =
         &[("NO_PROPOSAL_CHOSEN", first_only), ("AUTHENTICATION_FAILED", &wrong)];
-    for (word, conns) in &rounds[..if lab.full { 2 } else { 1 }] {
+    for (word, conns) in rounds {
         scene.peer.load(conns)?;
         // With `owner` of b at home, the right one tries.
         let what = format!("`{word}` in b's status");

@@ -6,13 +6,14 @@
 
 use super::active::tell;
 use super::{Lab, Scenario};
-use crate::active::{Active, Event, OnFailure, trial};
+use crate::active::{Active, Event, trial};
 use crate::clock;
 use crate::error::{Error, Result, ensure};
+use crate::net;
 use crate::ns::Ns;
-use crate::probe::Way;
+use crate::probe::{TcpProbes, Way};
 use crate::scene::{PATIENCE, Scene, Setup};
-use crate::tandem::Daemon;
+use crate::tandem::{Config, Daemon};
 use crate::wait;
 use std::time::Duration;
 
@@ -72,8 +73,10 @@ fn out_of_order(host: &Ns) -> Result<u64> {
 }
 
 fn active(lab: &Lab<'_>) -> Result<String> {
-    let mut scene = Active::stage_with(lab.run, lab.bins, OnFailure::Adopt, OLD, &mut |_| {})?;
+    let mut scene = Active::build(lab.run, lab.bins, &Config::active_active(), OLD)?;
     settled(&scene.instances, 1)?;
+    let mut tcp =
+        TcpProbes::start(lab.run, &scene.net.lhost, (&scene.net.rhost, net::RHOST), Some(BULK))?;
     let keylog = scene.keylog()?.to_owned();
     let late = out_of_order(&scene.net.rhost)?;
     let mut outcomes = Vec::new();
@@ -86,6 +89,8 @@ fn active(lab: &Lab<'_>) -> Result<String> {
         outcomes.push(outcome);
         settled(&scene.instances, format)?;
     }
+    let broken = tcp.broken(PATIENCE)?;
+    ensure(broken == 0, || format!("{broken} of {} TCP connections broken", tcp.connections()))?;
     let late = out_of_order(&scene.net.rhost)?.saturating_sub(late);
     scene.check_clean()?;
     Ok(format!(

@@ -116,7 +116,7 @@ impl Stage {
         let net = Net::build(lab.run)?;
         net.second_next_hop()?;
         let instances = start_pair_with(lab.run, lab.bins, &net, &Config::active_active(), &[])?;
-        wait_home(&instances, false, PATIENCE)?;
+        wait_home(&instances, PATIENCE)?;
         let peer = start_tandem(lab.run, lab.bins, &net, &remote())?;
         wait::until("both tunnels", PATIENCE, Duration::from_millis(20), || {
             let there = peer.status()?;

@@ -2,7 +2,8 @@
 //! is drained and taken back into service.
 
 use crate::{Args, Peer, Stage, close_up, keep, tell};
-use lab::active::trial::{Leg, Moment, watched};
+use lab::active::outcome::Leg;
+use lab::active::trial::{Moment, watched};
 use lab::active::{Active, ENDPOINTS, Event as What, Outcome, RATE};
 use lab::probe::Way;
 use lab::report::{CLOUD_PLANNED_MS, CLOUD_UNPLANNED_MS, Event, Page};

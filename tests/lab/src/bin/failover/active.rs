@@ -16,7 +16,8 @@
 //! capture.
 
 use crate::{Args, IvCount, excused, keep_evidence, print_document, random_phase, tenth};
-use lab::active::trial::{Leg, watched};
+use lab::active::outcome::Leg;
+use lab::active::trial::watched;
 use lab::active::{Active, Event, Outcome};
 use lab::clock;
 use lab::run::Run;
