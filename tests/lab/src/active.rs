@@ -314,7 +314,7 @@ impl Active {
 }
 
 /// Waits until each endpoint is owned at home and both instances are in sync.
-pub fn wait_home(instances: &mut [Daemon; 2], within: Duration) -> Result<()> {
+pub fn wait_home(instances: &[Daemon; 2], within: Duration) -> Result<()> {
     wait_where_home(instances, false, within)
 }
 
