@@ -6,7 +6,7 @@
 //! ```
 //! A flow arrives where its host's next hop leads, and leaves by the tunnel that it is pinned to: where these differ, it
 //! crosses the pair link. A scene has one flow of each of the four kinds. What the peer sends where is its own choice:
-//! strongSwan with kernel-libipsec uses its newest tunnel for all. [`trial`] hurts it and measures.
+//! strongSwan with kernel-libipsec uses its newest tunnel for all. [`mod@trial`] hurts it and measures.
 
 pub mod outcome;
 pub mod trial;
