@@ -190,7 +190,7 @@ fn tunnels_of_one_group_share_flows_also_at_one_endpoint() {
     shard
         .apply(Command::Own { endpoint: A, term: Term(2), seq_jump: 0, obey_leases: false })
         .unwrap();
-    let mut by_a = |shard: &mut Shard| {
+    let by_a = |shard: &mut Shard| {
         let esp = (0..1000).map(|n| judge(shard, &flow(n), None).1);
         esp.filter(|esp| wire::esp::Header::parse(esp).unwrap().spi == a.spi_out).count()
     };

@@ -119,7 +119,7 @@ fn each_rule_speaks_up() {
         (vec![("\"198.51.100.7\"", "{ mian = \"198.51.100.7\" }")], String::new(),
             "error \"198.51.100.7\": endpoint `mian` does not serve this connection"),
         (vec![("\"198.51.100.7\"", "{ }")], String::new(),
-            "error { }: no address of the remote gateway for endpoint `main`"),
+            "error remote_address: no address of the remote gateway for endpoint `main`"),
         (vec![("remote_id = \"branch.example\"", "remote_id = \"gw.example\"")], String::new(),
             "error \"gw.example\": both sides are called `gw.example`"),
         (vec![("branch.psk\" }", "empty.psk\" }")], String::new(),
