@@ -177,6 +177,8 @@ impl Endpoint {
     /// Takes [`Endpoint::leave`] back: what is to be up comes up.
     pub fn stay(&mut self, now: Duration) {
         self.leaving = false;
+        // Whatever was tried before is no reason to wait.
+        self.due.clear();
         let names: Vec<String> =
             self.registry.config.connections.iter().map(|c| c.name.clone()).collect();
         if self.active {
