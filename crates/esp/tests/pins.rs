@@ -326,3 +326,18 @@ fn a_tunnel_that_is_down_is_asked_for_while_another_carries_its_packets() {
     left.outbound(ms(4000), BOTH_OPEN, &mut batch);
     assert_eq!(asked(&mut left, ms(4000)), 0, "not that often");
 }
+
+// Review: also by a flow that goes on: packets of long flows are all that some tunnels ever see.
+#[test]
+fn a_tunnel_that_stays_down_is_asked_for_again_by_the_same_flow() {
+    let [mut left, _] = pair();
+    remove(&mut left, tunnels()[0].spi_in);
+    let mut asked = 0;
+    for second in 2..60 {
+        let mut batch = batch_of(&[flow(1)]);
+        left.outbound(ms(second * 1000), BOTH_OPEN, &mut batch);
+        let reports = reports(&mut left, ms(second * 1000));
+        asked += reports.iter().filter(|r| matches!(r, Report::NoSa { endpoint: A, .. })).count();
+    }
+    assert!(asked >= 5, "asked for {asked} times in a minute");
+}

@@ -310,6 +310,24 @@ fn a_failover_that_is_refused_moves_nothing() {
     assert_eq!(pair.owners(), ["right", "right"], "refused, and yet moved");
 }
 
+// Review: what an operator took down stays down when its endpoint moves.
+#[test]
+fn what_was_taken_down_stays_down_where_its_endpoint_goes() {
+    let mut pair = Pair::new(OnFailure::Adopt);
+    let state = |pair: &mut Pair, at| {
+        let tunnels = pair.status(at).tunnels;
+        tunnels.into_iter().find(|t| t.endpoint == "a").map(|t| t.state)
+    };
+    use gateway::status::TunnelState::Down;
+    pair.ask(0, &Request::Down { connection: "branch".into() });
+    pair.run(Duration::from_millis(200));
+    assert_eq!(state(&mut pair, 0), Some(Down));
+    pair.ask(0, &Request::Drain);
+    pair.run(Duration::from_millis(500));
+    assert_eq!(pair.owners(), ["right", "right"]);
+    assert_eq!(state(&mut pair, 1), Some(Down));
+}
+
 // Review: both drain at once, which neither can know beforehand: tunnels that flows can be pinned to are left.
 #[test]
 fn a_drain_on_both_leaves_something_to_pin_to() {

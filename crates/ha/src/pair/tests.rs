@@ -330,6 +330,25 @@ fn what_stays_at_its_home_is_served_there_through_a_one_way_cut() {
     assert!(wire.pairs[0].fence(E) > wire.now, "its only possible owner is fenced");
 }
 
+// Review: a home that starts with a dead uplink owns all the same: nobody else can, and its LAN address leads to the other
+// endpoints' tunnels.
+#[test]
+fn what_stays_at_its_home_is_owned_there_also_while_the_uplink_is_dead() {
+    let now = Duration::from_secs(100);
+    let mut wire = Wire::of(staying);
+    let pair =
+        |index| Pair::new(staying(index), now, 50 + u64::from(index), &[Some(Term(64))]).unwrap();
+    wire.pairs = [pair(0), pair(1)];
+    wire.sent = Default::default();
+    wire.now = now;
+    wire.pairs[0].handle_uplink(now, E, false);
+    for pair in &mut wire.pairs {
+        pair.handle_stream_up(now, LinkId(0));
+    }
+    wire.run(15_000);
+    assert!(matches!(wire.role(0), Role::Owner(_)), "{:?}", wire.role(0));
+}
+
 #[test]
 fn a_record_is_acknowledged_only_when_installed() {
     let mut wire = Wire::synced();
