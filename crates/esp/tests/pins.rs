@@ -224,6 +224,31 @@ fn fragments_stay_together_and_errors_go_with_what_they_are_about() {
     }
 }
 
+// Review: all fragments of one datagram take one tunnel, whatever other fragments with the same ports came before.
+#[test]
+fn fragments_stay_together_beside_others_with_the_same_ports() {
+    let [mut left, _] = pair();
+    // RFC 8200: fixed header, fragment header, destination options if `options`, ports.
+    let fragment = |n: u8, options: bool, first: bool| {
+        let next = if options { 60 } else { 17 };
+        let mut body = vec![next, 0, 0, if first { 1 } else { 8 }, 0, 0, 0, 1];
+        if options && first {
+            body.extend([17, 0, 1, 4, 0, 0, 0, 0]);
+        }
+        body.extend([0x30, 0x39, 0x0f, 0xa0, 0, 16, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]);
+        let mut packet = vec![0x60, 0, 0, 0, 0, body.len() as u8, 44, 64];
+        packet.extend([0xfd, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, n]);
+        packet.extend([0xfd, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5]);
+        packet.extend(body);
+        packet
+    };
+    for n in 0..100 {
+        place(&mut left, &fragment(n, false, true));
+        let first = place(&mut left, &fragment(n, true, true));
+        assert_eq!(first, place(&mut left, &fragment(n, true, false)), "fragments of {n}");
+    }
+}
+
 #[test]
 fn a_switchover_hands_back_what_was_handed_over_meanwhile() {
     let [mut left, mut right] = pair();
@@ -300,4 +325,19 @@ fn a_tunnel_that_is_down_is_asked_for_while_another_carries_its_packets() {
     let mut batch = batch_of(&[flow(2)]);
     left.outbound(ms(4000), BOTH_OPEN, &mut batch);
     assert_eq!(asked(&mut left, ms(4000)), 0, "not that often");
+}
+
+// Review: also by a flow that goes on: packets of long flows are all that some tunnels ever see.
+#[test]
+fn a_tunnel_that_stays_down_is_asked_for_again_by_the_same_flow() {
+    let [mut left, _] = pair();
+    remove(&mut left, tunnels()[0].spi_in);
+    let mut asked = 0;
+    for second in 2..60 {
+        let mut batch = batch_of(&[flow(1)]);
+        left.outbound(ms(second * 1000), BOTH_OPEN, &mut batch);
+        let reports = reports(&mut left, ms(second * 1000));
+        asked += reports.iter().filter(|r| matches!(r, Report::NoSa { endpoint: A, .. })).count();
+    }
+    assert!(asked >= 5, "asked for {asked} times in a minute");
 }

@@ -21,7 +21,7 @@ use wire::ts::{AddrRange, TrafficSelector};
 const HOLD_DOWN: Duration = Duration::from_secs(3);
 
 /// Two endpoints, `a` at home on the left and `b` on the right.
-fn config(local: usize, on_failure: OnFailure) -> Config {
+fn config(local: usize, on_failure: [OnFailure; 2]) -> Config {
     let names = ["left", "right"];
     let instance = |index: usize| Instance {
         name: names[index].into(),
@@ -38,7 +38,7 @@ fn config(local: usize, on_failure: OnFailure) -> Config {
             interface: names.map(|name| (name.to_owned(), "eth0".to_owned())).into(),
         },
         lan: None,
-        on_failure,
+        on_failure: on_failure[home],
         weight: 1,
         home_coming: HomeComing { preempt: true, hold_down: HOLD_DOWN },
     };
@@ -110,6 +110,11 @@ struct Pair {
 
 impl Pair {
     fn new(on_failure: OnFailure) -> Self {
+        Self::mixed([on_failure; 2])
+    }
+
+    /// `a` and `b` differ.
+    fn mixed(on_failure: [OnFailure; 2]) -> Self {
         let now = Duration::from_secs(100);
         let side = |local| {
             let start = Start {
@@ -271,6 +276,88 @@ fn what_an_operator_moved_stays_until_it_is_moved_back() {
     pair.ask(0, &Request::Undrain);
     pair.run(HOLD_DOWN + Duration::from_millis(400));
     assert_eq!(pair.owners(), ["left", "right"]);
+}
+
+// Review: moved away and back, the endpoint can be drained. (The instance that handed it home went on declining it.)
+#[test]
+fn what_was_moved_away_and_back_can_be_drained() {
+    let mut pair = Pair::new(OnFailure::Adopt);
+    let failover = Request::Failover { endpoint: Some("a".into()) };
+    pair.ask(0, &failover);
+    pair.run(Duration::from_millis(200));
+    pair.ask(1, &failover);
+    pair.run(Duration::from_millis(200));
+    assert_eq!(pair.owners(), ["left", "right"]);
+    pair.ask(0, &Request::Drain);
+    pair.run(Duration::from_millis(500));
+    assert_eq!(pair.owners(), ["right", "right"]);
+}
+
+// Review: a failover of everything that is refused has moved nothing.
+#[test]
+fn a_failover_that_is_refused_moves_nothing() {
+    let mut pair = Pair::mixed([OnFailure::Adopt, OnFailure::Adopt]);
+    pair.ask(0, &Request::Drain);
+    pair.run(Duration::from_millis(200));
+    pair.ask(0, &Request::Undrain);
+    // Right has both; the left's uplink of `b` is dead, so that one is not handed over.
+    pair.sides[0].gateway.handle_uplink(pair.now, B, false);
+    pair.run(Duration::from_millis(50));
+    assert_eq!(pair.owners(), ["right", "right"]);
+    let ticket = pair.ask(1, &Request::Failover { endpoint: None });
+    let answer = pair.answer(1, ticket);
+    assert!(matches!(answer, Some(Answer::Refused { why: Refusal::NotReady, .. })), "{answer:?}");
+    pair.run(Duration::from_millis(200));
+    assert_eq!(pair.owners(), ["right", "right"], "refused, and yet moved");
+}
+
+// Review: what an operator took down stays down when its endpoint moves.
+#[test]
+fn what_was_taken_down_stays_down_where_its_endpoint_goes() {
+    let mut pair = Pair::new(OnFailure::Adopt);
+    let state = |pair: &mut Pair, at| {
+        let tunnels = pair.status(at).tunnels;
+        tunnels.into_iter().find(|t| t.endpoint == "a").map(|t| t.state)
+    };
+    use gateway::status::TunnelState::Down;
+    pair.ask(0, &Request::Down { connection: "branch".into() });
+    pair.run(Duration::from_millis(200));
+    assert_eq!(state(&mut pair, 0), Some(Down));
+    pair.ask(0, &Request::Drain);
+    pair.run(Duration::from_millis(500));
+    assert_eq!(pair.owners(), ["right", "right"]);
+    assert_eq!(state(&mut pair, 1), Some(Down));
+}
+
+// Review: both drain at once, which neither can know beforehand: tunnels that flows can be pinned to are left.
+#[test]
+fn a_drain_on_both_leaves_something_to_pin_to() {
+    let mut pair = Pair::new(OnFailure::Withdraw);
+    pair.ask(0, &Request::Drain);
+    pair.run(Duration::from_millis(500));
+    assert_eq!((pair.pinned(A), pair.pinned(B)), ([false; 2], [true; 2]));
+    pair.ask(1, &Request::Drain);
+    pair.run(Duration::from_millis(500));
+    assert!(pair.pinned(A) != [false; 2] || pair.pinned(B) != [false; 2], "no tunnel is in use");
+}
+
+// Review: what an operator took down stays down when a drain is taken back.
+#[test]
+fn an_undrain_brings_up_nothing_that_was_taken_down() {
+    let mut pair = Pair::new(OnFailure::Withdraw);
+    let state = |pair: &mut Pair| {
+        let tunnels = pair.status(0).tunnels;
+        tunnels.into_iter().find(|t| t.endpoint == "a").map(|t| t.state)
+    };
+    use gateway::status::TunnelState::Down;
+    pair.ask(0, &Request::Down { connection: "branch".into() });
+    pair.run(Duration::from_millis(200));
+    assert_eq!(state(&mut pair), Some(Down));
+    pair.ask(0, &Request::Drain);
+    pair.run(Duration::from_millis(300));
+    pair.ask(0, &Request::Undrain);
+    pair.run(Duration::from_millis(300));
+    assert_eq!(state(&mut pair), Some(Down));
 }
 
 #[test]

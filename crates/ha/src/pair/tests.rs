@@ -334,6 +334,46 @@ fn what_stays_at_its_home_is_not_handed_over_and_both_know_when_it_is_no_use() {
     assert_eq!(wire.role(0), Role::Owner(Mode::Synced), "nobody else can");
 }
 
+// Review: where nobody else can own it, a one-way cut (the home hears the other, which hears nothing) stops nothing.
+#[test]
+fn what_stays_at_its_home_is_served_there_through_a_one_way_cut() {
+    let mut wire = home_silent(0);
+    for _ in 0..1_000 {
+        wire.now += Duration::from_millis(1);
+        for host in 0..2 {
+            wire.pairs[host].handle_turn(wire.now);
+            wire.drain(host);
+        }
+        wire.sent[0].clear();
+        for transmit in core::mem::take(&mut wire.sent[1]) {
+            if let Transmit::Heartbeat { link, bytes } = transmit {
+                wire.pairs[0].handle_heartbeat(wire.now, link, &bytes);
+            }
+        }
+    }
+    assert_eq!(wire.role(1), Role::Empty);
+    assert!(wire.pairs[0].fence(E) > wire.now, "its only possible owner is fenced");
+}
+
+// Review: a home that starts with a dead uplink owns all the same: nobody else can, and its LAN address leads to the other
+// endpoints' tunnels.
+#[test]
+fn what_stays_at_its_home_is_owned_there_also_while_the_uplink_is_dead() {
+    let now = Duration::from_secs(100);
+    let mut wire = Wire::of(staying);
+    let pair =
+        |index| Pair::new(staying(index), now, 50 + u64::from(index), &[Some(Term(64))]).unwrap();
+    wire.pairs = [pair(0), pair(1)];
+    wire.sent = Default::default();
+    wire.now = now;
+    wire.pairs[0].handle_uplink(now, E, false);
+    for pair in &mut wire.pairs {
+        pair.handle_stream_up(now, LinkId(0));
+    }
+    wire.run(15_000);
+    assert!(matches!(wire.role(0), Role::Owner(_)), "{:?}", wire.role(0));
+}
+
 #[test]
 fn a_record_is_acknowledged_only_when_installed() {
     let mut wire = Wire::synced();
