@@ -129,8 +129,8 @@ struct Key {
     dst: IpAddr,
     protocol: u8,
     l4: L4,
-    /// Fragments are pinned without their ports.
-    whole: bool,
+    /// Fragments are pinned without their ports, and by the protocol that all of a datagram carry.
+    fragment: Option<u8>,
 }
 
 impl Key {
@@ -140,7 +140,7 @@ impl Key {
             dst: packet.dst,
             protocol: packet.protocol,
             l4: packet.l4,
-            whole: packet.fragment == Fragment::Whole,
+            fragment: (packet.fragment != Fragment::Whole).then(|| packet.flow().protocol),
         }
     }
 
@@ -314,6 +314,8 @@ impl Policies {
         if let Some(Some(line)) = self.cache.get_mut(at)
             && line.epoch == self.epoch
             && line.key == key
+            // Now and then a look at which tunnels are missing.
+            && now < self.missed_at + NO_SA_INTERVAL
             && chosen.is_none_or(|chosen| chosen == line.endpoint)
         {
             line.seen = now;

@@ -224,7 +224,7 @@ fn fragments_stay_together_and_errors_go_with_what_they_are_about() {
     }
 }
 
-// Review: all fragments of one datagram take one tunnel, whatever other fragments with the same ports came before.
+// All fragments of one datagram take one tunnel, whatever other fragments with the same ports came before.
 #[test]
 fn fragments_stay_together_beside_others_with_the_same_ports() {
     let [mut left, _] = pair();
@@ -327,7 +327,7 @@ fn a_tunnel_that_is_down_is_asked_for_while_another_carries_its_packets() {
     assert_eq!(asked(&mut left, ms(4000)), 0, "not that often");
 }
 
-// Review: also by a flow that goes on: packets of long flows are all that some tunnels ever see.
+// Also by a flow that goes on: packets of long flows are all that some tunnels ever see.
 #[test]
 fn a_tunnel_that_stays_down_is_asked_for_again_by_the_same_flow() {
     let [mut left, _] = pair();

@@ -183,7 +183,7 @@ impl Gateway {
         let endpoint = e.id;
         self.use_soon(now, Some(endpoint));
         // Home again, or needed here after all: an earlier wish of the operator is served.
-        if !self.draining && self.bug != Bug::DeclineKept {
+        if self.bug != Bug::DeclineKept {
             self.decline(now, index, false);
         }
         self.outputs.push_back(Output::Shard(esp::Command::Own {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   tandem drain    every endpoint is offered to the other, at each turn until none is left; the other
-//!                   is told to keep them (`ha::Pair::decline`)
+//!                   is told to keep them (`ha::Pair::drain`). Not while that drains
 //!   tandem undrain  they may come home
 //!   at home again   home is in sync, has its uplink and does not decline: after `hold_down` of that, the
 //!                   owner hands over what is not its own
@@ -54,8 +54,15 @@ impl Gateway {
                 hint: Some("see `tandem status` on both hosts"),
             });
         }
+        if self.pair.other_drains() {
+            return Err(Answer::Refused {
+                why: Refusal::NotReady,
+                text: "the other instance drains".to_owned(),
+                hint: Some("`tandem undrain` there takes that back"),
+            });
+        }
         self.draining = true;
-        self.decline_all(now, true);
+        self.pair.drain(now, true);
         tracing::info!("draining: all endpoints go to the other instance");
         let leaving = self.endpoints.iter().filter(|e| e.owns()).map(|e| e.id).collect();
         self.plan(now);
@@ -67,15 +74,10 @@ impl Gateway {
         if std::mem::take(&mut self.draining) {
             tracing::info!("no longer draining: endpoints come home");
         }
-        self.decline_all(now, false);
+        self.pair.drain(now, false);
+        (0..self.endpoints.len()).for_each(|index| self.decline(now, index, false));
         (0..self.endpoints.len()).for_each(|index| self.reopen(now, index));
         Answer::Undrained
-    }
-
-    fn decline_all(&mut self, now: Duration, declines: bool) {
-        for index in 0..self.endpoints.len() {
-            self.decline(now, index, declines);
-        }
     }
 
     /// Whether the other instance is to keep an endpoint until it is asked.
@@ -93,8 +95,8 @@ impl Gateway {
             let Some(config) = self.config.endpoint(e.id) else { continue };
             let abroad = config.home != self.config.local && config.home_coming.preempt;
             let leaves = self.draining || abroad;
-            let welcome =
-                self.pair.is_welcome(e.ha_id()) || (self.draining && self.bug == Bug::DrainUnready);
+            let welcome = self.pair.is_welcome(e.ha_id(), self.draining)
+                || (self.draining && self.bug == Bug::DrainUnready);
             if !leaves || !e.serves(now) || !welcome {
                 e.welcome_since = None;
                 continue;

@@ -25,7 +25,7 @@ pub(crate) struct Closing {
     /// Nothing is pinned to it any more.
     since: Duration,
     /// Its peers were told.
-    told: Option<Duration>,
+    told: bool,
 }
 
 impl Gateway {
@@ -45,19 +45,19 @@ impl Gateway {
         }
     }
 
-    /// A step towards the end of an endpoint's tunnels, in each turn of a drain or a stop. Tunnels that peers set up
-    /// again afterwards stay, without flows.
+    /// A step towards the end of an endpoint's tunnels, in each turn of a drain or a stop. Peers cannot set them up again
+    /// before it is taken back.
     pub(crate) fn close(&mut self, now: Duration, index: usize) {
         let Some(e) = self.endpoints.get_mut(index).filter(|e| e.serves(now)) else { return };
-        let closing = *e.closing.get_or_insert(Closing { since: now, told: None });
-        if closing.told.is_some() {
+        let closing = *e.closing.get_or_insert(Closing { since: now, told: false });
+        if closing.told {
             return;
         }
-        self.decline(now, index, true);
+        self.pair.drain(now, true);
         if now >= closing.since + SETTLE {
             self.end_tunnels(now, index);
             if let Some(e) = self.endpoints.get_mut(index) {
-                e.closing = Some(Closing { told: Some(now), ..closing });
+                e.closing = Some(Closing { told: true, ..closing });
             }
         }
     }
@@ -70,12 +70,10 @@ impl Gateway {
         }
     }
 
-    /// Whether the tunnels that an endpoint had when it was closed are gone.
+    /// Whether the tunnels of an endpoint that is closed are gone.
     pub(crate) fn is_closed(&self, now: Duration, index: usize) -> bool {
         let Some(e) = self.endpoints.get(index) else { return true };
-        let Some(told) = e.closing.and_then(|closing| closing.told) else { return false };
-        let since = now.saturating_sub(told);
-        e.ike.status(now).ike_sas.iter().all(|sa| sa.age < since)
+        e.closing.is_some_and(|closing| closing.told) && e.ike.status(now).ike_sas.is_empty()
     }
 
     /// A drain was taken back: the tunnels that are ours to start come up again.

@@ -1,4 +1,4 @@
-//! Review: the same pair as in `planned.rs`, towards a remote gateway that lives, and begins anew when its tunnel ends.
+//! The same pair as in `planned.rs`, towards a remote gateway that lives, and begins anew when its tunnel ends.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
 
@@ -181,6 +181,7 @@ impl Pair {
                 seed: local as u64 + 1,
                 terms: vec![Some(wire::id::Term(0)); 2 - local / 2],
                 release: "test".into(),
+                hold_format: None,
             };
             Side {
                 gateway: Gateway::new(start, now).unwrap(),

@@ -93,6 +93,9 @@ pub(crate) struct Claim {
     /// in older releases, and for false.
     #[n(13)]
     pub(crate) declines: Option<bool>,
+    /// This instance drains: nothing is to be handed to it, asked or not. Absent likewise.
+    #[n(14)]
+    pub(crate) drains: Option<bool>,
 }
 
 /// A heartbeat. Times are nanoseconds on the clock of whoever sent them first.

@@ -112,6 +112,8 @@ pub(crate) struct Endpoint {
     pub(crate) incoming: Option<HandoverIn>,
     /// Not to be handed back unasked.
     pub(crate) declines: bool,
+    /// Not to be handed to us at all.
+    pub(crate) drains: bool,
     /// The stream (by its epoch) for whose release the gateway has written the values, and the one
     /// for which it was asked to.
     pub(crate) written: u64,
@@ -152,6 +154,7 @@ impl Endpoint {
             healed: None,
             incoming: None,
             declines: false,
+            drains: false,
             written: 0,
             asked_to_write: 0,
             uplink_switch_at: None,
@@ -197,7 +200,8 @@ impl Endpoint {
             top: self.terms.known(),
             floor: self.terms.top(),
             taken: self.taken,
-            declines: self.declines.then_some(true),
+            declines: (self.declines || self.drains).then_some(true),
+            drains: self.drains.then_some(true),
         }
     }
 
@@ -258,9 +262,11 @@ impl Endpoint {
             spoke_at: contact.spoke_at(),
             steady: contact.steady(),
             rejoin_until: if contact.stranger() { contact.rejoin_until } else { Duration::ZERO },
-            other_cannot_take: contact
-                .claim(self.hash)
-                .is_some_and(|claim| !claim.uplink && claim.role != ClaimRole::Owner),
+            // Nobody else ever owns what stays at its home.
+            other_cannot_take: !self.adopted
+                || contact
+                    .claim(self.hash)
+                    .is_some_and(|claim| !claim.uplink && claim.role != ClaimRole::Owner),
         };
         let times = Times {
             heartbeat: cx.config.heartbeat,
@@ -300,8 +306,9 @@ impl Endpoint {
         claim.is_some_and(|claim| claim.role == ClaimRole::Owner)
     }
 
-    /// Whether the other could take it from us at any moment, and would.
-    pub(crate) fn is_welcome(&self, contact: &Contact, bug: Bug) -> bool {
+    /// Whether the other could take it from us at any moment, and would: an operator's wish counts for more than its word
+    /// that it will not unasked, unless it drains.
+    pub(crate) fn is_welcome(&self, contact: &Contact, asked: bool, bug: Bug) -> bool {
         let Role::Owner(owner) = &self.role else { return false };
         let claim = contact.claim(self.hash).filter(|_| contact.alive);
         owner.offer.is_none()
@@ -311,7 +318,8 @@ impl Endpoint {
                 claim.role == ClaimRole::Shadow
                     && claim.synced
                     && claim.uplink
-                    && (claim.declines != Some(true) || bug == Bug::DeclinesIgnored)
+                    && (claim.declines != Some(true) || asked || bug == Bug::DeclinesIgnored)
+                    && (claim.drains != Some(true) || bug == Bug::DeclinesIgnored)
             })
     }
 
@@ -322,11 +330,11 @@ impl Endpoint {
             return true;
         }
         if matches!(self.role, Role::Owner(_)) {
-            return self.uplink && !self.declines;
+            return self.uplink && !self.drains;
         }
         let claim = contact.claim(self.hash).filter(|_| contact.alive);
         claim.is_some_and(|claim| {
-            claim.role == ClaimRole::Owner && claim.uplink && claim.declines != Some(true)
+            claim.role == ClaimRole::Owner && claim.uplink && claim.drains != Some(true)
         })
     }
 

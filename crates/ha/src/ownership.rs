@@ -204,6 +204,7 @@ impl Endpoint {
                     self.home
                 }
                 Some(_) if owned => false,
+                Some(_) if !self.adopted => true,
                 Some(theirs) => beats(&mine, theirs, self.home),
             };
             let heard = contact.echoed_since(self.claim_mark)
@@ -218,7 +219,7 @@ impl Endpoint {
             && (contact.proven_at().is_some()
                 || contact.heard_at().is_some_and(|heard| cx.now < heard + belief)
                 || cx.bug == Bug::SoloBeforeEcho);
-        let uplink = self.uplink_lately(cx);
+        let uplink = self.uplink_lately(cx) || !self.adopted;
         // The new process behind a hello may own already; and one that we have yet to hear of may,
         // if we were away for long: then we know no more than one that boots.
         let known = contact.met && !contact.stranger() && !(contact.heard_at().is_none() && owned);

@@ -611,25 +611,40 @@ impl Pair {
         self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.others(&self.contact))
     }
 
-    /// Whether an endpoint of ours could move to the other at any moment, and the other does not
-    /// [decline](Pair::decline) it.
+    /// Whether an endpoint of ours could move to the other at any moment, and the other neither
+    /// [drains](Pair::drain) nor, unless an operator asks for it, [declines](Pair::decline) it.
     #[must_use]
-    pub fn is_welcome(&self, endpoint: EndpointId) -> bool {
+    pub fn is_welcome(&self, endpoint: EndpointId, asked: bool) -> bool {
         self.endpoints
             .get(usize::from(endpoint.0))
-            .is_some_and(|e| e.is_welcome(&self.contact, self.bug))
+            .is_some_and(|e| e.is_welcome(&self.contact, asked, self.bug))
+    }
+
+    /// Whether the other lives and drains.
+    #[must_use]
+    pub fn other_drains(&self) -> bool {
+        let claim = |e: &Endpoint| self.contact.claim(e.hash).and_then(|claim| claim.drains);
+        self.contact.alive && self.endpoints.iter().any(|e| claim(e) == Some(true))
     }
 
     /// Whether flows may be pinned to the endpoint's tunnels. Always true but for an endpoint whose addresses cannot
-    /// move: there its home must live, serve it, have its uplink and not [decline](Pair::decline) it, which both
+    /// move: there its home must live, serve it, have its uplink and not [drain](Pair::drain), which both
     /// instances judge by the same heartbeats.
     #[must_use]
     pub fn in_use(&self, endpoint: EndpointId) -> bool {
         self.endpoints.get(usize::from(endpoint.0)).is_some_and(|e| e.in_use(&self.contact))
     }
 
-    /// Tells the other whether it is to keep the endpoint, should it own it, until it is asked: this
-    /// instance drains, or an operator moved the endpoint away. Changes nothing about takeovers.
+    /// Tells the other whether this instance wants no endpoint at all. Changes nothing about takeovers.
+    pub fn drain(&mut self, now: Duration, drains: bool) {
+        for endpoint in &mut self.endpoints {
+            endpoint.drains = drains;
+        }
+        self.finish(now);
+    }
+
+    /// Tells the other whether it is to keep the endpoint, should it own it, until it is asked: an
+    /// operator moved it away. Changes nothing about takeovers.
     pub fn decline(&mut self, now: Duration, endpoint: EndpointId, declines: bool) {
         if let Some(endpoint) = self.endpoints.get_mut(usize::from(endpoint.0)) {
             endpoint.declines = declines;

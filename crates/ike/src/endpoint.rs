@@ -226,7 +226,10 @@ impl Endpoint {
             }
         };
         let header = message.header;
-        let result = if is_first(&header) {
+        let result = if is_first(&header) && self.leaving {
+            // The peer tries again, and whoever serves it then answers.
+            Err(Error::NotExpected)
+        } else if is_first(&header) {
             self.first_message(cx, datagram, &message, from, to)
         } else {
             // RFC 7296 §2.6: the I flag tells which SPI is ours.

@@ -26,6 +26,7 @@ fn claim() -> Claim {
         floor: Term(6),
         taken: Term(4),
         declines: None,
+        drains: None,
     }
 }
 
@@ -112,7 +113,7 @@ fn release_1_frames_stay_as_they_are() {
 /// What release 2 says and release 1 did not: the build in the hello, and that it declines.
 #[test]
 fn release_2_frames_stay_as_they_are() {
-    let claims = vec![Claim { declines: Some(true), ..claim() }];
+    let claims = vec![Claim { declines: Some(true), drains: Some(true), ..claim() }];
     let hello = Hello {
         release: 2,
         oldest: 1,
@@ -127,7 +128,7 @@ fn release_2_frames_stay_as_they_are() {
     let bytes = encode(&frame);
     assert_eq!(
         hex(&bytes),
-        "820081a800020101020003646c65667404184e05050681ae001b112233445566778801020206030904f50519012c061adeadbeef07f5080709050a18260b060c040df50765302e322e30"
+        "820081a800020101020003646c65667404184e05050681af001b112233445566778801020206030904f50519012c061adeadbeef07f5080709050a18260b060c040df50ef50765302e322e30"
     );
     assert!(frame_of(&bytes) == frame);
 }

@@ -317,11 +317,11 @@ fn what_stays_at_its_home_is_not_handed_over_and_both_know_when_it_is_no_use() {
     let mut wire = home_silent(0);
     let in_use = |wire: &Wire| [0, 1].map(|host: usize| wire.pairs[host].in_use(E));
     assert_eq!(wire.pairs[0].switchover(wire.now, E), Err(SwitchoverError::Stays));
-    assert!(!wire.pairs[0].is_welcome(E));
+    assert!(!wire.pairs[0].is_welcome(E, true));
     for (on, off) in [(true, false), (false, true)] {
         for change in [on, off] {
             if on {
-                wire.pairs[0].decline(wire.now, E, change);
+                wire.pairs[0].drain(wire.now, change);
             } else {
                 wire.pairs[0].handle_uplink(wire.now, E, change);
             }
@@ -334,7 +334,7 @@ fn what_stays_at_its_home_is_not_handed_over_and_both_know_when_it_is_no_use() {
     assert_eq!(wire.role(0), Role::Owner(Mode::Synced), "nobody else can");
 }
 
-// Review: where nobody else can own it, a one-way cut (the home hears the other, which hears nothing) stops nothing.
+// Where nobody else can own it, a one-way cut (the home hears the other, which hears nothing) stops nothing.
 #[test]
 fn what_stays_at_its_home_is_served_there_through_a_one_way_cut() {
     let mut wire = home_silent(0);
@@ -355,7 +355,7 @@ fn what_stays_at_its_home_is_served_there_through_a_one_way_cut() {
     assert!(wire.pairs[0].fence(E) > wire.now, "its only possible owner is fenced");
 }
 
-// Review: a home that starts with a dead uplink owns all the same: nobody else can, and its LAN address leads to the other
+// A home that starts with a dead uplink owns all the same: nobody else can, and its LAN address leads to the other
 // endpoints' tunnels.
 #[test]
 fn what_stays_at_its_home_is_owned_there_also_while_the_uplink_is_dead() {

@@ -137,6 +137,15 @@ impl Endpoint {
         for id in all {
             self.end(cx, Target::Connection(id));
         }
+        let half_open: Vec<IkeSa> = self
+            .table
+            .iter()
+            .filter(|sa| matches!(sa.phase, Phase::InitAnswered(_)))
+            .cloned()
+            .collect();
+        for sa in half_open {
+            let _ = self.step(cx, |step| established::drop_sa(step, &sa, DeleteReason::Command));
+        }
     }
 
     fn end(&mut self, cx: &mut Context<'_>, target: Target) -> bool {
