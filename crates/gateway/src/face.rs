@@ -134,6 +134,8 @@ pub enum Request {
     Down {
         /// Its name.
         connection: String,
+        /// What keeps its traffic from leaving in clear is to go as well, so no other tunnel may need it.
+        purge: bool,
     },
     /// Replace a connection's keys.
     Rekey {

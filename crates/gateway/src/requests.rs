@@ -80,7 +80,7 @@ impl Gateway {
                 None
             }
             Request::Up { connection } => self.up(now, ticket, connection),
-            Request::Down { connection } => Some(self.down(now, connection)),
+            Request::Down { connection, purge } => Some(self.down(now, connection, *purge)),
             Request::Rekey { connection, ike, children } => {
                 Some(self.rekey(now, connection, *ike, *children))
             }
@@ -196,11 +196,14 @@ impl Gateway {
         None
     }
 
-    fn down(&mut self, now: Duration, name: &str) -> Answer {
+    fn down(&mut self, now: Duration, name: &str, purge: bool) -> Answer {
         let serving = match self.serving(now, name) {
             Ok(serving) => serving,
             Err(answer) => return answer,
         };
+        if let Some(refusal) = purge.then(|| self.needed_elsewhere(name)).flatten() {
+            return refusal;
+        }
         let mut closed = 0;
         for (id, own, index) in serving {
             let (mut cx, endpoints) = self.context(now);
@@ -215,6 +218,22 @@ impl Gateway {
             e.ike.terminate(&mut cx, ike::Target::Connection(id));
         }
         Answer::Down { closed: u32::try_from(closed).unwrap_or(u32::MAX) }
+    }
+
+    /// The rules against clear text protect what any tunnel of a connection carries, also one that is not taken down here.
+    fn needed_elsewhere(&self, name: &str) -> Option<Answer> {
+        let (hint, needed) = if self.config.connections.iter().all(|c| c.name != name) {
+            ("purge the connection as a whole, by its name in the configuration", true)
+        } else {
+            let seats = self.config.connections_named(name).flat_map(|c| &c.endpoints);
+            let mut seats = seats.filter_map(|e| self.endpoints.get(usize::from(e.0)));
+            (
+                "bring its endpoints here first (`tandem drain` on the other host), or leave out --purge",
+                seats.any(|e| self.pair.others(e.ha_id())),
+            )
+        };
+        let text = format!("{name}: other tunnels of this connection need the rules");
+        needed.then(|| refuse(Refusal::NotReady, text, hint))
     }
 
     fn rekey(&mut self, now: Duration, name: &str, ike: bool, children: bool) -> Answer {

@@ -302,7 +302,7 @@ fn what_was_taken_down_stays_down_where_its_endpoint_goes() {
         tunnels.into_iter().find(|t| t.endpoint == "a").map(|t| t.state)
     };
     use gateway::status::TunnelState::Down;
-    pair.ask(0, &Request::Down { connection: "branch".into() });
+    pair.ask(0, &Request::Down { connection: "branch".into(), purge: false });
     pair.run(Duration::from_millis(200));
     assert_eq!(state(&mut pair, 0), Some(Down));
     pair.ask(0, &Request::Drain);
@@ -339,7 +339,7 @@ fn an_undrain_brings_up_nothing_that_was_taken_down() {
         tunnels.into_iter().find(|t| t.endpoint == "a").map(|t| t.state)
     };
     use gateway::status::TunnelState::Down;
-    pair.ask(0, &Request::Down { connection: "branch".into() });
+    pair.ask(0, &Request::Down { connection: "branch".into(), purge: false });
     pair.run(Duration::from_millis(200));
     assert_eq!(state(&mut pair), Some(Down));
     pair.ask(0, &Request::Drain);
@@ -401,4 +401,19 @@ fn what_cannot_move_is_not_moved() {
     assert_eq!((a.role, a.pinned, a.owner.as_deref()), (gateway::status::Role::None, false, None));
     assert_eq!(pair.sides[1].addresses.get(&A), None);
     assert_eq!(pair.sides[1].addresses.get(&B), Some(&true));
+}
+
+#[test]
+fn rules_stay_while_the_other_instance_serves_a_tunnel_of_the_connection() {
+    let mut pair = Pair::new(OnFailure::Adopt);
+    let purge = Request::Down { connection: "branch".into(), purge: true };
+    let ticket = pair.ask(0, &purge);
+    let answer = pair.answer(0, ticket);
+    assert!(matches!(answer, Some(Answer::Refused { why: Refusal::NotReady, .. })), "{answer:?}");
+    pair.ask(1, &Request::Drain);
+    pair.run(Duration::from_millis(300));
+    assert_eq!(pair.owners(), ["left", "left"]);
+    let ticket = pair.ask(0, &purge);
+    let answer = pair.answer(0, ticket);
+    assert!(matches!(answer, Some(Answer::Down { .. })), "{answer:?}");
 }

@@ -453,7 +453,7 @@ impl World {
             Fault::PeerRestart { host, .. } => self.hosts[host].process = None,
             Fault::PeerLeave { host, .. } => {
                 let connection = connection_name(self.scene.tunnel_of(host).0);
-                self.tell(host, Input::Request(Request::Down { connection }));
+                self.tell(host, Input::Request(Request::Down { connection, purge: false }));
                 if let Some(p) = &self.hosts[host].process {
                     let life = p.life;
                     // Its word is there, and nothing new can come of it.

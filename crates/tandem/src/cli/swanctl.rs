@@ -50,6 +50,12 @@ pub fn peer_config(config: &Config, name: &str, secrets: bool) -> Option<String>
         out.line("mobike = no");
         // Off by default (peers.md 2); without it a peer that initiates never notices a lost tunnel.
         out.line("dpd_delay = 30s");
+        if !ike.initial_contact {
+            out.line(
+                "# The same identities have several tunnels: a new one does not replace another.",
+            );
+            out.line("unique = never");
+        }
         for (section, identity) in [("local", &ike.remote_id), ("remote", &ike.local_id)] {
             out.open(section);
             out.line("auth = psk");

@@ -13,8 +13,8 @@ pub(super) fn request(request: &Request) -> gateway::Request {
         Request::Undrain {} => gateway::Request::Undrain,
         Request::Flows {} => gateway::Request::Flows,
         Request::Up { connection } => gateway::Request::Up { connection: connection.clone() },
-        Request::Down { connection, .. } => {
-            gateway::Request::Down { connection: connection.clone() }
+        Request::Down { connection, purge } => {
+            gateway::Request::Down { connection: connection.clone(), purge: *purge }
         }
         Request::Rekey { connection, what } => gateway::Request::Rekey {
             connection: connection.clone(),

@@ -446,7 +446,7 @@ impl Control {
         self.next_ticket += 1;
         let request = answers::request(&call.request);
         if let Request::Up { connection } = &call.request
-            && let Some(protection) = self.parts.protections.get(connection).cloned()
+            && let Some(protection) = self.parts.protections.get(configured(connection)).cloned()
         {
             // It may have been purged: the way into the tunnel stands again before the tunnel does.
             let (netlink, tun) = (self.parts.netlink.clone(), self.parts.tun);
@@ -478,7 +478,7 @@ impl Control {
             Some(Request::Down { connection, .. }) => connection.clone(),
             _ => String::new(),
         };
-        let protection = self.parts.protections.get(&connection).cloned();
+        let protection = self.parts.protections.get(configured(&connection)).cloned();
         let (netlink, done, tun) = (self.parts.netlink.clone(), self.done.clone(), self.parts.tun);
         tokio::spawn(async move {
             let outcome = match protection {
@@ -594,6 +594,11 @@ impl Control {
         let _ = self.carry_out();
         true
     }
+}
+
+/// The name in the configuration: of a remote gateway with several addresses, `NAME#1` is the connection to the first.
+fn configured(connection: &str) -> &str {
+    connection.split_once('#').map_or(connection, |(name, _)| name)
 }
 
 /// systemd's watchdog: a control loop that hangs is restarted.

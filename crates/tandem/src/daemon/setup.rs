@@ -129,7 +129,7 @@ pub(super) async fn open(
     protection.set(&netlink).await.map_err(routes)?;
     netlink.anchor(tun.index()).await.map_err(routes)?;
     protection.lead_into(&netlink, tun.index()).await.map_err(routes)?;
-    let connections = config.connections.iter().map(|connection| connection.ike.name.clone());
+    let connections = config.connections.iter().map(|connection| connection.name.clone());
     let protections =
         connections.map(|name| (name.clone(), Protection::of_connection(&config, &name))).collect();
 

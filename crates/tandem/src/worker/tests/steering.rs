@@ -40,11 +40,12 @@ fn steered_packets_are_carried_on_by_the_other_instance() {
         old.worker.send(WorkerCommand::Shard(Command::Hold { endpoint: MAIN })).unwrap();
         application.send(b"queued").unwrap();
         old.wait_for(|counters| counters.tun_read >= 2);
+        // The old owner hears of the new one before it hands anything over.
+        let own = Command::Own { endpoint: MAIN, term: Term(3), seq_jump: 0, obey_leases: false };
+        new.worker.send(WorkerCommand::Shard(own)).unwrap();
         old.worker
             .send(WorkerCommand::Shard(Command::Disown { endpoint: MAIN, steer: true }))
             .unwrap();
-        let own = Command::Own { endpoint: MAIN, term: Term(3), seq_jump: 0, obey_leases: false };
-        new.worker.send(WorkerCommand::Shard(own)).unwrap();
         application.send(b"late").unwrap();
         old.wait_for(|counters| counters.tun_read >= 3);
         // Both hosts share one namespace here: the return route follows the owner.
