@@ -300,9 +300,7 @@ fn accept(
         Ok(made) => {
             child::push_answer(reply, &made);
             let mut child = made.child;
-            // RFC 7296 §2.8: the responder may send at once; the record is
-            // committed before the response leaves.
-            child.outbound = step.next_outbound(sa);
+            child.outbound = child::first_use(step, sa, &child.name);
             child::announce(step, sa, conn, &child);
             established.children.push(child);
         }

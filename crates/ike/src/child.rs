@@ -34,6 +34,9 @@ pub(crate) use negotiate::{accept, push_answer, push_ke, push_offer};
 use negotiate::{conclude, push_answer_with};
 
 /// How long a deleted Child SA still receives (ha.md).
+/// A Child SA whose peer asked for it, beside another that sends, sends after this long at the latest:
+/// the peer has had our answer by then, or will ask for it again.
+pub(crate) const DEFER: Duration = Duration::from_millis(200);
 pub(crate) const LINGER: Duration = Duration::from_secs(5);
 /// Key exchange groups tried for one Child SA.
 const MAX_ROUNDS: u8 = 3;
@@ -181,7 +184,7 @@ pub(crate) fn answer(
     let mut child = made.child;
     child.replaces = replaces.map(|(_, spi_in)| spi_in);
     if child.replaces.is_none() {
-        child.outbound = step.next_outbound(sa);
+        child.outbound = first_use(step, sa, &child.name);
     }
     announce(step, sa, conn, &child);
     let Phase::Established(established) = &mut sa.phase else { return Err(Refusal::syntax()) };
@@ -452,6 +455,28 @@ pub(crate) fn remove(
         established.children.retain(|c| c.spi_in != spi_in);
     }
     step.event(Event::ChildDown { connection: conn.name.clone(), child: name, spi_in });
+}
+
+/// What makes a Child SA the sender that the peer asked for. RFC 7296 §2.8: the responder may send as
+/// soon as its response left, which the peer may not have processed when the first packet arrives. So
+/// where another sends already (reauthentication makes before it breaks), it waits: for a packet, for
+/// the other's end, or [`DEFER`].
+pub(crate) fn first_use(step: &Step<'_, '_>, sa: &IkeSa, name: &str) -> u64 {
+    let connection = sa.connection.as_deref().unwrap_or_default();
+    let others = step.of_connection(connection).into_iter().flat_map(IkeSa::children);
+    let mut all = others.chain(sa.children());
+    let sends = |c: &Child| c.name == name && c.state == ChildState::Live && c.outbound > 0;
+    if all.any(sends) { 0 } else { step.next_outbound(sa) }
+}
+
+/// Those that waited for long enough send.
+pub(crate) fn use_deferred(step: &Step<'_, '_>, sa: &mut IkeSa) {
+    let (now, outbound) = (step.cx.now, step.next_outbound(sa));
+    let Phase::Established(established) = &mut sa.phase else { return };
+    let due = |c: &&mut Child| c.is_deferred() && c.since.after(DEFER).is_due(now);
+    for child in established.children.iter_mut().filter(due) {
+        child.outbound = outbound;
+    }
 }
 
 /// The first packet came in on a Child SA that only received: the peer is

@@ -58,7 +58,8 @@ fn earliest(e: &Established, conn: Option<&ConnectionConfig>, busy: bool) -> Opt
         ChildState::Retired(until) => Some(until),
         _ => None,
     });
-    let retired = retired.min();
+    let deferred = e.children.iter().filter(|c| c.is_deferred());
+    let retired = retired.chain(deferred.map(|c| c.since.after(child::DEFER))).min();
     if busy || e.waits() {
         // The next task waits for the response, or for the end of a doubt.
         return retired;
@@ -70,6 +71,7 @@ fn earliest(e: &Established, conn: Option<&ConnectionConfig>, busy: bool) -> Opt
         Fate::Live => e.expires_at.min(e.rekey_at),
     };
     let children = e.children.iter().map(|c| match c.state {
+        ChildState::Live if c.is_deferred() => c.since.after(child::DEFER),
         ChildState::Live
             if c.outbound == 0 || e.children.iter().any(|o| o.replaces == Some(c.spi_in)) =>
         {
@@ -104,6 +106,7 @@ pub(crate) fn tick(step: &mut Step<'_, '_>, mut sa: IkeSa) -> Result<(), Error> 
             });
         }
     }
+    child::use_deferred(step, &mut sa);
     established::advance(step, &mut sa)?;
     step.put(sa);
     Ok(())

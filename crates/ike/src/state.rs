@@ -448,7 +448,7 @@ pub(crate) struct Child {
     pub(crate) rekey_at: Stamp,
     #[n(11)]
     pub(crate) expires_at: Stamp,
-    /// Zero: not used outbound yet. Of all Child SAs of one name the one with
+    /// Zero: not used outbound yet, unless no other is (see [`Child::is_deferred`]). Of all Child SAs of one name the one with
     /// the highest number sends.
     #[n(12)]
     pub(crate) outbound: u64,
@@ -587,7 +587,8 @@ impl Established {
 
     /// A Child SA of it sends.
     pub(crate) fn carries(&self) -> bool {
-        self.children.iter().any(|c| c.state == ChildState::Live && c.outbound > 0)
+        let sends = |c: &Child| c.state == ChildState::Live && c.outbound > 0;
+        self.children.iter().any(|c| sends(c) || c.is_deferred())
     }
 
     /// In doubt, and nothing was begun yet to end that.
@@ -623,6 +624,11 @@ impl Child {
 
     pub(crate) fn is_retired(&self) -> bool {
         matches!(self.state, ChildState::Retired(_))
+    }
+
+    /// The peer asked for it, beside one that sends: it waits (`child::first_use`).
+    pub(crate) fn is_deferred(&self) -> bool {
+        self.state == ChildState::Live && self.outbound == 0 && self.replaces.is_none()
     }
 }
 

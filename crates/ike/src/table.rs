@@ -224,7 +224,8 @@ impl Table {
         let mut senders = Senders::new();
         for name in names {
             for child in self.of_connection(name).flat_map(IkeSa::children) {
-                if child.outbound == 0 || child.is_retired() {
+                // One that is deferred sends when the others are gone.
+                if (child.outbound == 0 && !child.is_deferred()) || child.is_retired() {
                     continue;
                 }
                 let best = senders.entry((name.clone(), child.name.clone())).or_default();

@@ -130,9 +130,24 @@ fn initial_contact_ends_old_sas() {
 
 // The same without INITIAL_CONTACT (peers.md 8: reauthentication is
 // make-before-break): a second IKE SA with the same identities is accepted, and
-// the newest Child SA sends. When it goes, the older one sends again.
+// the newest Child SA sends: not at once, for the peer may not have processed our
+// answer (RFC 7296 §2.8), but after a packet on it, after a while, or when the
+// older one goes. When it goes itself, the older one sends again.
 #[test]
 fn a_second_ike_sa_is_accepted() {
+    for when in [When::Heard, When::Later, When::OtherGone] {
+        second_ike_sa(when);
+    }
+}
+
+/// When the newer Child SA sends.
+enum When {
+    Heard,
+    Later,
+    OtherGone,
+}
+
+fn second_ike_sa(when: When) {
     let mut w = World::established();
     let first = w.sides[B].plane.sender("net").unwrap().spi_in;
     let mut config = config(A);
@@ -158,8 +173,24 @@ fn a_second_ike_sa_is_accepted() {
     };
     talk(&mut w, &mut other, &mut spis);
     assert_eq!(w.sides[B].ike.status(w.now).ike_sas.len(), 2);
-    let second = w.sides[B].plane.sender("net").unwrap().spi_in;
-    assert_ne!(second, first);
+    let second = *w.sides[B].plane.sas.keys().find(|spi| **spi != first).unwrap();
+    let sender = |w: &World| w.sides[B].plane.sender("net").unwrap().spi_in;
+    assert_eq!(sender(&w), first, "not at once");
+    match when {
+        When::Heard => w.with_side(B, |ike, cx| ike.note_inbound(cx, second)),
+        When::Later => {
+            w.run(Duration::from_millis(190));
+            assert_eq!(sender(&w), first);
+            w.run(Duration::from_millis(20));
+        }
+        When::OtherGone => {
+            w.terminate(A, Target::Connection(ConnectionId(0)));
+            w.settle();
+            assert_eq!(sender(&w), second);
+            return;
+        }
+    }
+    assert_eq!(sender(&w), second);
     let mut cx_rng = rng(78);
     let mut cx = Context { now: w.now, rng: &mut cx_rng, spis: &mut spis };
     other.terminate(&mut cx, Target::Connection(ConnectionId(0)));
