@@ -87,6 +87,14 @@ pub fn ensure(condition: bool, text: impl FnOnce() -> String) -> Result<()> {
     if condition { Ok(()) } else { Err(Error::Check(text())) }
 }
 
+/// Fails unless every count of a trial is zero.
+pub fn ensure_zero(trial: &str, counts: &[(&str, u64)]) -> Result<()> {
+    for (what, count) in counts {
+        ensure(*count == 0, || format!("{trial}: {count} {what}"))?;
+    }
+    Ok(())
+}
+
 /// Writes a whole file, naming it if that fails.
 pub fn write_file(path: &Path, text: impl AsRef<[u8]>) -> Result<()> {
     std::fs::write(path, text).doing(format!("write {}", path.display()))

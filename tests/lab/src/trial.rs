@@ -7,7 +7,7 @@
 use crate::charon::Spis;
 use crate::check;
 use crate::clock;
-use crate::error::{Result, ensure};
+use crate::error::{Result, ensure, ensure_zero};
 use crate::net;
 use crate::probe::{Measure, Way};
 use crate::run::Run;
@@ -138,26 +138,22 @@ impl Outcome {
             ("packets lost", if may_lose { 0 } else { self.lost() }),
             ("packets reordered", if self.kind == Kind::Switchover { self.reordered() } else { 0 }),
         ];
-        self.all_zero(&zeros)
+        ensure_zero(self.kind.title(), &zeros)
     }
 
     /// The part of [`Outcome::judge`] that no slow machine excuses.
     fn judge_safety(&self) -> Result<()> {
-        self.all_zero(&[
-            ("SPIs changed", self.spis_changed),
-            ("IKE exchanges", self.ike_exchanges),
-            ("TCP connections broken", self.tcp_broken),
-            ("packets in clear", self.clear_text),
-            ("ARP claims of the hurt host", self.arp_claims),
-            ("packets sent after SIGCONT", self.sent_after_thaw),
-        ])
-    }
-
-    fn all_zero(&self, counts: &[(&str, u64)]) -> Result<()> {
-        for (what, count) in counts {
-            ensure(*count == 0, || format!("{}: {count} {what}", self.kind.title()))?;
-        }
-        Ok(())
+        ensure_zero(
+            self.kind.title(),
+            &[
+                ("SPIs changed", self.spis_changed),
+                ("IKE exchanges", self.ike_exchanges),
+                ("TCP connections broken", self.tcp_broken),
+                ("packets in clear", self.clear_text),
+                ("ARP claims of the hurt host", self.arp_claims),
+                ("packets sent after SIGCONT", self.sent_after_thaw),
+            ],
+        )
     }
 
     /// How long the machine itself stood still about the longest silence, if that explains what was lost: then the trial

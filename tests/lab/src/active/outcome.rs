@@ -3,7 +3,7 @@
 use super::Flow;
 use super::trial::{OBSERVE, THAW_AFTER};
 use crate::clock;
-use crate::error::{Result, ensure};
+use crate::error::{Result, ensure, ensure_zero};
 use crate::probe::Measure;
 use crate::stall::StallWatch;
 use std::time::Duration;
@@ -201,38 +201,37 @@ impl Outcome {
         let planned = |count: u64| if self.event.is_planned() { count } else { 0 };
         // A withdrawn endpoint's return is a new tunnel, as its drain is the other's: what moves is not held to order.
         let adopted = |count: u64| if self.withdraws { 0 } else { count };
-        self.all_zero(&[
-            ("packets of planned work lost", planned(self.away.lost())),
-            ("packets reordered by planned work", adopted(planned(self.away.reordered()))),
-            ("packets of the other's flows lost", self.away.others_lost()),
-            ("packets lost on the way home", adopted(self.home.lost())),
-            ("packets of the other's flows lost on the way home", self.home.others_lost()),
-            ("packets reordered on the way home", adopted(self.home.reordered())),
-        ])
+        ensure_zero(
+            self.event.title(),
+            &[
+                ("packets of planned work lost", planned(self.away.lost())),
+                ("packets reordered by planned work", adopted(planned(self.away.reordered()))),
+                ("packets of the other's flows lost", self.away.others_lost()),
+                ("packets lost on the way home", adopted(self.home.lost())),
+                ("packets of the other's flows lost on the way home", self.home.others_lost()),
+                ("packets reordered on the way home", adopted(self.home.reordered())),
+            ],
+        )
     }
 
     /// The part of [`Outcome::judge`] that no slow machine excuses.
     pub fn judge_safety(&self) -> Result<()> {
         let adopted = |count: u64| if self.withdraws { 0 } else { count };
-        self.all_zero(&[
-            ("flows moved to another tunnel", adopted(self.flows_moved())),
-            ("flows of the other moved to another tunnel", self.others_moved()),
-            ("flows that stayed in the withdrawn tunnel", self.unmoved),
-            ("flows not in their own tunnel at the end", self.strayed),
-            ("SPIs changed", self.spis_changed),
-            ("IKE exchanges", adopted(self.ike_exchanges())),
-            ("TCP connections broken", self.tcp_broken),
-            ("packets in clear", self.clear_text),
-            ("ARP claims of the hurt host", self.arp_claims),
-            ("packets sent after SIGCONT", self.sent_after_thaw),
-        ])
-    }
-
-    fn all_zero(&self, counts: &[(&str, u64)]) -> Result<()> {
-        for (what, count) in counts {
-            ensure(*count == 0, || format!("{}: {count} {what}", self.event.title()))?;
-        }
-        Ok(())
+        ensure_zero(
+            self.event.title(),
+            &[
+                ("flows moved to another tunnel", adopted(self.flows_moved())),
+                ("flows of the other moved to another tunnel", self.others_moved()),
+                ("flows that stayed in the withdrawn tunnel", self.unmoved),
+                ("flows not in their own tunnel at the end", self.strayed),
+                ("SPIs changed", self.spis_changed),
+                ("IKE exchanges", adopted(self.ike_exchanges())),
+                ("TCP connections broken", self.tcp_broken),
+                ("packets in clear", self.clear_text),
+                ("ARP claims of the hurt host", self.arp_claims),
+                ("packets sent after SIGCONT", self.sent_after_thaw),
+            ],
+        )
     }
 
     /// The longest pause of the machine itself, if pauses explain every silence that broke a bar (see

@@ -15,15 +15,18 @@
 //! it chose; where endpoints are withdrawn it is judged by nothing else. There is no `marks_seen`: the captured ESP proves the
 //! capture.
 
-use crate::{Args, IvCount, excused, keep_evidence, print_document, random_phase, tenth};
+use crate::series::{Found, Stage, series};
+use crate::{Args, print_document, random_phase, tenth};
 use lab::active::outcome::Leg;
 use lab::active::trial::watched;
-use lab::active::{Active, Event, Outcome};
-use lab::clock;
+use lab::active::{Active, Event, OnFailure, Outcome};
+use lab::capture::Recording;
+use lab::check::IvChecker;
 use lab::run::Run;
 use lab::stall::StallWatch;
 use lab::stats::{maximum, nearest_rank};
-use lab::tandem::Bins;
+use lab::tandem::{Bins, Daemon};
+use lab::{Error, clock};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -66,7 +69,8 @@ struct Summary {
 }
 
 impl Summary {
-    fn of(outcomes: &[Outcome], failed: u64, (packets_checked, iv_repeats): (u64, u64)) -> Summary {
+    fn of(found: &Found<Outcome>) -> Summary {
+        let outcomes = &found.outcomes;
         let ms = |value: fn(&Outcome) -> Duration| -> Vec<f64> {
             outcomes.iter().map(|outcome| clock::millis(value(outcome))).collect()
         };
@@ -95,8 +99,8 @@ impl Summary {
             packets_placed: sum(|o| o.placed),
             spis_changed: sum(|o| o.spis_changed),
             tcp_broken: sum(|o| o.tcp_broken),
-            packets_checked,
-            iv_repeats,
+            packets_checked: found.packets_checked,
+            iv_repeats: found.iv_repeats,
             reordered_max: max(|o| o.away.reordered()),
             tcp_reordered: sum(|o| o.away.tcp_reordered + o.home.tcp_reordered),
             back_gap_max_ms: tenth(maximum(&ms(|o| o.away.back_gap().max(o.home.back_gap())))),
@@ -107,8 +111,8 @@ impl Summary {
             arp_claims: sum(|o| o.arp_claims),
             sent_after_thaw: sum(|o| o.sent_after_thaw),
             frames_checked: sum(|o| o.frames),
-            failed,
-            stood_still: 0,
+            failed: found.failed,
+            stood_still: found.stood_still,
             spis_compared: sum(|o| o.spis_compared),
         }
     }
@@ -120,61 +124,72 @@ impl Summary {
     }
 }
 
+/// Left and right in turn.
+struct Turns<'r> {
+    run: &'r Run,
+    bins: &'r Bins,
+    on_failure: OnFailure,
+}
+
+impl Stage for Turns<'_> {
+    type Scene = Active;
+    type Kind = Event;
+    type Outcome = Outcome;
+
+    fn build(&self, say: &mut dyn FnMut(&str)) -> lab::Result<Active> {
+        Active::stage(self.run, self.bins, self.on_failure, say)
+    }
+
+    fn play(&self, scene: &mut Active, event: Event, number: u32) -> lab::Result<Outcome> {
+        let hurt = 1 - number as usize % 2;
+        watched(self.run, scene, event, hurt, random_phase(), &mut |_, _| {})
+    }
+
+    fn tell(&self, scene: &Active, outcome: &Outcome) -> String {
+        format!("{}: {}", scene.instances[outcome.hurt].name, outcome.tell())
+    }
+
+    fn judge(&self, scene: &Active, outcome: &Outcome) -> lab::Result<()> {
+        let flows = || outcome.tell_flows(&scene.flows);
+        outcome.judge().map_err(|problem| Error::check(format!("{problem} ({})", flows())))
+    }
+
+    fn stood_still(&self, outcome: &Outcome, stalls: &StallWatch) -> Option<Duration> {
+        outcome.stood_still(stalls)
+    }
+
+    fn forget(&self, scene: &Active, outcome: &Outcome) {
+        scene.forget(outcome.away.from);
+    }
+
+    fn look(&self, scene: &mut Active) -> lab::Result<()> {
+        scene.look(self.run).map(Recording::discard)
+    }
+
+    fn key(&self, event: Event) -> &'static str {
+        event.key()
+    }
+
+    fn ivs<'s>(&self, scene: &'s Active) -> &'s IvChecker {
+        &scene.ivs
+    }
+
+    fn instances<'s>(&self, scene: &'s Active) -> &'s [Daemon; 2] {
+        &scene.instances
+    }
+}
+
 pub(crate) fn trials(args: &Args, run: &Run, bins: &Bins, events: &[Event]) -> lab::Result<u64> {
-    let mut scene = Active::stage(run, bins, args.on_failure, &mut |line| eprintln!("  {line}"))?;
+    let stage = Turns { run, bins, on_failure: args.on_failure };
+    let mut scene = stage.build(&mut |line| eprintln!("  {line}"))?;
     let stalls = StallWatch::start()?;
     let mut summaries = BTreeMap::new();
     let mut faults = 0;
     for event in events {
-        let mut seen = IvCount::of(&scene.ivs);
-        let mut counted = (0, 0);
-        let (mut failed, mut stood_still, mut trial) = (0, 0, 0);
-        let mut outcomes: Vec<Outcome> = Vec::new();
-        while trial < args.trials {
-            trial += 1;
-            let hurt = 1 - trial as usize % 2;
-            let logged = scene.instances.each_ref().map(|instance| instance.log().len());
-            let name = format!("{} {trial}/{}", event.key(), args.trials);
-            let file = format!("{}-{trial}", event.key());
-            let result = watched(run, &mut scene, *event, hurt, random_phase(), &mut |_, _| {});
-            let outcome = match result {
-                Ok(outcome) => outcome,
-                Err(error) => {
-                    failed += 1;
-                    eprintln!("  {name}: FAILED: {error}");
-                    keep_evidence(run, &scene.instances, &file, logged)?;
-                    seen.add_to(&scene.ivs, &mut counted);
-                    drop(scene);
-                    run.clear_namespaces();
-                    scene = Active::stage(run, bins, args.on_failure, &mut |_| {})?;
-                    seen = IvCount::of(&scene.ivs);
-                    continue;
-                }
-            };
-            eprintln!("  {name}: {}: {}", scene.instances[hurt].name, outcome.tell());
-            scene.forget(outcome.away.from);
-            if let Err(problem) = outcome.judge() {
-                eprintln!("      FAILED: {problem} ({})", outcome.tell_flows(&scene.flows));
-                keep_evidence(run, &scene.instances, &file, logged)?;
-                if let Some(pause) = outcome.stood_still(&stalls)
-                    && stood_still < excused(args.trials)
-                {
-                    eprintln!(
-                        "      not counted, played again: the machine stood still for {:.0} ms",
-                        clock::millis(pause)
-                    );
-                    stood_still += 1;
-                    trial -= 1;
-                    continue;
-                }
-            }
-            outcomes.push(outcome);
-        }
-        scene.look(run)?.discard();
-        seen.add_to(&scene.ivs, &mut counted);
-        let summary =
-            Summary { stood_still: stood_still.into(), ..Summary::of(&outcomes, failed, counted) };
-        faults += summary.faults(&outcomes);
+        let (same, found) = series(args, run, &stage, scene, &stalls, *event)?;
+        scene = same;
+        let summary = Summary::of(&found);
+        faults += summary.faults(&found.outcomes);
         summaries.insert(event.key(), summary);
     }
     scene.check_clean()?;

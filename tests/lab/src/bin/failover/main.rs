@@ -6,14 +6,14 @@
 //! of a dead host, changed SPIs, broken connections, a flow in another tunnel than its own).
 
 mod active;
+mod series;
 mod standby;
 
 use clap::Parser;
 use lab::active::{Event, OnFailure};
-use lab::check::IvChecker;
 use lab::run::Run;
 use lab::scene::{PeerKind, Setup};
-use lab::tandem::{Bins, Daemon};
+use lab::tandem::Bins;
 use lab::trial::Kind;
 use lab::{Error, clock};
 use serde::Serialize;
@@ -178,52 +178,9 @@ fn print_document(document: &impl Serialize) -> lab::Result<()> {
     Ok(())
 }
 
-/// How many trials of a kind may be played again because the machine stood still.
-fn excused(trials: u32) -> u32 {
-    (trials / 10).max(1)
-}
-
 /// Tenths.
 fn tenth(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
-}
-
-/// What the daemons logged in a trial that kept not every bar: shown, and saved, since the next trial goes on with them.
-fn keep_evidence(
-    run: &Run,
-    instances: &[Daemon; 2],
-    name: &str,
-    logged: [usize; 2],
-) -> lab::Result<()> {
-    run.keep_files();
-    for (instance, skip) in instances.iter().zip(logged) {
-        let log = instance.log();
-        let new = log.get(skip..).unwrap_or_default();
-        let path = run.dir().join(format!("{name}-{}.log", instance.name));
-        lab::error::write_file(&path, new)?;
-        eprintln!("      {}, saved in {}:", instance.name, path.display());
-        for line in new.lines().take(15) {
-            eprintln!("        {line}");
-        }
-    }
-    Ok(())
-}
-
-/// What a scene's IV checker had counted at one moment.
-struct IvCount {
-    checked: u64,
-    repeats: u64,
-}
-
-impl IvCount {
-    fn of(ivs: &IvChecker) -> IvCount {
-        IvCount { checked: ivs.checked, repeats: ivs.iv_repeats }
-    }
-
-    fn add_to(&self, ivs: &IvChecker, (checked, repeats): &mut (u64, u64)) {
-        *checked += ivs.checked - self.checked;
-        *repeats += ivs.iv_repeats - self.repeats;
-    }
 }
 
 /// Uniform in [0, 1), from the clock's fine digits and a generator that no two calls share.

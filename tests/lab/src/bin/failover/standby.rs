@@ -16,13 +16,15 @@
 //! for a heartbeat interval or longer (`lab::stall`): played again and not counted, at most one of ten (of fewer, one); what must
 //! never be seen is never excused so. `marks_seen` proves the capture that `ike_exchanges` is counted in.
 
-use crate::{Args, IvCount, excused, keep_evidence, print_document, random_phase, tenth};
+use crate::series::{Found, Stage, series};
+use crate::{Args, print_document, random_phase, tenth};
+use lab::check::IvChecker;
 use lab::clock;
 use lab::run::Run;
 use lab::scene::{Scene, Setup};
 use lab::stall::StallWatch;
 use lab::stats::{maximum, nearest_rank};
-use lab::tandem::Bins;
+use lab::tandem::{Bins, Daemon};
 use lab::trial::{Kind, Outcome, run_trial};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -54,7 +56,8 @@ struct Summary {
 }
 
 impl Summary {
-    fn of(outcomes: &[Outcome], failed: u64, (packets_checked, iv_repeats): (u64, u64)) -> Summary {
+    fn of(found: &Found<Outcome>) -> Summary {
+        let outcomes = &found.outcomes;
         let gaps: Vec<f64> = outcomes.iter().map(|outcome| clock::millis(outcome.gap())).collect();
         let sum =
             |value: fn(&Outcome) -> u64| outcomes.iter().map(value).fold(0, u64::saturating_add);
@@ -68,8 +71,8 @@ impl Summary {
             sent: sum(Outcome::sent),
             spis_changed: sum(|outcome| outcome.spis_changed),
             tcp_broken: sum(|outcome| outcome.tcp_broken),
-            packets_checked,
-            iv_repeats,
+            packets_checked: found.packets_checked,
+            iv_repeats: found.iv_repeats,
             reordered_max: max(Outcome::reordered),
             ike_exchanges: sum(|outcome| outcome.ike_exchanges),
             tcp_connections: sum(|outcome| outcome.tcp_connections),
@@ -77,8 +80,8 @@ impl Summary {
             arp_claims: sum(|outcome| outcome.arp_claims),
             sent_after_thaw: sum(|outcome| outcome.sent_after_thaw),
             frames_checked: sum(|outcome| outcome.frames),
-            failed,
-            stood_still: 0,
+            failed: found.failed,
+            stood_still: found.stood_still,
             spis_compared: sum(|outcome| outcome.spis_compared),
             marks_seen: sum(|outcome| outcome.marks_seen),
         }
@@ -101,6 +104,75 @@ impl Summary {
     }
 }
 
+/// One owner.
+struct Owned<'r> {
+    run: &'r Run,
+    bins: &'r Bins,
+    setup: &'r Setup,
+}
+
+impl Stage for Owned<'_> {
+    type Scene = Scene;
+    type Kind = Kind;
+    type Outcome = Outcome;
+
+    fn build(&self, say: &mut dyn FnMut(&str)) -> lab::Result<Scene> {
+        Scene::build(self.run, self.bins, self.setup, say)
+    }
+
+    fn play(&self, scene: &mut Scene, kind: Kind, _: u32) -> lab::Result<Outcome> {
+        run_trial(self.run, scene, kind, random_phase(), &mut |_, _| {})
+    }
+
+    fn tell(&self, _: &Scene, outcome: &Outcome) -> String {
+        let losses = match outcome.lost() {
+            0 => String::new(),
+            _ => format!("\n      lost: {}; dropped: {:?}", outcome.losses, outcome.drops),
+        };
+        format!(
+            "{} → {}, gap {:.1} ms, lost {} of {}, reordered {}, SPIs changed {}, exchanges {}, TCP broken {}{losses}",
+            outcome.owner_before,
+            outcome.owner_after,
+            clock::millis(outcome.gap()),
+            outcome.lost(),
+            outcome.sent(),
+            outcome.reordered(),
+            outcome.spis_changed,
+            outcome.ike_exchanges,
+            outcome.tcp_broken
+        )
+    }
+
+    fn judge(&self, _: &Scene, outcome: &Outcome) -> lab::Result<()> {
+        outcome.judge()
+    }
+
+    fn stood_still(&self, outcome: &Outcome, stalls: &StallWatch) -> Option<Duration> {
+        outcome.stood_still(stalls)
+    }
+
+    fn forget(&self, scene: &Scene, outcome: &Outcome) {
+        scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
+    }
+
+    fn look(&self, scene: &mut Scene) -> lab::Result<()> {
+        scene.look(self.run)?.discard();
+        Ok(())
+    }
+
+    fn key(&self, kind: Kind) -> &'static str {
+        kind.key()
+    }
+
+    fn ivs<'s>(&self, scene: &'s Scene) -> &'s IvChecker {
+        &scene.ivs
+    }
+
+    fn instances<'s>(&self, scene: &'s Scene) -> &'s [Daemon; 2] {
+        &scene.instances
+    }
+}
+
 pub(crate) fn trials(
     args: &Args,
     run: &Run,
@@ -108,75 +180,14 @@ pub(crate) fn trials(
     setup: &Setup,
     kinds: &[Kind],
 ) -> lab::Result<u64> {
-    let mut scene = Scene::build(run, bins, setup, &mut |line| eprintln!("  {line}"))?;
+    let stage = Owned { run, bins, setup };
+    let mut scene = stage.build(&mut |line| eprintln!("  {line}"))?;
     let stalls = StallWatch::start()?;
     let mut summaries = BTreeMap::new();
     for kind in kinds {
-        let mut seen = IvCount::of(&scene.ivs);
-        let mut counted = (0, 0);
-        let mut failed = 0;
-        let mut stood_still = 0;
-        let mut outcomes: Vec<Outcome> = Vec::new();
-        let mut trial = 0;
-        while trial < args.trials {
-            trial += 1;
-            let logged = scene.instances.each_ref().map(|instance| instance.log().len());
-            let outcome = match run_trial(run, &mut scene, *kind, random_phase(), &mut |_, _| {}) {
-                Ok(outcome) => outcome,
-                Err(error) => {
-                    failed += 1;
-                    eprintln!("  {} {trial}/{}: FAILED: {error}", kind.key(), args.trials);
-                    seen.add_to(&scene.ivs, &mut counted);
-                    run.keep_files();
-                    drop(scene);
-                    run.clear_namespaces();
-                    scene = Scene::build(run, bins, setup, &mut |_| {})?;
-                    seen = IvCount::of(&scene.ivs);
-                    continue;
-                }
-            };
-            eprintln!(
-                "  {} {trial}/{}: {} → {}, gap {:.1} ms, lost {} of {}, reordered {}, SPIs changed {}, exchanges {}, \
-                 TCP broken {}",
-                kind.key(),
-                args.trials,
-                outcome.owner_before,
-                outcome.owner_after,
-                clock::millis(outcome.gap()),
-                outcome.lost(),
-                outcome.sent(),
-                outcome.reordered(),
-                outcome.spis_changed,
-                outcome.ike_exchanges,
-                outcome.tcp_broken
-            );
-            if outcome.lost() > 0 {
-                eprintln!("      lost: {}; dropped: {:?}", outcome.losses, outcome.drops);
-            }
-            if let Err(problem) = outcome.judge() {
-                eprintln!("      FAILED: {problem}");
-                keep_evidence(run, &scene.instances, &format!("{}-{trial}", kind.key()), logged)?;
-                if let Some(pause) = outcome.stood_still(&stalls)
-                    && stood_still < excused(args.trials)
-                {
-                    eprintln!(
-                        "      not counted, played again: the machine stood still for {:.0} ms",
-                        clock::millis(pause)
-                    );
-                    stood_still += 1;
-                    trial -= 1;
-                    scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
-                    continue;
-                }
-            }
-            scene.udp.forget(outcome.event.saturating_sub(Duration::from_secs(5)));
-            outcomes.push(outcome);
-        }
-        scene.look(run)?.discard();
-        seen.add_to(&scene.ivs, &mut counted);
-        let summary =
-            Summary { stood_still: stood_still.into(), ..Summary::of(&outcomes, failed, counted) };
-        summaries.insert(kind.key(), summary);
+        let (same, found) = series(args, run, &stage, scene, &stalls, *kind)?;
+        scene = same;
+        summaries.insert(kind.key(), Summary::of(&found));
     }
     scene.check_clean()?;
     if args.json {
