@@ -128,6 +128,7 @@ impl Gateway {
             ha::How::Grant(payload) => ("switchover", peer_message::decode::<Counters>(&payload.0)),
             ha::How::Heal => ("heal", None),
             ha::How::Resume => ("switchover taken back", None),
+            ha::How::Doubt => ("doubt", None),
             ha::How::Free => ("found free", None),
         };
         tracing::info!(endpoint = e.name, %term, how = kind, synced = own.synced, "this instance is the owner");

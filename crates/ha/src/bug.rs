@@ -17,6 +17,8 @@ pub enum Bug {
     TermParity,
     /// Invariant 2: a lease counts as acknowledged when it is sent.
     LeaseBeforeAck,
+    /// Invariant 2: who was stopped goes on with its old numbers, although the other may have owned before it died.
+    UsurperForgotten,
     /// Invariant 3: the owner's fence ignores echoes.
     FenceByTurnAlone,
     /// Invariant 3: after a late turn the fence opens without listening.

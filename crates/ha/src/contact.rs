@@ -17,7 +17,8 @@
 //! means that we, not the other, were away: silence is then counted afresh for `dead_after`, and
 //! what we missed is not taken for silence: time away is not waited; who did not speak for
 //! `fence_after` may have been judged dead by an owner that went on alone, so the state counts as
-//! exact only when the owner says so to somebody it hears again; and who was away for about
+//! exact only when the owner says so to somebody it hears again; who owned may have been taken
+//! over from by a process that ended before it could say so; and who was away for about
 //! `boot_wait` may meet a new process that owns by now, which takes a reconnect to hear of.
 //!
 //! Heartbeats are numbered. On each link the number must grow (a copy or an old one is dropped);
@@ -128,6 +129,12 @@ pub(crate) struct Contact {
     echo: u64,
     /// The other's word that our state is exact counts when it echoes what was sent after this.
     sync_mark: u64,
+    /// We were away in contact, for so long that the other may have judged us dead: it has not
+    /// until it echoes what was sent after this.
+    unheard: Option<u64>,
+    /// How often the other died, or seemed to, of which we do not know whether it had judged us
+    /// dead: it may have owned whatever we own.
+    pub(crate) usurpers: u64,
     /// The first heartbeat of the present contact, or the last after which the other listens
     /// afresh because it was late.
     pub(crate) regained_at: Option<Duration>,
@@ -162,6 +169,8 @@ impl Contact {
             returned: None,
             echo: 0,
             sync_mark: 0,
+            unheard: None,
+            usurpers: 0,
             regained_at: None,
             next_number: 1,
             last_sent: 0,
@@ -225,9 +234,17 @@ impl Contact {
         if late && self.death != Some(Death::Proven) {
             self.sync_mark = self.sync_mark.max(self.last_sent);
         }
+        self.lose_unheard();
         self.alive = false;
         self.death = Some(Death::Proven);
         self.proven_at = Some(now);
+    }
+
+    /// The other died and had not echoed anything since we were away.
+    fn lose_unheard(&mut self) {
+        if self.unheard.take().is_some() {
+            self.usurpers += 1;
+        }
     }
 
     /// A turn: notes whether it comes late, and what that makes doubtful.
@@ -254,6 +271,9 @@ impl Contact {
         // Our last heartbeat left up to an interval before the last turn.
         if away + config.heartbeat >= config.fence_after {
             self.sync_mark = mark;
+            if self.alive {
+                self.unheard = Some(mark);
+            }
         }
         if away >= config.dead_after {
             self.rejoin_until = now + REJOIN;
@@ -346,6 +366,7 @@ impl Contact {
             self.echo = self.echo.max(heartbeat.echo);
             self.met = true;
             self.returned = self.returned.filter(|back| heartbeat.echo <= back.mark);
+            self.unheard = self.unheard.filter(|mark| heartbeat.echo <= *mark);
             let sample = now
                 .saturating_sub(Duration::from_nanos(heartbeat.echo))
                 .saturating_sub(Duration::from_nanos(heartbeat.held));
@@ -455,6 +476,7 @@ impl Contact {
         } else if now >= heard_at + config.dead_after && now >= self.listen_until {
             self.alive = false;
             self.death = Some(Death::Silence);
+            self.lose_unheard();
         } else {
             return None;
         }

@@ -4,8 +4,8 @@
 //!                        acquire (ownership)
 //!        ┌────────────────────────────────────────────────────────┐
 //!        │                                                        ▼
-//!    Follower ◄── tail handed over ── Yielding ◄── superseded ── Owner ──┐ heal, resume:
-//!   (empty or shadow)                              or healed      │ ▲    │ a new term
+//!    Follower ◄── tail handed over ── Yielding ◄── superseded ── Owner ──┐ heal, resume,
+//!   (empty or shadow)                              or healed      │ ▲    │ doubt: a new term
 //!        ▲                                                        │ └────┘
 //!        └───────────────── granted, goodbye ─────────────────────┘
 //! ```
@@ -109,6 +109,8 @@ pub(crate) struct Endpoint {
     pub(crate) taken: Term,
     /// The rival (boot, term) above which we have already taken a new term.
     pub(crate) healed: Option<(u64, Term)>,
+    /// How many possible usurpers ([`Contact::usurpers`]) our present term is above.
+    pub(crate) above_usurpers: u64,
     pub(crate) incoming: Option<HandoverIn>,
     /// Not to be handed back unasked.
     pub(crate) declines: bool,
@@ -152,6 +154,7 @@ impl Endpoint {
             refused: Term::NONE,
             taken: Term::NONE,
             healed: None,
+            above_usurpers: 0,
             incoming: None,
             declines: false,
             drains: false,

@@ -74,6 +74,9 @@ pub enum How {
     /// We owned it already and had offered it; contact was lost before an answer came. The other
     /// may have used numbers up to the ceilings in the grant, so start above these.
     Resume,
+    /// We owned it already, and were stopped for so long that the other may have taken over; it died
+    /// before it could say so.
+    Doubt,
     /// We follow nobody, the other lives and owns nothing, and our claim is the better one.
     Free,
 }

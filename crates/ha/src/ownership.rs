@@ -16,6 +16,8 @@
 //!   empty: a shadow with state of its own ► stands down, and that owns when it has heard of it
 //!   a rival with the worse claim, or what
 //!   stood down from a higher term ──────► takes a term above both, announces again
+//!   nothing more of who may have owned
+//!   while we were stopped ──────────────► takes a new term, in doubt
 //! ```
 //! Claims are compared by class (owning or synced 2, unsynced 1, empty 0), then by term; equal
 //! empty ones by home, unless the home's uplink is dead. Both sides compare the same two claims,
@@ -129,7 +131,10 @@ impl Endpoint {
 
     pub(crate) fn ownership_turn(&mut self, cx: &mut Cx<'_>) {
         match &self.role {
-            Role::Owner(_) => self.heal(cx),
+            Role::Owner(_) => {
+                self.heal(cx);
+                self.doubt(cx);
+            }
             Role::Yielding(_) => self.yield_turn(cx),
             Role::Follower(_) => {
                 if let Some((how, synced)) = self.claimable(cx) {
@@ -237,12 +242,14 @@ impl Endpoint {
     /// Takes the endpoint under a new term (ha.md, "Takeover, in order").
     pub(crate) fn acquire(&mut self, cx: &mut Cx<'_>, term: Term, how: How, synced: bool) {
         let kept = matches!(self.role, Role::Owner(_));
+        let synced = synced && !(kept && self.usurped(cx));
         if self.store.lineage == Lineage::NONE {
             self.store.lineage = Lineage(cx.rng.draw());
         }
         self.store.term = term;
         self.terms.heard(term);
         self.term_wanted = None;
+        self.above_usurpers = cx.contact.usurpers;
         if !kept {
             self.dirty.clear();
         }
@@ -329,6 +336,24 @@ impl Endpoint {
                 self.healed = Some((boot, claim.term));
                 self.acquire(cx, term, How::Heal, true);
             }
+            None => self.wait_for_term(cx),
+        }
+    }
+
+    fn usurped(&self, cx: &Cx<'_>) -> bool {
+        self.adopted
+            && self.above_usurpers != cx.contact.usurpers
+            && cx.bug != Bug::UsurperForgotten
+    }
+
+    /// We were stopped, and the other died before we heard from it again: it may have owned meanwhile, and used numbers
+    /// that we know nothing of.
+    fn doubt(&mut self, cx: &mut Cx<'_>) {
+        if !self.usurped(cx) {
+            return;
+        }
+        match self.terms.next() {
+            Some(term) => self.acquire(cx, term, How::Doubt, false),
             None => self.wait_for_term(cx),
         }
     }
@@ -485,6 +510,7 @@ impl How {
             How::Grant(_) => "switchover",
             How::Heal => "heal",
             How::Resume => "resume",
+            How::Doubt => "doubt",
             How::Free => "free",
         }
     }

@@ -179,6 +179,51 @@ fn two_takeovers_in_doubt_start_at_different_numbers() {
     assert_eq!(jumps, [(1, config::JUMP_UNSYNCED[1]), (0, config::JUMP_UNSYNCED[0])]);
 }
 
+/// The owner is suspended, the other takes over, sends and dies; the owner comes back and hears nothing of it. Whoever
+/// then takes over from it by silence would start where the dead one did.
+pub(super) fn a_takeover_that_nobody_tells_of(bug: Bug) {
+    for restarts in [true, false] {
+        let mut world = pair_in_sync(bug);
+        suspend(&mut world, 0, 900 * MS);
+        world.run_for(750 * MS);
+        let (host, own) = last_own(&world);
+        assert_eq!((host, own.how, own.seq_jump), (1, How::Silence, config::JUMP_SILENCE));
+        world.fault(Fault::Kill(1));
+        if restarts {
+            world.run_for(50 * MS);
+            world.fault(Fault::Start { host: 1, lose_terms: false });
+        }
+        until(&mut world, 2000, |world| open(world, 0));
+        if restarts {
+            until(&mut world, 2000, World::converged);
+            world.fault(Fault::Pause(0, 1000 * MS));
+            until(&mut world, 300, |world| owner(world).contains(&1));
+            world.run_for(300 * MS);
+        }
+        let (_, own) = world.ledger.owns.iter().rfind(|(host, _)| *host == 0).unwrap();
+        let expected = (How::Doubt, false, config::JUMP_UNSYNCED[0]);
+        assert_eq!((own.how.clone(), own.synced, own.seq_jump), expected);
+    }
+}
+
+#[test]
+fn an_owner_that_was_away_goes_on_in_doubt_when_the_other_died_meanwhile() {
+    a_takeover_that_nobody_tells_of(Bug::None);
+}
+
+/// Away, but the other lives and has not taken over: nothing is in doubt.
+#[test]
+fn an_owner_that_was_away_for_a_moment_keeps_its_term() {
+    let mut world = pair_in_sync(Bug::None);
+    world.fault(Fault::Pause(0, 65 * MS));
+    world.run_for(300 * MS);
+    world.fault(Fault::Kill(1));
+    world.run_for(300 * MS);
+    world.fault(Fault::Start { host: 1, lose_terms: false });
+    until(&mut world, 3000, World::converged);
+    assert_eq!((owner(&world), world.ledger.owns.len()), (vec![0], 1));
+}
+
 /// The standby was away for less than dead_after, and its first heartbeats echo only old ones.
 #[test]
 fn a_standby_that_was_away_for_a_moment_closes_nothing() {

@@ -689,6 +689,7 @@ fn announcements_follow_the_plan() {
 /// Scenarios that a deliberate bug must fail, where seeds alone would take long to find it.
 pub(super) fn found(bug: Bug) -> Option<String> {
     let panic = catch_unwind(AssertUnwindSafe(|| match bug {
+        Bug::UsurperForgotten => super::absence::a_takeover_that_nobody_tells_of(bug),
         Bug::FenceWithoutListening => a_pause_in_a_partition(bug),
         Bug::AloneTooLong => a_lone_owner_stops(bug),
         Bug::GrantAfterRefusal => a_grant_that_comes_too_late(bug),

@@ -225,6 +225,7 @@ fn deliberate_bugs_are_found() {
         (Bug::TermReuse, "invariant 1"),
         (Bug::TermParity, "invariant 1"),
         (Bug::LeaseBeforeAck, "invariant 2"),
+        (Bug::UsurperForgotten, "invariant 2"),
         (Bug::FenceByTurnAlone, "invariant 3"),
         (Bug::FenceWithoutListening, "invariant 3"),
         (Bug::AloneTooLong, "invariant 3"),
