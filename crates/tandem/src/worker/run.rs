@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use esp::coalesce::Run;
+use esp::segment::Segments;
 use esp::{Batch, Direction, Shard, Slot, Verdict};
 use netio::clock::boottime;
 use netio::tun::Tun;
@@ -17,10 +18,11 @@ use netio::wake::{Poller, QueueReceiver, Ready};
 use wire::id::EndpointId;
 use wire::ip::Ecn;
 use wire::natt::{self, Datagram};
+use wire::vnet::Carried;
 
 use super::counters::add;
 use super::outlet::Outlet;
-use super::{BATCH, Counters, EndpointSocket, Start, WorkerCommand, WorkerEvent, is_long};
+use super::{BATCH, Counters, EndpointSocket, SLOTS, Start, WorkerCommand, WorkerEvent, is_long};
 use crate::link::{SteerPort, SteerSender};
 
 const TUN: u64 = 0;
@@ -43,6 +45,8 @@ pub(super) struct State {
     commands: QueueReceiver<WorkerCommand>,
     poller: Poller,
     batch: Batch,
+    /// What one read of the TUN gives.
+    read: Box<[u8]>,
     /// What control passed on: steered datagrams that came to its socket.
     strays: VecDeque<(u8, Vec<u8>)>,
     /// Where the first packet of the next batch waits, when steered packets change their direction.
@@ -95,13 +99,14 @@ impl State {
         }
         let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
         Ok(Self {
-            batch: Batch::new(BATCH, shard.slot_len),
+            batch: Batch::new(SLOTS, shard.slot_len),
+            read: vec![0; netio::tun::READ_LEN].into_boxed_slice(),
             spare: Slot::new(shard.slot_len),
             strays: VecDeque::new(),
             shard: Shard::new(shard),
             fences: vec![Duration::ZERO; start.fences.len()],
             io: Io {
-                merging: start.tun.takes_runs(),
+                merging: start.tun.takes_runs(Carried::Tcp),
                 tun: start.tun,
                 words: start.fences,
                 steer: None,
@@ -232,22 +237,37 @@ impl State {
         }
     }
 
+    /// Reads until the batch is full or nothing is left; what a read gives in one piece is split into the batch.
     fn read_tun(&mut self) -> io::Result<()> {
-        while let Some(slot) = self.batch.push() {
-            match self.io.tun.read(slot.room()) {
-                Ok(Some(length)) => slot.set_len(length),
-                Ok(None) => {
-                    self.batch.pop();
-                    break;
+        while self.batch.len() <= SLOTS - BATCH
+            && let Some((length, offload)) = self.io.tun.read(&mut self.read)?
+        {
+            let whole = |read: &[u8]| Segments::new(read.get(..length)?, offload);
+            let Some(mut segments) = whole(&self.read) else {
+                add(&self.io.counters.tun_malformed, 1);
+                continue;
+            };
+            let mut count = 0;
+            while !segments.is_done() {
+                if self.batch.is_full() {
+                    self.judge(Direction::Outbound);
                 }
-                Err(error) => {
-                    self.batch.pop();
-                    return Err(error);
+                let Some(slot) = self.batch.push() else { break };
+                let read = self.read.get(..length).unwrap_or_default();
+                match segments.next_into(read, slot.room()) {
+                    Some(length) => slot.set_len(length),
+                    None => {
+                        self.batch.pop();
+                        add(&self.io.counters.tun_malformed, 1);
+                        break;
+                    }
                 }
+                count += 1;
             }
+            add(&self.io.counters.tun_read, count);
+            add(&self.io.counters.tun_split, u64::from(count > 1));
         }
         if !self.batch.is_empty() {
-            add(&self.io.counters.tun_read, self.batch.len() as u64);
             self.judge(Direction::Outbound);
         }
         Ok(())

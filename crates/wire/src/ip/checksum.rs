@@ -82,6 +82,45 @@ fn pseudo_header(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Option<u
     }
 }
 
+/// A one's-complement sum under way.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sum(u64);
+
+impl Sum {
+    /// Of some bytes; an odd last one is padded with zero.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Sum {
+        Sum(sum(bytes))
+    }
+
+    /// Of both; what stands behind begins at an even place.
+    #[must_use]
+    #[expect(clippy::should_implement_trait, reason = "a chain of calls reads like the sum")]
+    pub fn add(self, other: Sum) -> Sum {
+        Sum(self.0 + other.0)
+    }
+
+    /// With one more word.
+    #[must_use]
+    pub fn add_u16(self, word: u16) -> Sum {
+        Sum(self.0 + u64::from(word))
+    }
+
+    /// The checksum: its complement.
+    #[must_use]
+    pub fn finish(self) -> u16 {
+        !fold(self.0)
+    }
+}
+
+/// Copies as much as both hold, and sums it up.
+pub fn copy_and_sum(to: &mut [u8], from: &[u8]) -> Sum {
+    let n = to.len().min(from.len());
+    let (to, from) = (to.get_mut(..n).unwrap_or_default(), from.get(..n).unwrap_or_default());
+    to.copy_from_slice(from);
+    Sum::of(to)
+}
+
 /// A checksum after one 16-bit word under it changed (RFC 1624 §3, equation 3).
 pub(super) fn update(checksum: u16, before: u16, after: u16) -> u16 {
     !fold(u64::from(!checksum) + u64::from(!before) + u64::from(after))
