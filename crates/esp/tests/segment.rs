@@ -218,6 +218,30 @@ proptest! {
     }
 }
 
+/// RFC 768: a computed zero is sent as all ones, since zero says that there is none.
+#[test]
+fn no_datagram_says_that_it_has_no_checksum() {
+    let mut sent = Sent {
+        carried: Carried::Udp,
+        ipv6: false,
+        traffic_class: 0,
+        id: 1,
+        ip_options: 0,
+        seq: 0,
+        flags: 0,
+        tcp_options: 0,
+        payload: vec![0; 2],
+    };
+    let udp = |packet: &[u8]| [packet[26], packet[27]];
+    let sum = udp(&sent.finished());
+    sent.payload = sum.to_vec();
+    let whole = sent.unfinished();
+    let got = split(&whole, Offload::Checksum { from: 20, at: 26 }).unwrap();
+    assert_eq!(udp(&got[0]), [0xff, 0xff]);
+    let one = Offload::Segments { carried: Carried::Udp, segment_len: 2, transport_at: 20 };
+    assert_eq!(udp(&split(&whole, one).unwrap()[0]), [0xff, 0xff]);
+}
+
 #[test]
 fn what_is_not_so_is_refused() {
     let sent = Sent {
