@@ -37,11 +37,8 @@ use crate::link::{SteerHead, SteerPort, SteerSender};
 
 pub use counters::{Counters, Snapshot};
 
-/// Packets that one recvmmsg gives, and about as many as one read of the TUN.
+/// Packets in one batch: what one recvmmsg takes, and more than one read of the TUN gives at an Ethernet's MTU.
 pub const BATCH: usize = netio::udp::BATCH;
-
-/// Packets in one batch: two such reads.
-const SLOTS: usize = 2 * BATCH;
 
 /// How to open a port-4500 socket: with the outer TOS byte, which RFC 6040 needs.
 pub const SOCKET_OPTIONS: Options =

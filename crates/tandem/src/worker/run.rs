@@ -18,11 +18,11 @@ use netio::wake::{Poller, QueueReceiver, Ready};
 use wire::id::EndpointId;
 use wire::ip::Ecn;
 use wire::natt::{self, Datagram};
-use wire::vnet::Carried;
+use wire::vnet::{Carried, Offload};
 
 use super::counters::add;
 use super::outlet::Outlet;
-use super::{BATCH, Counters, EndpointSocket, SLOTS, Start, WorkerCommand, WorkerEvent, is_long};
+use super::{BATCH, Counters, EndpointSocket, Start, WorkerCommand, WorkerEvent, is_long};
 use crate::link::{SteerPort, SteerSender};
 
 const TUN: u64 = 0;
@@ -99,7 +99,7 @@ impl State {
         }
         let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
         Ok(Self {
-            batch: Batch::new(SLOTS, shard.slot_len),
+            batch: Batch::new(BATCH, shard.slot_len),
             read: vec![0; netio::tun::READ_LEN].into_boxed_slice(),
             spare: Slot::new(shard.slot_len),
             strays: VecDeque::new(),
@@ -237,40 +237,48 @@ impl State {
         }
     }
 
-    /// Reads until the batch is full or nothing is left; what a read gives in one piece is split into the batch.
+    /// Reads until the batch is full or nothing is left, or until a read gave several packets in one piece, which are
+    /// then the end of the batch.
     fn read_tun(&mut self) -> io::Result<()> {
-        while self.batch.len() <= SLOTS - BATCH
+        while !self.batch.is_full()
             && let Some((length, offload)) = self.io.tun.read(&mut self.read)?
         {
-            let whole = |read: &[u8]| Segments::new(read.get(..length)?, offload);
-            let Some(mut segments) = whole(&self.read) else {
-                add(&self.io.counters.tun_malformed, 1);
-                continue;
-            };
-            let mut count = 0;
-            while !segments.is_done() {
-                if self.batch.is_full() {
-                    self.judge(Direction::Outbound);
-                }
-                let Some(slot) = self.batch.push() else { break };
-                let read = self.read.get(..length).unwrap_or_default();
-                match segments.next_into(read, slot.room()) {
-                    Some(length) => slot.set_len(length),
-                    None => {
-                        self.batch.pop();
-                        add(&self.io.counters.tun_malformed, 1);
-                        break;
-                    }
-                }
-                count += 1;
-            }
+            let count = self.split(length, offload);
             add(&self.io.counters.tun_read, count);
-            add(&self.io.counters.tun_split, u64::from(count > 1));
+            if count > 1 {
+                add(&self.io.counters.tun_split, 1);
+                break;
+            }
         }
         if !self.batch.is_empty() {
             self.judge(Direction::Outbound);
         }
         Ok(())
+    }
+
+    /// Puts what was read into the batch, by the packet; gives their number.
+    fn split(&mut self, length: usize, offload: Offload) -> u64 {
+        let read = |whole: &[u8]| Segments::new(whole.get(..length)?, offload);
+        let Some(mut segments) = read(&self.read) else {
+            add(&self.io.counters.tun_malformed, 1);
+            return 0;
+        };
+        let mut count = 0;
+        while !segments.is_done() {
+            if self.batch.is_full() {
+                self.judge(Direction::Outbound);
+            }
+            let Some(slot) = self.batch.push() else { break };
+            let whole = self.read.get(..length).unwrap_or_default();
+            let Some(length) = segments.next_into(whole, slot.room()) else {
+                self.batch.pop();
+                add(&self.io.counters.tun_malformed, 1);
+                break;
+            };
+            slot.set_len(length);
+            count += 1;
+        }
+        count
     }
 
     /// One batch; true when the socket holds more that it has received already.
