@@ -15,13 +15,21 @@ pub struct Impairment {
 
 impl Impairment {
     fn add(ns: &Ns, interface: &str, rule: &str) -> Result<Impairment> {
+        Self::several(ns, &[(interface, rule)])
+    }
+
+    /// Several rules, each for what arrives at an interface, all at the same moment.
+    pub fn several(ns: &Ns, rules: &[(&str, &str)]) -> Result<Impairment> {
         static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let table = format!("lab{number}");
-        ns.nft(&format!(
-            "table netdev {table} {{\n chain in {{\n  type filter hook ingress device \"{interface}\" priority 0;\n  \
-             {rule}\n }}\n}}\n"
-        ))?;
+        let mut text = format!("table netdev {table} {{\n");
+        for (at, (interface, rule)) in rules.iter().enumerate() {
+            text += &format!(
+                " chain in{at} {{\n  type filter hook ingress device \"{interface}\" priority {at};\n  {rule}\n }}\n"
+            );
+        }
+        ns.nft(&format!("{text}}}\n"))?;
         Ok(Impairment { ns: ns.clone(), table })
     }
 

@@ -39,17 +39,18 @@ pub(super) const SCENARIOS: &[Scenario] = &[
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Nothing of the pair's own arrives on any link; the LAN goes on.
+/// Nothing of the pair's own arrives on any link; the LAN goes on. Both ways at once: one that could still speak while it
+/// hears nothing would take over before the other is alone, which then is in doubt and has every Child SA rekeyed.
 fn cut_links(scene: &Active) -> Result<Vec<Impairment>> {
-    let mut cuts = Vec::new();
-    for host in [&scene.net.left, &scene.net.right] {
-        cuts.push(Impairment::cut(host, "eth2")?);
-        for port in ["dport", "sport"] {
-            let own = format!("ip saddr {{ 10.1.0.2, 10.1.0.3 }} th {port} 4600");
-            cuts.push(Impairment::matching(host, "eth1", &own)?);
-        }
-    }
-    Ok(cuts)
+    let own = |port: &str| format!("ip saddr {{ 10.1.0.2, 10.1.0.3 }} th {port} 4600 drop");
+    let (to, from) = (own("dport"), own("sport"));
+    let rules = [("eth2", "drop"), ("eth1", to.as_str()), ("eth1", from.as_str())];
+    std::thread::scope(|scope| {
+        let hosts = [&scene.net.left, &scene.net.right];
+        let cuts = hosts.map(|host| scope.spawn(move || Impairment::several(host, &rules)));
+        let done = cuts.map(|cut| cut.join().map_err(|_| Error::check("a cut panicked"))?);
+        done.into_iter().collect()
+    })
 }
 
 /// Who owns an endpoint, by each instance's own word.
@@ -102,7 +103,9 @@ fn links_cut(lab: &Lab<'_>) -> Result<String> {
     let changed = before.changed(&scene.peer.spis()?);
     ensure(changed == 0, || format!("{changed} SPIs changed"))?;
     let tcp = scene.tcp.as_mut().ok_or_else(|| Error::check("no TCP"))?;
-    ensure(tcp.broken(20 * SECOND)? == 0, || "a TCP connection broke".into())?;
+    // Whoever waited in vain for so long tries again after as long once more (RFC 6298 §5.5).
+    let patience = (healed - cut) + 20 * SECOND;
+    ensure(tcp.broken(patience)? == 0, || "a TCP connection broke".into())?;
     let lost: Vec<String> = scene.flows.iter().map(|flow| told_loss(flow, cut, healed)).collect();
     let seen = scene.look(lab.run)?;
     clear_text += check::clear_text(&seen);
