@@ -529,7 +529,6 @@ impl Endpoint {
                 failure.what,
                 What::Address
                     | What::IkeProposal
-                    | What::NatTraversal
                     | What::Identity
                     | What::Secret
             );

@@ -134,7 +134,7 @@ fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
     let socket = BatchSocket::bind(local.parse().unwrap(), SOCKET_OPTIONS).unwrap();
     Start {
         tun: Arc::new(tun),
-        sockets: vec![EndpointSocket { endpoint: MAIN, socket }],
+        sockets: vec![EndpointSocket { endpoint: MAIN, socket, raw: None }],
         fences: Arc::clone(fences),
         endpoints: 1,
         steering: None,
