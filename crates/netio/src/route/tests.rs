@@ -235,6 +235,11 @@ fn what_a_new_configuration_does_not_want_goes_and_the_rest_stays() {
                 traffic: Some(Traffic::UdpFrom(4500)),
                 ..rule(94, "203.0.113.10/32", "any", Action::Lookup(1161))
             },
+            Rule {
+                input: Some("lo".to_owned()),
+                traffic: Some(Traffic::Esp),
+                ..rule(94, "203.0.113.10/32", "any", Action::Lookup(1161))
+            },
         ];
         let stale = [
             rule(100, "10.1.0.0/24", "10.9.0.0/24", Action::Lookup(1160)),

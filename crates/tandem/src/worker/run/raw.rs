@@ -45,6 +45,32 @@ impl State {
     }
 }
 
+#[cfg(test)]
+impl State {
+    /// A packet from the TUN, judged; then written, after something has happened in between.
+    pub(in super::super) fn write_outbound(
+        &mut self,
+        payload: &[u8],
+        meanwhile: impl FnOnce(),
+    ) -> super::super::Snapshot {
+        let (from, to) = ("10.1.0.9:5000", "10.2.0.5:4000");
+        let inner = wire::ip::udp_packet(from.parse().unwrap(), to.parse().unwrap(), payload);
+        self.obey();
+        self.batch.push().unwrap().fill(&inner.unwrap());
+        let open = [std::time::Duration::MAX];
+        self.shard.outbound(netio::clock::boottime(), &open, &mut self.batch);
+        assert!(matches!(self.batch.slots()[0].verdict(), Verdict::Send { udp_encap: false, .. }));
+        meanwhile();
+        self.io.write(&mut self.batch, &mut self.sockets);
+        self.batch.clear();
+        self.counters()
+    }
+
+    pub(in super::super) fn counters(&self) -> super::super::Snapshot {
+        self.io.counters.snapshot()
+    }
+}
+
 /// What became of an endpoint's packets for protocol 50.
 #[derive(Default)]
 pub(super) struct Unwrapped {
