@@ -224,11 +224,6 @@ fn accept(
         fail(step, What::IkeProposal, format!("{suite}"), ours.join(", "));
         return Err(failed());
     }
-    // The best candidate for the address may have been another one.
-    if conn.encap == crate::Encap::Auto && !state.natt {
-        fail(step, What::NatTraversal, "IKE_SA_INIT".to_owned(), nat::DETECTION.to_owned());
-        return Err(failed());
-    }
     let Some(auth) = payloads.auth() else {
         // RFC 7296 §2.16: no AUTH asks for EAP.
         fail(
@@ -264,10 +259,7 @@ fn accept(
     }
 
     sa.connection = Some(conn.name.clone());
-    sa.path.encap = sa.path.encap && conn.encap != crate::Encap::Never
-        || conn.encap == crate::Encap::Always
-        || sa.path.nat_here
-        || sa.path.nat_there;
+    sa.path.encap = nat::keep(conn.encap, sa.path.encap, state.natt);
     let id = conn.local_id.payload();
     let mac = state.auth.psk_auth(
         &conn.psk,

@@ -123,11 +123,12 @@ pub enum Start {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encap {
     /// Claim a NAT in NAT_DETECTION_SOURCE_IP, so that any peer encapsulates
-    /// (dataplane.md prefers UDP to protocol 50).
+    /// (dataplane.md prefers UDP to protocol 50); protocol 50 with one that
+    /// knows nothing of NATs.
     Auto,
     /// As `Auto`, and encapsulate even if the peer knows nothing of NATs.
     Always,
-    /// Be honest; encapsulate only if there is a NAT.
+    /// Be honest: protocol 50, unless there is a NAT.
     Never,
 }
 

@@ -191,8 +191,6 @@ pub enum What {
     Selectors,
     /// The key exchange group.
     Group,
-    /// The peer takes no part in NAT detection, so it cannot do ESP in UDP.
-    NatTraversal,
     /// Something else the peer refused.
     Refused,
     /// No answer.
@@ -232,7 +230,6 @@ impl fmt::Display for Failure {
             What::EspProposal => "no common ESP proposal",
             What::Selectors => "traffic selectors do not match",
             What::Group => "no common key exchange group",
-            What::NatTraversal => "no NAT traversal",
             What::Refused => "refused",
             What::Silence => "no answer",
             What::Protocol => "protocol error",

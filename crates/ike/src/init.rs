@@ -107,11 +107,6 @@ pub(crate) fn answer(
     // Until IKE_AUTH names the connection, the best candidate decides.
     let encap = candidates.first().map_or(crate::Encap::Auto, |c| c.encap);
     let detected = nat::detect(payloads, header.initiator_spi, header.responder_spi, from, to);
-    if candidates.iter().all(|c| nat::mute(c.encap, detected)) {
-        let (sent, expected) = ("IKE_SA_INIT".to_owned(), nat::DETECTION.to_owned());
-        step.event(unfit(&candidates, from, What::NatTraversal, sent, expected));
-        return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
-    }
 
     let eph = Ephemeral::generate(suite.group, step.cx.rng);
     let shared = eph.agree(ke.data)?;
@@ -377,10 +372,6 @@ pub(crate) fn finish(
         return Err(Error::NotExpected);
     }
     let detected = nat::detect(payloads, sa.spi, header.responder_spi, from, to);
-    if nat::mute(conn.encap, detected) {
-        let sent_by_peer = (What::NatTraversal, Side::Peer, "IKE_SA_INIT".to_owned());
-        return complain(step, conn, sa, sent, sent_by_peer, nat::DETECTION.to_owned());
-    }
     let eph = Ephemeral::from_secret_bytes(sent.eph.group, sent.eph.secret.expose())?;
     let shared = eph.agree(ke.data)?;
     let x = Exchange { ni: &sent.nonce, nr, spi_i: sa.spi, spi_r: header.responder_spi };

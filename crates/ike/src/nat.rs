@@ -81,22 +81,19 @@ pub(crate) fn detect(
     Detected { supported: true, here, there }
 }
 
-/// What a peer lacks that knows no NAT traversal.
-pub(crate) const DETECTION: &str = "NAT_DETECTION_SOURCE_IP and NAT_DETECTION_DESTINATION_IP: \
-    encap = \"auto\" carries ESP in UDP only";
-
-/// Whether there is no way for ESP: it is to go in UDP, and the peer has not said that it can.
-pub(crate) fn mute(encap: Encap, detected: Detected) -> bool {
-    encap == Encap::Auto && !detected.supported
-}
-
-/// Whether ESP goes in UDP.
+/// Whether ESP goes in UDP, or else as protocol 50: a peer that knows nothing of NATs cannot be told to expect UDP.
 pub(crate) fn encapsulate(encap: Encap, detected: Detected) -> bool {
     match encap {
         Encap::Always => true,
         Encap::Auto => detected.supported,
         Encap::Never => detected.here || detected.there,
     }
+}
+
+/// The same when IKE_AUTH has named the connection. What the peer was told before, by another one perhaps, counts: many
+/// peers drop what comes in the other form.
+pub(crate) fn keep(encap: Encap, told: bool, supported: bool) -> bool {
+    encap == Encap::Always || told && supported
 }
 
 /// The addresses of ESP in UDP: a peer that never floated still gets it on 4500.
@@ -108,6 +105,23 @@ pub(crate) fn esp_address(at: SocketAddr) -> SocketAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn udp_is_for_who_can_and_was_told_to() {
+        let knows = |here, there| Detected { supported: true, here, there };
+        let nothing = Detected { supported: false, here: false, there: false };
+        let forms = |encap| {
+            [nothing, knows(false, false), knows(true, false), knows(false, true)]
+                .map(|detected| encapsulate(encap, detected))
+        };
+        assert_eq!(forms(Encap::Auto), [false, true, true, true]);
+        assert_eq!(forms(Encap::Never), [false, false, true, true]);
+        assert_eq!(forms(Encap::Always), [true; 4]);
+        // The first connection that fits the address was "always", this one is not, and the peer knows nothing of it.
+        assert!(!keep(Encap::Auto, true, false) && !keep(Encap::Never, true, false));
+        assert!(keep(Encap::Always, false, false) && keep(Encap::Never, true, true));
+        assert!(!keep(Encap::Auto, false, true));
+    }
 
     // The digest of a real IKE_SA_INIT is in tests::interop; here only that
     // every input counts.

@@ -135,6 +135,15 @@ pub enum Action {
     Blackhole,
 }
 
+/// What a rule may be about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traffic {
+    /// UDP from this port.
+    UdpFrom(u16),
+    /// ESP as protocol 50.
+    Esp,
+}
+
 /// A policy routing rule that is ours. All given selectors must match; at least one of `from`
 /// and `to` says which family the rule is of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -147,8 +156,8 @@ pub struct Rule {
     pub to: Option<Prefix>,
     /// Name of the interface packets came in by; need not exist yet. `lo`: what this host itself sends.
     pub input: Option<String>,
-    /// UDP from this port.
-    pub udp_from: Option<u16>,
+    /// What it is about, if not everything.
+    pub traffic: Option<Traffic>,
     /// What to do.
     pub action: Action,
 }
@@ -423,10 +432,14 @@ impl Rule {
         if let Some(input) = &self.input {
             attributes.push(RuleAttribute::Iifname(input.clone()));
         }
-        if let Some(port) = self.udp_from {
-            attributes.push(RuleAttribute::IpProtocol(IpProtocol::Udp));
-            let range = RulePortRange { start: port, end: port };
-            attributes.push(RuleAttribute::SourcePortRange(range));
+        match self.traffic {
+            Some(Traffic::UdpFrom(port)) => {
+                attributes.push(RuleAttribute::IpProtocol(IpProtocol::Udp));
+                let range = RulePortRange { start: port, end: port };
+                attributes.push(RuleAttribute::SourcePortRange(range));
+            }
+            Some(Traffic::Esp) => attributes.push(RuleAttribute::IpProtocol(IpProtocol::Esp)),
+            None => {}
         }
         match self.action {
             Action::Lookup(table) | Action::LookupNoDefault(table) => {
@@ -452,7 +465,7 @@ impl Rule {
             _ => return None,
         };
         let (mut from, mut to) = (any, any);
-        let (mut priority, mut input, mut udp, mut port) = (0, None, false, None);
+        let (mut priority, mut input, mut protocol, mut port) = (0, None, None, None);
         let (mut table, mut no_default) = (None, false);
         for attribute in &message.attributes {
             match attribute {
@@ -463,7 +476,7 @@ impl Rule {
                 RuleAttribute::Table(number) => table = Some(*number),
                 RuleAttribute::SuppressPrefixLen(0) => no_default = true,
                 RuleAttribute::SuppressPrefixLen(u32::MAX) | RuleAttribute::Protocol(_) => {}
-                RuleAttribute::IpProtocol(IpProtocol::Udp) => udp = true,
+                RuleAttribute::IpProtocol(number) => protocol = Some(*number),
                 RuleAttribute::SourcePortRange(range) if range.start == range.end => {
                     port = Some(range.start);
                 }
@@ -478,12 +491,18 @@ impl Rule {
             (RuleAction::Blackhole, _) => Action::Blackhole,
             _ => return None,
         };
+        let traffic = match (protocol, port) {
+            (None, None) => None,
+            (Some(IpProtocol::Udp), Some(port)) => Some(Traffic::UdpFrom(port)),
+            (Some(IpProtocol::Esp), None) => Some(Traffic::Esp),
+            _ => return None,
+        };
         Some(Self {
             priority,
             from: Some(Prefix::new(from, message.header.src_len)?),
             to: Some(Prefix::new(to, message.header.dst_len)?),
             input,
-            udp_from: if udp { port } else { None },
+            traffic,
             action,
         })
     }
@@ -513,7 +532,7 @@ impl Rule {
         own.priority == other.priority
             && table(own.action) == table(other.action)
             && (own.input.is_none() || own.input == other.input)
-            && (own.udp_from.is_none() || own.udp_from == other.udp_from)
+            && (own.traffic.is_none() || own.traffic == other.traffic)
             && side(own.from, other.from)
             && side(own.to, other.to)
     }

@@ -16,6 +16,7 @@
 //! RFC 4301 §8.1 leaves the choice to us): fragmentation is kept rare by the TUN's MTU, a forged
 //! ICMP cannot shrink a path, and a peer behind a silent small-MTU hop stays reachable.
 
+mod batcher;
 mod headers;
 mod receive;
 mod segmenting;
@@ -30,10 +31,10 @@ use std::sync::Arc;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::sys::{check, set_option};
-use headers::Control;
 use receive::Incoming;
 use segmenting::Segmenting;
 
+pub(crate) use batcher::Batcher;
 pub use shared::{SharedPort, path_mtu};
 
 /// Most datagrams in one system call.
@@ -47,7 +48,9 @@ pub const SOCKET_BUFFER: usize = 7 << 20;
 pub struct RecvMeta {
     /// Who sent it.
     pub from: SocketAddr,
-    /// Bytes in the buffer that was given for it.
+    /// Where in its buffer it begins: behind the IP header where the kernel hands that over ([`crate::esp`]), else 0.
+    pub start: usize,
+    /// Its bytes in the buffer.
     pub len: usize,
     /// The outer IPv4 TOS or IPv6 traffic class byte (DSCP ‖ ECN); 0 unless asked for.
     pub tos: u8,
@@ -59,6 +62,7 @@ impl RecvMeta {
     /// A place holder to fill arrays with.
     pub const EMPTY: Self = Self {
         from: SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0)),
+        start: 0,
         len: 0,
         tos: 0,
         truncated: false,
@@ -120,10 +124,8 @@ pub struct BatchSocket {
     socket: Arc<Socket>,
     local: SocketAddr,
     recv_tos: bool,
-    scratch: Box<Scratch>,
+    batcher: Batcher,
     incoming: Incoming,
-    segmenting: Segmenting,
-    counters: SendCounters,
     /// Receive errors other than "nothing there" (pending ICMP errors, mostly).
     receive_errors: u64,
 }
@@ -133,40 +135,6 @@ pub struct BatchSocket {
 pub struct UdpSender {
     socket: Arc<Socket>,
     local: SocketAddr,
-}
-
-/// The headers of a batch. The pointers inside are set and used within one call only.
-struct Scratch {
-    names: [libc::sockaddr_storage; BATCH],
-    vectors: [libc::iovec; BATCH],
-    controls: [Control; BATCH],
-    messages: [libc::mmsghdr; BATCH],
-    /// Datagrams in each message, and where the first one's vector stands.
-    runs: [Run; BATCH],
-}
-
-/// Which datagrams make up one message.
-#[derive(Clone, Copy)]
-struct Run {
-    first: usize,
-    count: usize,
-}
-
-// SAFETY: the raw pointers in `vectors` and `messages` are rewritten at the start of every call
-// and never read by anything but that call's system call; between calls they are dead.
-unsafe impl Send for Scratch {}
-
-impl std::fmt::Debug for Scratch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Scratch")
-    }
-}
-
-impl Scratch {
-    fn new() -> Box<Self> {
-        // SAFETY: all fields are plain C data for which all zeros is a valid value.
-        Box::new(unsafe { std::mem::zeroed() })
-    }
 }
 
 /// Opens a UDP socket bound to `local`, which need not be an address of this host yet.
@@ -180,20 +148,32 @@ fn open(local: SocketAddr, options: Options) -> io::Result<Socket> {
     if options.shared {
         socket.set_reuse_port(true)?;
     }
-    // An int option even for IPv6 sockets.
-    set_option(&socket, libc::IPPROTO_IP, libc::IP_FREEBIND, 1)?;
-    enlarge_buffers(&socket, options.buffer_bytes)?;
-    let tos = libc::c_int::from(options.recv_tos);
-    if local.is_ipv4() {
-        set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)?;
-        set_option(&socket, libc::IPPROTO_IP, libc::IP_RECVTOS, tos)?;
-    } else {
+    if local.is_ipv6() {
         socket.set_only_v6(true)?;
-        set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)?;
-        set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, tos)?;
     }
-    socket.bind(&local.into())?;
+    bind_outer(&socket, local, options.recv_tos, options.buffer_bytes)?;
     Ok(socket)
+}
+
+/// Binds a socket for outer packets, whose address need not be there: see the module's head.
+pub(crate) fn bind_outer(
+    socket: &Socket,
+    local: SocketAddr,
+    recv_tos: bool,
+    buffer_bytes: usize,
+) -> io::Result<()> {
+    enlarge_buffers(socket, buffer_bytes)?;
+    let tos = libc::c_int::from(recv_tos);
+    if local.is_ipv4() {
+        set_option(socket, libc::IPPROTO_IP, libc::IP_FREEBIND, 1)?;
+        set_option(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)?;
+        set_option(socket, libc::IPPROTO_IP, libc::IP_RECVTOS, tos)?;
+    } else {
+        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_FREEBIND, 1)?;
+        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)?;
+        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, tos)?;
+    }
+    socket.bind(&local.into())
 }
 
 /// Asks for socket buffers of so many bytes each way: beyond the host's limit with CAP_NET_ADMIN,
@@ -230,10 +210,8 @@ impl BatchSocket {
             socket: Arc::new(socket),
             local,
             recv_tos: options.recv_tos,
-            scratch: Scratch::new(),
+            batcher: Batcher::new(segmenting),
             incoming: Incoming::new(),
-            segmenting,
-            counters: SendCounters::default(),
             receive_errors: 0,
         })
     }
@@ -253,7 +231,7 @@ impl BatchSocket {
     /// What became of everything sent so far.
     #[must_use]
     pub fn counters(&self) -> SendCounters {
-        self.counters
+        self.batcher.counters
     }
 
     /// Receive calls that failed with a real error so far.

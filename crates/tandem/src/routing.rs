@@ -5,6 +5,7 @@
 //!  priority  rule                                  lives
 //!   90+n     iif WAN from REMOTE to LOCAL drop     beyond the process   no protected packet comes in clear
 //!   94       iif lo from VIP, UDP 500/4500: U      beyond the process   IKE and ESP themselves, never into a tunnel
+//!            iif lo from VIP, ESP: U               beyond the process   likewise
 //!            iif lo from LINK to LINK: main        beyond the process   the pair link, likewise
 //!   95+n     as 100, for a REMOTE inside a LOCAL   beyond the process
 //!   97+n     from LOCAL to LOCAL main, no default  beyond the process   where REMOTE covers LOCAL (0.0.0.0/0)
@@ -34,7 +35,9 @@ use std::net::IpAddr;
 
 use gateway::config::{Config, Endpoint};
 use ike::RemoteAddress;
-use netio::route::{Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target};
+use netio::route::{
+    Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target, Traffic,
+};
 use wire::ts::Cidr;
 
 /// Table T: the protected networks.
@@ -142,7 +145,7 @@ impl Protection {
                 from: Some(*from),
                 to: Some(*to),
                 input: None,
-                udp_from: None,
+                traffic: None,
                 action: Action::Lookup(TABLE),
             });
             rules.extend(wans.iter().map(|interface| Rule {
@@ -150,7 +153,7 @@ impl Protection {
                 from: Some(*to),
                 to: Some(*from),
                 input: Some(interface.clone()),
-                udp_from: None,
+                traffic: None,
                 action: Action::Blackhole,
             }));
             if !remotes.contains(to) && !others.iter().any(|(_, other)| other == to) {
@@ -163,7 +166,7 @@ impl Protection {
             from: Some(*from),
             to: Some(*to),
             input: None,
-            udp_from: None,
+            traffic: None,
             action: Action::LookupNoDefault(MAIN_TABLE),
         }));
         let needed_by = |pairs: &[(Prefix, Prefix)], from: &Prefix, to: &Prefix| {
@@ -177,7 +180,7 @@ impl Protection {
                     from: Some(from),
                     to: Some(to),
                     input: Some("lo".to_owned()),
-                    udp_from: None,
+                    traffic: None,
                     action: Action::Lookup(MAIN_TABLE),
                 });
             }
@@ -329,13 +332,13 @@ fn uplink(endpoint: &Endpoint, interface: u32) -> (Vec<Route>, Vec<Rule>) {
         from: Some(Prefix::host(address)),
         to: None,
         input: None,
-        udp_from: None,
+        traffic: None,
         action: Action::Lookup(table),
     };
-    let own = [500, 4500].map(|port| Rule {
+    let own = [Traffic::UdpFrom(500), Traffic::UdpFrom(4500), Traffic::Esp].map(|traffic| Rule {
         priority: OWN,
         input: Some("lo".to_owned()),
-        udp_from: Some(port),
+        traffic: Some(traffic),
         ..rule.clone()
     });
     (routes, own.into_iter().chain([rule]).collect())

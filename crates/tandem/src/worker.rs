@@ -2,10 +2,11 @@
 //! link. All decisions are `esp::Shard`'s; this room only reads a batch, asks, and writes.
 //!
 //! ```text
-//!   TUN ──read──► split ──► batch ──► shard.outbound ──► sendmmsg ──► UDP 4500 of the endpoint
+//!   TUN ──read──► split ──► batch ──► shard.outbound ──► sendmmsg ──► UDP 4500 or protocol 50 of the endpoint
 //!   UDP 4500 ──recvmmsg──► classify ─┬─ ESP ──► shard.inbound ──► TUN
 //!                                    ├─ IKE ──► queue to control (bounded, dropped when full)
 //!                                    └─ keepalive ──► dropped
+//!   protocol 50 ──recvmmsg──► shard.inbound ──► TUN
 //!   verdict Steer ──seal──► sendmmsg ──► pair link
 //!   pair link ──recvmmsg──► open ─┬─ packet ──► shard
 //!                                 └─ IKE ──► queue to control
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 
+use netio::esp::EspSocket;
 use netio::tun::Tun;
 use netio::udp::{BatchSocket, Options, SOCKET_BUFFER};
 use netio::wake::{EventFd, QueueClosed, QueueSender, queue};
@@ -61,13 +63,15 @@ const REPORT_QUEUE: usize = 1024;
 /// Commands that wait without the sender keeping any back. More steered datagrams are dropped, never a command.
 const COMMAND_QUEUE: usize = 4096;
 
-/// The port-4500 socket of one endpoint, bound to its WAN address.
+/// The sockets of one endpoint, bound to its WAN address.
 #[derive(Debug)]
 pub struct EndpointSocket {
     /// Whose.
     pub endpoint: EndpointId,
-    /// Opened with [`SOCKET_OPTIONS`].
+    /// Port 4500, opened with [`SOCKET_OPTIONS`].
     pub socket: BatchSocket,
+    /// Protocol 50, where a connection may use it: RFC 7296 §2.23 lets a peer send either way.
+    pub raw: Option<EspSocket>,
 }
 
 /// What a worker is made of.

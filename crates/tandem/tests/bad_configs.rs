@@ -129,7 +129,7 @@ const CASES: &[Case] = &[
             (22, "\"aes256gcm16-modp2048\"", "does not take", "aes256gcm16-x25519"),
         ],
     ),
-    ("never", &[(22, "\"never\"", "protocol 50", "\"auto\" or \"always\"")]),
+    ("encap", &[(22, "\"maybe\"", "encap", "\"auto\", \"always\" or \"never\"")]),
     (
         "selectors",
         &[

@@ -311,6 +311,10 @@ fn peer_config_is_the_other_side() {
         (&answer["format"], answer["text"].as_str().unwrap().trim()),
         (&"swanctl".into(), out(&shown).trim())
     );
+    let never = std::fs::read_to_string(&config).unwrap().replace("\"auto\"", "\"never\"");
+    std::fs::write(&config, never).unwrap();
+    let never = out(&tandem(&["peer-config", "branch", "--config", &config]));
+    assert!(never.contains("encap = no") && !never.contains("encap = yes"), "{never}");
     let unknown = tandem(&["peer-config", "nowhere", "--config", &config]);
     assert_eq!(err(&unknown), "tandem: there is no connection `nowhere`\n  hint: one of: branch\n");
 }

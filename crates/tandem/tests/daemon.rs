@@ -186,6 +186,13 @@ fn way(arguments: &str) -> String {
     words.next().filter(|_| output.status.success()).unwrap_or("nowhere").to_owned()
 }
 
+/// Bytes that an interface was given to send.
+fn sent_by(interface: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+    let line = text.lines().find_map(|line| line.trim().strip_prefix(interface)).unwrap();
+    line.trim_start_matches(':').split_whitespace().nth(8).unwrap().parse().unwrap()
+}
+
 #[test]
 fn everywhere_means_everywhere_but_here() {
     on_a_host("everywhere", |host| {
@@ -224,6 +231,21 @@ fn everywhere_means_everywhere_but_here() {
             // Not in clear from the WAN.
             ("10.1.0.9 from 8.8.8.8 iif eth0", "nowhere"),
         ]);
+        // ESP as protocol 50, which `ip route get` cannot ask about. What the TUN gets first is the other packet.
+        let at = "203.0.113.10".parse().unwrap();
+        let mut esp = netio::esp::EspSocket::bind(at, 1 << 16).unwrap();
+        let before = sent_by("tandem0");
+        let to = "198.51.100.7:0".parse().unwrap();
+        let item = netio::udp::SendItem { to, bytes: &[9; 64], tos: 0 };
+        assert_eq!(esp.send([item].into_iter()), 1, "{:?}", esp.counters());
+        let other = std::net::UdpSocket::bind("203.0.113.10:53").unwrap();
+        other.send_to(&[9; 100], "198.51.100.7:53").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while sent_by("tandem0") == before {
+            assert!(Instant::now() < deadline, "nothing came to the TUN");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(sent_by("tandem0") - before, 20 + 8 + 100);
         // A network that has lost its interface is not sought by the default route.
         host.ip("link set eth1 down");
         ways(&[("10.1.0.9 from 10.1.0.2", "tandem0")]);

@@ -363,6 +363,7 @@ fn the_digest_is_that_of_what_must_agree() {
         ("[\"10.2.0.0/24\"]", "[\"10.2.0.0/23\"]"),
         ("start = \"initiate\"", "start = \"trap\""),
         ("encap = \"auto\"", "encap = \"always\""),
+        ("encap = \"auto\"", "encap = \"never\""),
         ("# rekey_time = \"1h\"", "rekey_time = \"2h\""),
         ("[connections.branch.children.net]", "[connections.branch.children.lan]"),
     ] {

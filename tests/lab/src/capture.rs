@@ -135,7 +135,9 @@ impl Recording {
 pub struct Decrypted {
     /// ESP packets in the capture.
     pub esp: u64,
-    /// Of those, how many it decrypted to an inner IP packet, the tag being right.
+    /// Of those, how many are in UDP.
+    pub esp_in_udp: u64,
+    /// How many it decrypted to an inner IP packet, the tag being right.
     pub esp_opened: u64,
     /// Identities it read in decrypted IKE_AUTH messages.
     pub identities: Vec<String>,
@@ -156,7 +158,7 @@ pub fn tshark(capture: &Path, keylog: &Path) -> Result<Decrypted> {
     };
     let within = Duration::from_secs(60);
     let esp = tshark()
-        .args(["-Y", "esp", "-T", "fields", "-e", "esp.spi", "-e", "ip.src"])
+        .args(["-Y", "esp", "-T", "fields", "-e", "ip.proto", "-e", "ip.src"])
         .run(within)?;
     let ids =
         tshark().args(["-Y", "isakmp", "-T", "fields", "-e", "isakmp.id.data.fqdn"]).run(within)?;
@@ -166,7 +168,8 @@ pub fn tshark(capture: &Path, keylog: &Path) -> Result<Decrypted> {
     identities.dedup();
     Ok(Decrypted {
         esp: esp.lines().count() as u64,
-        // A decrypted packet has two IP headers: `198.51.100.7,10.2.0.9`.
+        // A decrypted packet has two IP headers: `17,1 198.51.100.7,10.2.0.9`.
+        esp_in_udp: esp.lines().filter(|line| line.starts_with("17")).count() as u64,
         esp_opened: esp.lines().filter(|line| line.contains(',')).count() as u64,
         identities,
     })
@@ -201,16 +204,18 @@ pub struct InnerFlow {
 }
 
 impl InnerFlow {
-    /// `1790.5;203.0.113.10,10.1.0.9;198.51.100.7,10.2.0.9;17,17;4500,20000;4500,7002;;`
+    /// `1790.5;203.0.113.10,10.1.0.9;198.51.100.7,10.2.0.9;17,17;4500,20000;4500,7002;;`, or as protocol 50
+    /// `1790.5;203.0.113.10,10.1.0.9;198.51.100.7,10.2.0.9;50,17;20000;7002;;`
     fn read(line: &str) -> Option<InnerFlow> {
         let (at, line) = line.split_once(';')?;
         let at = Duration::try_from_secs_f64(at.parse().ok()?).ok()?;
         let mut fields = line.split(';').map(|field| field.split(',').collect::<Vec<_>>());
         let (sources, destinations) = (fields.next()?, fields.next()?);
-        let protocol = *fields.next()?.get(1)?;
+        let protocols = fields.next()?;
+        let (inner, protocol) = (usize::from(*protocols.first()? == "17"), *protocols.get(1)?);
         let (udp, tcp) = ([fields.next()?, fields.next()?], [fields.next()?, fields.next()?]);
         let ports = match protocol {
-            "17" => udp.map(|list| list.get(1).map(|port| (*port).to_owned())),
+            "17" => udp.map(|list| list.get(inner).map(|port| (*port).to_owned())),
             "6" => tcp.map(|list| list.first().map(|port| (*port).to_owned())),
             _ => return None,
         };
@@ -228,4 +233,22 @@ pub fn save(frames: &[(Duration, Vec<u8>)], path: &Path) -> Result<()> {
         return Err(Error::check("nothing to save"));
     }
     write_file(path, pcap::write(frames))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::InnerFlow;
+
+    #[test]
+    fn inner_flows_are_read_behind_either_form_of_esp() {
+        let flow = |line: &str| InnerFlow::read(line).map(|flow| (flow.outer, flow.flow));
+        let expected =
+            Some(("203.0.113.10".to_owned(), "17 10.1.0.9:20000 10.2.0.9:7002".to_owned()));
+        let addresses = "203.0.113.10,10.1.0.9;198.51.100.7,10.2.0.9";
+        assert_eq!(flow(&format!("1.5;{addresses};17,17;4500,20000;4500,7002;;")), expected);
+        assert_eq!(flow(&format!("1.5;{addresses};50,17;20000;7002;;")), expected);
+        let tcp = flow(&format!("1.5;{addresses};50,6;;;80;81"));
+        assert_eq!(tcp.map(|(_, flow)| flow).as_deref(), Some("6 10.1.0.9:80 10.2.0.9:81"));
+        assert_eq!(flow("1.5;203.0.113.10;198.51.100.7;50;;;;"), None, "not opened");
+    }
 }

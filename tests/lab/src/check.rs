@@ -82,7 +82,7 @@ impl IvChecker {
     /// Looks at one packet.
     pub fn look(&mut self, packet: &Packet<'_>) {
         match packet.content {
-            Content::Esp { spi, sequence, iv, bytes } => {
+            Content::Esp { spi, sequence, iv, bytes, .. } => {
                 self.checked += 1;
                 self.merged_frames += u64::from(packet.full_length > LARGEST_FRAME);
                 let digest = digest(bytes, packet.full_length);
@@ -255,6 +255,20 @@ pub fn sent_by(recording: &Recording, address: &str, from: Duration, to: Duratio
         .count() as u64
 }
 
+/// ESP packets in UDP, and as protocol 50, with later fragments of such.
+pub fn esp_forms(recording: &Recording) -> (u64, u64, u64) {
+    let (mut in_udp, mut bare, mut fragments) = (0, 0, 0);
+    for packet in recording.packets() {
+        match packet.content {
+            Content::Esp { in_udp: true, .. } => in_udp += 1,
+            Content::Esp { in_udp: false, .. } => bare += 1,
+            Content::Ip { protocol: 50, .. } => fragments += 1,
+            _ => {}
+        }
+    }
+    (in_udp, bare, fragments)
+}
+
 /// ESP packets that came from an outer address.
 pub fn sent_by_esp(recording: &Recording, address: &str) -> u64 {
     let address: Option<IpAddr> = address.parse().ok();
@@ -323,6 +337,22 @@ mod tests {
         let reply =
             check(vec![samples::ike(4, 8, 99, b"same"), samples::ike(4, 0x20, 99, b"else")]);
         assert_eq!((reply.iv_repeats, reply.message_id_repeats), (0, 0));
+    }
+
+    #[test]
+    fn a_repeat_without_udp_is_found_as_well() {
+        let list = [(1, 10), (2, 11), (2, 12), (3, 10)];
+        let list: Vec<_> = list
+            .map(|(seq, iv)| samples::esp(0x300, seq, iv, &[seq as u8; 16]))
+            .iter()
+            .map(|frame| samples::unwrapped(frame))
+            .collect();
+        let mut later = list[0].clone();
+        later[20..22].copy_from_slice(&[0, 100]);
+        let recording = Recording::from_frames(&[list.as_slice(), &[later]].concat());
+        assert_eq!(esp_forms(&recording), (0, 4, 1));
+        let found = check(list);
+        assert_eq!((found.checked, found.iv_repeats, found.sequence_repeats), (4, 1, 1));
     }
 
     #[test]

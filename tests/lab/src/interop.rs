@@ -5,6 +5,7 @@ mod active;
 mod active_faults;
 mod bad_input;
 mod basic;
+mod esp50;
 mod ipv6;
 mod lifecycle;
 mod nat;
@@ -67,6 +68,7 @@ pub fn all() -> Vec<Scenario> {
         active_faults::SCENARIOS,
         topologies::SCENARIOS,
         ipv6::SCENARIOS,
+        esp50::SCENARIOS,
         two_hosts::SCENARIOS,
     ]
     .concat()

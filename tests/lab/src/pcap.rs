@@ -85,8 +85,10 @@ pub enum Content<'a> {
         /// Target's address.
         target: Ipv4Addr,
     },
-    /// ESP, in UDP or not.
+    /// ESP.
     Esp {
+        /// In UDP, or else as protocol 50.
+        in_udp: bool,
         /// SPI.
         spi: u32,
         /// Sequence number.
@@ -218,7 +220,7 @@ fn transport(protocol: u8, payload: &[u8]) -> Content<'_> {
     let other =
         Content::Ip { protocol, ports: if matches!(protocol, 6 | 17) { ports } else { (0, 0) } };
     match protocol {
-        50 => esp(payload).unwrap_or(other),
+        50 => esp(payload, false).unwrap_or(other),
         17 => {
             let data = payload.get(8..).unwrap_or_default();
             if ports.0 == 500 || ports.1 == 500 {
@@ -228,7 +230,7 @@ fn transport(protocol: u8, payload: &[u8]) -> Content<'_> {
                     [0xff] => Content::Keepalive,
                     // RFC 3948 §2.2: four zero bytes, where ESP has its SPI, mark IKE.
                     [0, 0, 0, 0, message @ ..] => ike(message).unwrap_or(other),
-                    _ => esp(data).unwrap_or(other),
+                    _ => esp(data, true).unwrap_or(other),
                 }
             } else {
                 other
@@ -238,8 +240,9 @@ fn transport(protocol: u8, payload: &[u8]) -> Content<'_> {
     }
 }
 
-fn esp(bytes: &[u8]) -> Option<Content<'_>> {
+fn esp(bytes: &[u8], in_udp: bool) -> Option<Content<'_>> {
     Some(Content::Esp {
+        in_udp,
         spi: u32_at(bytes, 0)?,
         sequence: u32_at(bytes, 4)?,
         iv: u64_at(bytes, 8)?,
@@ -311,6 +314,15 @@ pub(crate) mod samples {
         udp([203, 0, 113, 10], [198, 51, 100, 7], (4500, 4500), &data)
     }
 
+    /// The same without UDP.
+    pub(crate) fn unwrapped(esp: &[u8]) -> Vec<u8> {
+        let mut frame = [&esp[..34], &esp[42..]].concat();
+        let length = u16::try_from(frame.len() - 14).unwrap();
+        frame[16..18].copy_from_slice(&length.to_be_bytes());
+        frame[23] = 50;
+        frame
+    }
+
     /// An encrypted IKE message on port 4500.
     pub(crate) fn ike(message_id: u32, flags: u8, iv: u64, tail: &[u8]) -> Vec<u8> {
         let mut data = vec![0; 4];
@@ -340,13 +352,17 @@ mod tests {
     }
 
     #[test]
-    fn esp_in_udp_is_read() {
-        let Content::Esp { spi, sequence, iv, bytes } =
-            only(samples::esp(0x8010_0001, 9, 0x1234, &[1; 20]))
-        else {
-            panic!("not ESP");
-        };
-        assert_eq!((spi, sequence, iv, bytes.len()), (0x8010_0001, 9, 0x1234, 36));
+    fn esp_is_read_in_either_form() {
+        let in_udp = samples::esp(0x8010_0001, 9, 0x1234, &[1; 20]);
+        let bare = samples::unwrapped(&in_udp);
+        assert_eq!(bare.len() + 8, in_udp.len());
+        for (frame, wanted) in [(in_udp, true), (bare, false)] {
+            let Content::Esp { in_udp, spi, sequence, iv, bytes } = only(frame) else {
+                panic!("not ESP");
+            };
+            assert_eq!((spi, sequence, iv, bytes.len()), (0x8010_0001, 9, 0x1234, 36));
+            assert_eq!(in_udp, wanted);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::baseline::peer_conn;
 use crate::capture::{Capture, Recording};
-use crate::charon::{Charon, Spis};
+use crate::charon::{Charon, Conn, Spis};
 use crate::check::{self, IvChecker};
 use crate::error::{Error, Result, ensure};
 use crate::net::{self, Net};
@@ -100,6 +100,13 @@ pub struct Setup {
     pub args: &'static [&'static str],
 }
 
+impl Setup {
+    /// Whether ESP goes in UDP.
+    fn in_udp(&self) -> bool {
+        self.config.connections.iter().all(|connection| connection.encap != "never")
+    }
+}
+
 impl Default for Setup {
     fn default() -> Self {
         // 20 Mb/s: enough to keep every queue moving, little enough that a probe is never lost to congestion.
@@ -163,7 +170,7 @@ impl Scene {
             "instances left and right: {} owns, the other's shadow is in sync",
             instances[first].name
         ));
-        let remote = start_remote(run, bins, &net, setup.peer)?;
+        let remote = start_remote(run, bins, &net, setup.peer, setup.in_udp())?;
         say(&format!("{} initiated: tunnel up", remote.describe()?));
         net.lhost.ping_until(net::RHOST, PATIENCE)?;
         let udp = UdpProbes::start(run, (&net.lhost, net::LHOST), (&net.rhost, net::RHOST), 1000)?;
@@ -357,23 +364,34 @@ pub fn wait_pair_synced(instances: &mut [Daemon; 2], within: Duration) -> Result
     })
 }
 
-/// Starts the remote gateway and lets it bring its tunnel up.
-pub fn start_remote(run: &Run, bins: &Bins, net: &Net, kind: PeerKind) -> Result<Remote> {
+/// Starts the remote gateway and lets it bring its tunnel up. `in_udp`: it claims a NAT.
+pub fn start_remote(
+    run: &Run,
+    bins: &Bins,
+    net: &Net,
+    kind: PeerKind,
+    in_udp: bool,
+) -> Result<Remote> {
+    let conn = Conn { encap: in_udp, ..peer_conn(PSK) };
     match kind {
         PeerKind::Strongswan => {
             let charon = Charon::start(run, &net.peer)?;
-            charon.load(&[peer_conn(PSK)])?;
+            charon.load(&[conn])?;
             charon.initiate("net", PATIENCE)?;
             charon.wait_established(1, PATIENCE)?;
             Ok(Remote::Strongswan(Box::new(charon)))
         }
         PeerKind::Kernel => {
-            let peer = UmlPeer::start(run, &net.peer, &[peer_conn(PSK)])?;
+            let peer = UmlPeer::start(run, &net.peer, &[conn])?;
             peer.initiate("net", PATIENCE)?;
             Ok(Remote::Kernel(Box::new(peer)))
         }
         PeerKind::Tandem => {
-            Ok(Remote::Tandem(Box::new(start_tandem(run, bins, net, &Config::remote())?)))
+            let mut config = Config::remote();
+            if !in_udp {
+                config.branch().encap = "never".into();
+            }
+            Ok(Remote::Tandem(Box::new(start_tandem(run, bins, net, &config)?)))
         }
     }
 }

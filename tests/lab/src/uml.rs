@@ -187,6 +187,11 @@ impl UmlPeer {
             .map(drop)
     }
 
+    /// Rekeys a child, or the IKE SA.
+    pub fn rekey(&self, what: &str, name: &str) -> Result<()> {
+        self.swanctl(&format!("--rekey --{what} {name}")).map(drop)
+    }
+
     /// Every IKE SA it knows.
     pub fn sas(&self) -> Result<Vec<IkeSa>> {
         parse_sas(&self.swanctl("--list-sas --raw")?)

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use ike::config::{ChildConfig, Encap, RemoteAddress, Start};
+use ike::config::{ChildConfig, RemoteAddress, Start};
 use wire::ts::TrafficSelector;
 
 use super::{
@@ -429,13 +429,6 @@ fn connection_peer(parts: &Parts, connection: &ConnectionParts, notes: &mut Note
             path(connection, "remote_id"),
             format!("both sides are called `{}`", ike.remote_id),
             "expected the remote gateway's own identity",
-        );
-    }
-    if ike.encap == Encap::Never {
-        notes.error(
-            path(connection, "encap"),
-            "ESP without UDP (protocol 50) is not in this release",
-            "expected \"auto\" or \"always\"",
         );
     }
 }

@@ -95,7 +95,7 @@ fn blackholes_and_rules_outlive_the_tun_and_purge_removes_them() {
                 from: Some(prefix(local)),
                 to: Some(prefix(remote)),
                 input: None,
-                udp_from: None,
+                traffic: None,
                 action: Action::Lookup(1160),
             };
             let drop = Rule {
@@ -103,7 +103,7 @@ fn blackholes_and_rules_outlive_the_tun_and_purge_removes_them() {
                 from: Some(prefix(remote)),
                 to: Some(prefix(local)),
                 input: Some("wan0".to_owned()),
-                udp_from: None,
+                traffic: None,
                 action: Action::Blackhole,
             };
             [lookup, drop]
@@ -173,7 +173,7 @@ fn uplink_table_with_a_gateway_follows_the_source_address() {
             from: Some(prefix("203.0.113.10/32")),
             to: None,
             input: None,
-            udp_from: None,
+            traffic: None,
             action: Action::Lookup(1161),
         };
         netlink.add_rule(&rule).await.unwrap();
@@ -216,7 +216,7 @@ fn link_state_is_read_and_watched() {
 
 fn rule(priority: u32, from: &str, to: &str, action: Action) -> Rule {
     let side = |text: &str| (text != "any").then(|| prefix(text));
-    Rule { priority, from: side(from), to: side(to), input: None, udp_from: None, action }
+    Rule { priority, from: side(from), to: side(to), input: None, traffic: None, action }
 }
 
 #[test]
@@ -238,7 +238,12 @@ fn what_a_new_configuration_does_not_want_goes_and_the_rest_stays() {
             from_wan("10.2.0.0/24", "10.1.0.0/24"),
             Rule {
                 input: Some("lo".to_owned()),
-                udp_from: Some(4500),
+                traffic: Some(Traffic::UdpFrom(4500)),
+                ..rule(94, "203.0.113.10/32", "any", Action::Lookup(1161))
+            },
+            Rule {
+                input: Some("lo".to_owned()),
+                traffic: Some(Traffic::Esp),
                 ..rule(94, "203.0.113.10/32", "any", Action::Lookup(1161))
             },
         ];

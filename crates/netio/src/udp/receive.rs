@@ -1,12 +1,8 @@
 //! Receiving: recvmmsg with UDP_GRO into memory of the socket's, and dealing out what it brought.
 
-use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 
-use super::headers::{CONTROL, address_of, notes_of};
-use super::{BatchSocket, RecvMeta, Scratch};
-use crate::sys::is_transient;
+use super::{BatchSocket, RecvMeta};
 
 /// Runs of datagrams in one recvmmsg.
 const RUNS: usize = 32;
@@ -153,56 +149,20 @@ impl BatchSocket {
 
     /// One recvmmsg into the buffers of `incoming`.
     fn receive(&mut self) {
-        let Scratch { names, vectors, controls, messages, .. } = &mut *self.scratch;
-        let slots = names.iter_mut().zip(vectors).zip(controls).zip(messages.iter_mut());
-        let rooms = self.incoming.room.chunks_exact_mut(RUN_ROOM);
-        for ((((name, vector), control), message), room) in slots.zip(rooms) {
-            vector.iov_base = room.as_mut_ptr().cast();
-            vector.iov_len = room.len();
-            let header = &mut message.msg_hdr;
-            header.msg_name = std::ptr::from_mut(name).cast();
-            header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
-            header.msg_iov = vector;
-            header.msg_iovlen = 1;
-            header.msg_control = control.0.as_mut_ptr().cast();
-            header.msg_controllen = CONTROL as _;
-            header.msg_flags = 0;
-            message.msg_len = 0;
-        }
-        self.incoming.count = 0;
-        self.incoming.next = 0;
-        self.incoming.offset = 0;
-        // SAFETY: the first RUNS headers were filled above with pointers into arrays of `self`; lengths match.
-        let got = unsafe {
-            libc::recvmmsg(
-                self.socket.as_raw_fd(),
-                messages.as_mut_ptr(),
-                RUNS as libc::c_uint,
-                libc::MSG_DONTWAIT as _,
-                std::ptr::null_mut(),
-            )
-        };
-        let Ok(got) = usize::try_from(got) else {
-            if !is_transient(&io::Error::last_os_error()) {
-                self.receive_errors += 1;
+        let Incoming { room, runs, count, next, offset } = &mut self.incoming;
+        (*count, *next, *offset) = (0, 0, 0);
+        let rooms = room.chunks_exact_mut(RUN_ROOM);
+        let got = self.batcher.receive(&self.socket, rooms, |i, meta, size, _| {
+            if let Some(run) = runs.get_mut(i) {
+                let tos = if self.recv_tos { meta.tos } else { 0 };
+                let size = if size == 0 { meta.len } else { size };
+                *run = Received { meta: RecvMeta { tos, ..meta }, size };
             }
-            return;
-        };
-        for ((message, name), run) in
-            messages.iter().zip(names.iter()).zip(&mut self.incoming.runs).take(got)
-        {
-            let header = &message.msg_hdr;
-            let (tos, size) = notes_of(header);
-            let len = message.msg_len as usize;
-            let meta = RecvMeta {
-                from: address_of(name).unwrap_or(RecvMeta::EMPTY.from),
-                len,
-                truncated: header.msg_flags & libc::MSG_TRUNC != 0,
-                tos: if self.recv_tos { tos } else { 0 },
-            };
-            *run = Received { meta, size: if size == 0 { len } else { size } };
+        });
+        match got {
+            Ok(got) => *count = got,
+            Err(_) => self.receive_errors += 1,
         }
-        self.incoming.count = got;
     }
 }
 

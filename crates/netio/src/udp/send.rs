@@ -2,11 +2,15 @@
 
 use std::io;
 use std::iter::Peekable;
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 
+use socket2::Socket;
+
+use super::batcher::{Batcher, Run, Scratch};
 use super::headers::{SPACE, write_address, write_segment, write_tos};
 use super::segmenting::{Doubt, Segmenting};
-use super::{BatchSocket, Run, Scratch, SendCounters, SendItem};
+use super::{BatchSocket, SendCounters, SendItem};
 
 /// Most bytes of one segmented send: a UDP datagram over IPv4 (RFC 768, RFC 791).
 const MOST_SEGMENTED: usize = 65_507;
@@ -16,12 +20,24 @@ impl BatchSocket {
     /// took. A datagram it refuses is counted by reason and skipped; a full socket buffer drops
     /// the rest of the batch. Never blocks, never allocates.
     pub fn send<'a>(&mut self, items: impl Iterator<Item = SendItem<'a>>) -> usize {
+        self.batcher.send(&self.socket, self.local, items)
+    }
+}
+
+impl Batcher {
+    /// See [`BatchSocket::send`]. `local` is for the log.
+    pub(crate) fn send<'a>(
+        &mut self,
+        socket: &Socket,
+        local: SocketAddr,
+        items: impl Iterator<Item = SendItem<'a>>,
+    ) -> usize {
         let mut items = items.peekable();
         let before = self.counters.sent;
         while items.peek().is_some() {
             self.segmenting.batch();
             let count = self.fill(&mut items);
-            self.send_filled(count);
+            self.send_filled(socket, local, count);
         }
         (self.counters.sent - before) as usize
     }
@@ -81,7 +97,7 @@ impl BatchSocket {
         count
     }
 
-    fn send_filled(&mut self, count: usize) {
+    fn send_filled(&mut self, socket: &Socket, local: SocketAddr, count: usize) {
         let mut next = 0;
         let mut retried = false;
         while next < count {
@@ -90,7 +106,7 @@ impl BatchSocket {
             // only reads what they point to.
             let sent = unsafe {
                 libc::sendmmsg(
-                    self.socket.as_raw_fd(),
+                    socket.as_raw_fd(),
                     rest.as_mut_ptr(),
                     rest.len() as libc::c_uint,
                     libc::MSG_DONTWAIT as _,
@@ -105,7 +121,7 @@ impl BatchSocket {
                         && let Some(head) = head
                         && self.segmenting.went(head.iov_len)
                     {
-                        tracing::info!(local = %self.local, size = head.iov_len, "runs of such datagrams go at once again");
+                        tracing::info!(%local, size = head.iov_len, "runs of such datagrams go at once again");
                     }
                 }
                 next += sent;
@@ -120,7 +136,7 @@ impl BatchSocket {
             if run.count > 1
                 && let Some(doubt) = Segmenting::doubt(&error)
             {
-                self.send_singly(next, run, doubt, &error);
+                self.send_singly((socket, local), (next, run), doubt, &error);
                 next += 1;
                 continue;
             }
@@ -137,7 +153,13 @@ impl BatchSocket {
     }
 
     /// Sends the datagrams of a refused run one by one, each in the run's class.
-    fn send_singly(&mut self, message: usize, run: Run, doubt: Doubt, refusal: &io::Error) {
+    fn send_singly(
+        &mut self,
+        (socket, local): (&Socket, SocketAddr),
+        (message, run): (usize, Run),
+        doubt: Doubt,
+        refusal: &io::Error,
+    ) {
         let Scratch { vectors, messages, .. } = &mut *self.scratch;
         let Some(message) = messages.get_mut(message) else { return };
         let header = &mut message.msg_hdr;
@@ -151,8 +173,7 @@ impl BatchSocket {
             header.msg_iov = vector;
             header.msg_iovlen = 1;
             // SAFETY: as in `send_filled`: one header, its name, class and one vector, all alive and filled.
-            let sent =
-                unsafe { libc::sendmsg(self.socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
+            let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
             if sent < 0 {
                 count_error(&mut self.counters, &io::Error::last_os_error(), 1, 1);
                 continue;
@@ -161,10 +182,10 @@ impl BatchSocket {
             if place == 0 && self.segmenting.refused(doubt, size) {
                 match doubt {
                     Doubt::Support => {
-                        tracing::info!(local = %self.local, problem = %refusal, "the host cannot send runs of datagrams at once (UDP_SEGMENT; checksum offload may be off): each is sent by itself, which costs throughput; runs are tried again from time to time");
+                        tracing::info!(%local, problem = %refusal, "the host cannot send runs of datagrams at once (UDP_SEGMENT; checksum offload may be off): each is sent by itself, which costs throughput; runs are tried again from time to time");
                     }
                     Doubt::Size => {
-                        tracing::info!(local = %self.local, size, problem = %refusal, "datagrams of this size do not fit the interface whole: they are sent one by one, in fragments, which costs throughput (is the TUN's MTU too large?); tried again from time to time");
+                        tracing::info!(%local, size, problem = %refusal, "datagrams of this size do not fit the interface whole: they are sent one by one, in fragments, which costs throughput (is the TUN's MTU too large?); tried again from time to time");
                     }
                 }
             }

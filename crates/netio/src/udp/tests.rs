@@ -61,7 +61,7 @@ fn runs_of_equal_datagrams_travel_as_one_and_arrive_one_by_one() {
         let items =
             all.iter().zip(&lengths).map(|(bytes, (_, tos))| SendItem { to, bytes, tos: *tos });
         assert_eq!(near.send(items), all.len());
-        assert_eq!(near.segmenting.below, usize::MAX, "this kernel segments on loopback");
+        assert_eq!(near.batcher.segmenting.below, usize::MAX, "this kernel segments on loopback");
         let mut got: Vec<Vec<u8>> = Vec::new();
         let mut calls = 0;
         while got.len() < all.len() {
@@ -140,7 +140,7 @@ fn a_run_sent_one_by_one_keeps_its_class() {
                 assert_eq!((metas[0].len, metas[0].tos), (1600, tos));
             }
         }
-        assert_eq!(near.segmenting.strikes, 2, "both runs were refused as runs");
+        assert_eq!(near.batcher.segmenting.strikes, 2, "both runs were refused as runs");
     });
 }
 
@@ -153,9 +153,9 @@ fn datagrams_beyond_the_mtu_go_in_fragments_and_smaller_ones_still_in_runs() {
             assert_eq!(socket.send(run(&long).chain(run(&short))), 20);
         }
         assert_eq!(fragments(), 5 * 10 * 2, "each long one in two fragments");
-        assert!(!socket.segmenting.takes(1600), "no longer tried in vain");
+        assert!(!socket.batcher.segmenting.takes(1600), "no longer tried in vain");
         assert!(
-            socket.segmenting.takes(1000),
+            socket.batcher.segmenting.takes(1000),
             "a run too long for the wire says nothing of others"
         );
         assert_eq!(socket.counters(), SendCounters { sent: 100, ..SendCounters::default() });
@@ -173,7 +173,7 @@ fn a_larger_mtu_is_noticed() {
         for _ in 0..STRIKES {
             runs(&mut socket);
         }
-        assert!(!socket.segmenting.takes(1600));
+        assert!(!socket.batcher.segmenting.takes(1600));
         ip("link set d0 mtu 3000");
         for _ in 0..2000 {
             socket.send([SendItem { to, bytes: &short, tos: 0 }].into_iter());
@@ -181,7 +181,7 @@ fn a_larger_mtu_is_noticed() {
         runs(&mut socket);
         runs(&mut socket);
         assert_eq!(fragments(), u64::from(STRIKES) * 10 * 2, "whole, since the wire takes them");
-        assert_eq!(socket.segmenting.below, usize::MAX);
+        assert_eq!(socket.batcher.segmenting.below, usize::MAX);
     });
 }
 
@@ -208,7 +208,7 @@ fn a_firewall_and_an_absent_address_do_not_end_segmentation() {
         ip("address add 192.0.2.1/24 dev d0");
         ip("neigh replace 192.0.2.2 lladdr 02:00:00:00:00:02 dev d0");
         assert_eq!(socket.send(run()), 10);
-        assert_eq!(socket.segmenting.below, usize::MAX);
+        assert_eq!(socket.batcher.segmenting.below, usize::MAX);
     });
 }
 

@@ -6,7 +6,7 @@
 use std::fmt::Write;
 
 use gateway::config::Config;
-use ike::config::{RemoteAddress, Start};
+use ike::config::{Encap, RemoteAddress, Start};
 use wire::ike::Identity;
 use wire::ts::{Ports, TrafficSelector};
 
@@ -45,8 +45,17 @@ pub fn peer_config(config: &Config, name: &str, secrets: bool) -> Option<String>
         }
         out.line(format!("remote_addrs = {}", endpoint.wan.address));
         out.line(format!("proposals = {}", list(&ike.ike_proposals)));
-        out.line("# ESP in UDP 4500 from the first packet on, and no moving to other addresses.");
-        out.line("encap = yes");
+        if ike.encap == Encap::Never {
+            out.line(
+                "# ESP as protocol 50 unless there is a NAT, and no moving to other addresses.",
+            );
+            out.line("encap = no");
+        } else {
+            out.line(
+                "# ESP in UDP 4500 from the first packet on, and no moving to other addresses.",
+            );
+            out.line("encap = yes");
+        }
         out.line("mobike = no");
         // Off by default (peers.md 2); without it a peer that initiates never notices a lost tunnel.
         out.line("dpd_delay = 30s");

@@ -464,7 +464,7 @@ impl Section<'_, '_, '_> {
 
 /// `encap`, on a connection or on one of its children.
 fn encap(table: &Table<'_>) -> Option<Encap> {
-    table.text("encap", "\"auto\" or \"always\"", values::encap).map(|e| e.value)
+    table.text("encap", "\"auto\", \"always\" or \"never\"", values::encap).map(|e| e.value)
 }
 
 /// A list of proposals; `None` when the key is missing or every entry is wrong (and noted).

@@ -91,7 +91,7 @@ pub(super) fn encap(text: &str) -> Result<Encap, String> {
     match text {
         "auto" => Ok(Encap::Auto),
         "always" | "yes" => Ok(Encap::Always),
-        "never" | "no" => Err("ESP without UDP (protocol 50) comes in a later release".to_owned()),
+        "never" | "no" => Ok(Encap::Never),
         _ => Err(String::new()),
     }
 }

@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex};
 
 use gateway::config::{Config, Endpoint};
 use gateway::{Gateway, Start};
+use ike::config::Encap;
 use netio::clock::boottime;
+use netio::esp::EspSocket;
 use netio::route::{LinkMonitor, Netlink};
 use netio::tun::Tun;
-use netio::udp::{BatchSocket, UdpSender};
+use netio::udp::{BatchSocket, SOCKET_BUFFER, UdpSender};
 use rand_core::{OsRng, RngCore};
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
@@ -30,8 +32,10 @@ use crate::worker::{self, EndpointSocket, WorkerHandle};
 
 /// How often the pair link tries to connect (ha.md).
 const RETRY: std::time::Duration = std::time::Duration::from_millis(200);
-/// Outer headers and ESP at their largest: IPv4 20, UDP 8, ESP 8, IV 8, padding 3, trailer 2, tag 16.
-const OVERHEAD: u32 = 65;
+/// Outer header and ESP at their largest: IPv4 20, ESP 8, IV 8, padding 3, trailer 2, tag 16.
+const OVERHEAD: u32 = 57;
+/// With UDP.
+const UDP_OVERHEAD: u32 = OVERHEAD + 8;
 /// What a link takes where nothing else is known.
 const ETHERNET_MTU: u32 = 1500;
 /// IPv6 needs links of at least this MTU (RFC 8200 §5).
@@ -180,7 +184,8 @@ pub(super) async fn open(
             at_4500,
             orders,
         });
-        sockets.push(EndpointSocket { endpoint: endpoint.id, socket });
+        let raw = open_raw(&config, endpoint)?;
+        sockets.push(EndpointSocket { endpoint: endpoint.id, socket, raw });
     }
 
     // All that is wanted stands by now.
@@ -275,6 +280,34 @@ pub(super) async fn open(
     })
 }
 
+/// The endpoint's socket for ESP as protocol 50, if a connection may use it. Only for one that does unless a NAT is found
+/// it must be there.
+fn open_raw(config: &Config, endpoint: &Endpoint) -> Result<Option<EspSocket>, String> {
+    let served = config.connections.iter().filter(|c| c.endpoints.contains(&endpoint.id));
+    let wanted: Vec<_> = served.map(|c| c.ike.encap).filter(|e| *e != Encap::Always).collect();
+    if wanted.is_empty() {
+        return Ok(None);
+    }
+    let address = endpoint.wan.address;
+    match EspSocket::bind(address, SOCKET_BUFFER) {
+        Ok(socket) => Ok(Some(socket)),
+        Err(error) => {
+            let hint = match error.kind() {
+                io::ErrorKind::PermissionDenied => "this needs CAP_NET_RAW",
+                io::ErrorKind::AddrNotAvailable => "for a virtual address this needs Linux 5.17",
+                _ => "does this kernel have raw sockets?",
+            };
+            let problem =
+                format!("ESP (protocol 50) at {address} cannot be opened: {error}; {hint}");
+            if wanted.contains(&Encap::Never) {
+                return Err(problem);
+            }
+            warn!("{problem}; what knows no NAT traversal cannot be a peer");
+            Ok(None)
+        }
+    }
+}
+
 /// The TUN with vnet headers, or where that is switched off or not to be had, the plain one.
 fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
     if !offload {
@@ -324,7 +357,8 @@ async fn tunnel_mtu(netlink: &Netlink, config: &Config) -> Result<u32, String> {
             Err(error) => return Err(format!("interface {name:?}: {error}")),
         }
     }
-    let mut mtu = least.saturating_sub(OVERHEAD);
+    let in_udp = config.connections.iter().any(|connection| connection.ike.encap != Encap::Never);
+    let mut mtu = least.saturating_sub(if in_udp { UDP_OVERHEAD } else { OVERHEAD });
     if let Some(pair) = config.pair.as_ref().filter(|_| config.endpoints.len() > 1) {
         let links = pair.links.iter().map(|link| steered_mtu(link.local, link.remote));
         mtu = mtu.min(links.min().unwrap_or(mtu));

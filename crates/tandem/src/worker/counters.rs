@@ -37,7 +37,7 @@ counters! {
     tun_merged,
     /// Packets that the TUN refused.
     tun_refused,
-    /// ESP packets received on port 4500.
+    /// ESP packets received, on port 4500 or as protocol 50.
     esp_received,
     /// IKE messages received on port 4500 and queued for control.
     ike_received,
@@ -53,7 +53,7 @@ counters! {
     receive_errors,
     /// ESP packets that the kernel took.
     sent,
-    /// ESP packets that it did not take (full buffer, no route, …).
+    /// ESP packets that it did not take (full buffer, no route, no socket for protocol 50, …).
     unsent,
     /// Packets judged inside the fence and dropped right before they would have left.
     late,
@@ -67,8 +67,6 @@ counters! {
     steer_refused,
     /// Packets that the other instance handed to us.
     steered_in,
-    /// Sealed packets without UDP encapsulation, which no socket can send yet.
-    unencapsulated,
 }
 
 /// Adds to a counter that only this thread writes.
@@ -93,7 +91,6 @@ impl Snapshot {
             ("steer_lost", self.steer_lost),
             ("steer_refused", self.steer_refused),
             ("receive_errors", self.receive_errors),
-            ("unencapsulated", self.unencapsulated),
         ]
         .into_iter()
         .filter(|(_, n)| *n > 0)

@@ -1,5 +1,6 @@
 //! The loop itself.
 
+mod raw;
 mod steered;
 
 use std::collections::VecDeque;
@@ -28,6 +29,8 @@ use crate::link::{SteerPort, SteerSender};
 const TUN: u64 = 0;
 const COMMANDS: u64 = 1;
 const FIRST_SOCKET: u64 = 2;
+/// The sockets for protocol 50 count up from here.
+const FIRST_RAW: u64 = 1 << 31;
 /// The pair links' sockets count up from here.
 const FIRST_LINK: u64 = 1 << 32;
 
@@ -93,6 +96,11 @@ impl State {
         for (place, token) in start.sockets.iter().zip(FIRST_SOCKET..) {
             poller.add(&place.socket, token)?;
         }
+        for (place, token) in start.sockets.iter().zip(FIRST_RAW..) {
+            if let Some(raw) = &place.raw {
+                poller.add(raw, token)?;
+            }
+        }
         let links = start.steering.iter().flat_map(SteerPort::sockets);
         for (socket, token) in links.zip(FIRST_LINK..) {
             poller.add(socket, token)?;
@@ -149,6 +157,7 @@ impl State {
                             return Ok(());
                         }
                     }
+                    raw @ FIRST_RAW.. => self.read_raw((raw - FIRST_RAW) as usize),
                     socket => while self.read_socket((socket - FIRST_SOCKET) as usize) {},
                 }
             }
@@ -283,7 +292,7 @@ impl State {
 
     /// One batch; true when the socket holds more that it has received already.
     fn read_socket(&mut self, at: usize) -> bool {
-        let Some(EndpointSocket { endpoint, socket }) = self.sockets.get_mut(at) else {
+        let Some(EndpointSocket { endpoint, socket, .. }) = self.sockets.get_mut(at) else {
             return false;
         };
         let endpoint = *endpoint;
@@ -370,7 +379,7 @@ impl Io {
         let now = boottime();
         let mut late = 0_u64;
         let (mut to_send, mut sent) = (0_u64, 0_u64);
-        for EndpointSocket { endpoint, socket } in sockets.iter_mut() {
+        for EndpointSocket { endpoint, socket, raw } in sockets.iter_mut() {
             let open = now < self.valid_until(*endpoint);
             let items = batch.slots().iter().filter_map(|slot| match slot.verdict() {
                 Verdict::Send { endpoint: of, to, udp_encap: true, .. } if of == *endpoint => {
@@ -384,8 +393,12 @@ impl Io {
                 _ => None,
             });
             sent += socket.send(items) as u64;
+            let unwrapped = raw::send(batch, *endpoint, open, raw.as_mut());
+            late += unwrapped.late;
+            to_send += unwrapped.to_send;
+            sent += unwrapped.sent;
         }
-        let (mut written, mut refused, mut unencapsulated, mut to_steer) = (0, 0, 0, 0);
+        let (mut written, mut refused, mut to_steer) = (0, 0, 0);
         let now = boottime();
         let mut rest = batch.slots_mut();
         while !rest.is_empty() {
@@ -410,7 +423,6 @@ impl Io {
                     to_steer += 1;
                     self.seal_steered(now, endpoint, slot, sockets);
                 }
-                Verdict::Send { udp_encap: false, .. } => unencapsulated += 1,
                 Verdict::Send { .. } | Verdict::Held | Verdict::Drop(_) | Verdict::Pending => {}
             }
         }
@@ -423,7 +435,6 @@ impl Io {
         add(&counters.unsent, to_send - sent);
         add(&counters.tun_written, written);
         add(&counters.tun_refused, refused);
-        add(&counters.unencapsulated, unencapsulated);
         add(&counters.late, late);
         add(&counters.late_batches, u64::from(late > 0));
     }

@@ -5,6 +5,7 @@
 //!  application 10.1.0.9 ── TUN ── worker 127.0.0.1:4500 ══ ESP ══ 127.0.0.2:4500 peer (10.2.0.5)
 //! ```
 
+mod raw;
 pub(crate) mod steering;
 
 use super::*;
@@ -93,7 +94,12 @@ impl Host {
 
     fn linked(tun: &str, local: &str, owner: bool, steering: Option<SteerPort>) -> Self {
         let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
-        let mut worker = spawn(Start { steering, ..start(tun, local, &fences) }).unwrap();
+        let start = Start { steering, ..start(tun, local, &fences) };
+        Self::started(start, local, owner, fences)
+    }
+
+    fn started(start: Start, local: &str, owner: bool, fences: Arc<[AtomicU64]>) -> Self {
+        let mut worker = spawn(start).unwrap();
         if owner {
             own(|command| worker.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
         } else {
@@ -134,7 +140,7 @@ fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
     let socket = BatchSocket::bind(local.parse().unwrap(), SOCKET_OPTIONS).unwrap();
     Start {
         tun: Arc::new(tun),
-        sockets: vec![EndpointSocket { endpoint: MAIN, socket }],
+        sockets: vec![EndpointSocket { endpoint: MAIN, socket, raw: None }],
         fences: Arc::clone(fences),
         endpoints: 1,
         steering: None,
@@ -151,7 +157,11 @@ pub(super) fn linked_state(
     steering: Option<SteerPort>,
 ) -> (QueueSender<WorkerCommand>, run::State) {
     let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
-    let local = "127.0.0.1:4500";
+    state_of(Start { steering, ..start("tdm0", "127.0.0.1:4500", &fences) })
+}
+
+fn state_of(start: Start) -> (QueueSender<WorkerCommand>, run::State) {
+    let local = start.sockets[0].socket.local_addr().to_string();
     let (mut commands, asked) = queue(64).unwrap();
     let outlet = outlet::Outlet::new(
         sync_channel(64).0,
@@ -159,9 +169,8 @@ pub(super) fn linked_state(
         EventFd::new().unwrap(),
         Arc::default(),
     );
-    let start = Start { steering, ..start("tdm0", local, &fences) };
     let state = run::State::new(start, asked, outlet, Arc::default()).unwrap();
-    own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
+    own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), &local, 0, 2);
     (commands, state)
 }
 

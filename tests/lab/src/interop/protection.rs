@@ -95,7 +95,7 @@ fn protection(lab: &Lab<'_>) -> Result<String> {
     let mut instances = start_pair(lab.run, lab.bins, &net, &config)?;
     let owner = wait_pair_synced(&mut instances, PATIENCE)?;
     expect("while no tunnel is up", by_left(lab)?)?;
-    let _remote = start_remote(lab.run, lab.bins, &net, crate::scene::PeerKind::Strongswan)?;
+    let _remote = start_remote(lab.run, lab.bins, &net, crate::scene::PeerKind::Strongswan, true)?;
     let standby = [("10.1.0.3", "203.0.113.12"), ("10.1.0.2", "203.0.113.11")][owner];
     expect("through the standby", passed(lab, &net, standby.0, standby.1)?)?;
     for instance in &mut instances {
