@@ -18,7 +18,7 @@
 use core::net::{Ipv4Addr, Ipv6Addr};
 
 use wire::ip::{self, IPV4_HEADER_LEN, IPV6_HEADER_LEN, TCP_HEADER_LEN, Tcp, protocol};
-use wire::vnet::SegmentedTcp;
+use wire::vnet::{Carried, Segmented};
 
 /// What an IP packet can hold: its length field has 16 bits.
 const MOST_BYTES: usize = 65_535;
@@ -186,18 +186,19 @@ impl Run {
 
     /// Makes the first packet's headers those of the whole, and says how it is to be split. `None`, and
     /// nothing changed, for a run of one, or if `first` is not the packet that the run began with.
-    pub fn finish(&self, first: &mut [u8]) -> Option<SegmentedTcp> {
+    pub fn finish(&self, first: &mut [u8]) -> Option<Segmented> {
         let Segment { ipv6, tcp_at, payload_at, payload_len, .. } = self.first;
         if self.count < 2 || first.len() != payload_at + payload_len {
             return None;
         }
         let (src, dst) = addresses(first, ipv6)?;
         let sum = ip::partial_checksum(src, dst, protocol::TCP, self.total - tcp_at)?;
-        let header = SegmentedTcp {
+        let header = Segmented {
+            carried: Carried::Tcp,
             ipv6,
             header_len: u16::try_from(payload_at).ok()?,
             segment_len: u16::try_from(payload_len).ok()?,
-            tcp_at: u16::try_from(tcp_at).ok()?,
+            transport_at: u16::try_from(tcp_at).ok()?,
         };
         let length = if ipv6 { self.total - IPV6_HEADER_LEN } else { self.total };
         let length = u16::try_from(length).ok()?.to_be_bytes();

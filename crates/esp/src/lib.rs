@@ -28,6 +28,7 @@
 //! | `endpoint` | owner, held, steering, idle |
 //! | `table`, `queue`, `ecn` | SAs by SPI; held packets; RFC 6040 |
 //! | [`reason`] | why packets are dropped, and counters |
+//! | [`segment`] | splitting what the TUN gives in one piece |
 //! | [`coalesce`] | merging TCP segments that came out, before they are written |
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
@@ -45,6 +46,7 @@ pub mod reason;
 pub mod replay;
 pub mod report;
 mod sa;
+pub mod segment;
 pub mod shard;
 mod table;
 

@@ -9,7 +9,7 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use esp::coalesce::Run;
 use proptest::prelude::*;
 use wire::ip::{ipv4_header_checksum, protocol, transport_checksum};
-use wire::vnet::SegmentedTcp;
+use wire::vnet::Segmented;
 
 const ACK: u8 = 0x10;
 const PSH: u8 = 0x08;
@@ -105,7 +105,7 @@ impl Tcp {
 }
 
 /// What the worker does with a list of packets: each merged packet with what it was made of.
-fn merge(packets: &[Vec<u8>]) -> Vec<(Vec<u8>, Option<SegmentedTcp>)> {
+fn merge(packets: &[Vec<u8>]) -> Vec<(Vec<u8>, Option<Segmented>)> {
     let mut written = Vec::new();
     let mut rest = packets;
     while let Some((first, more)) = rest.split_first() {
@@ -133,8 +133,8 @@ fn merge(packets: &[Vec<u8>]) -> Vec<(Vec<u8>, Option<SegmentedTcp>)> {
 }
 
 /// What a network card does with a merged packet, byte by byte and with no regard to speed.
-fn split(packet: &[u8], form: &SegmentedTcp) -> Vec<Vec<u8>> {
-    let (tcp_at, header_len) = (usize::from(form.tcp_at), usize::from(form.header_len));
+fn split(packet: &[u8], form: &Segmented) -> Vec<Vec<u8>> {
+    let (tcp_at, header_len) = (usize::from(form.transport_at), usize::from(form.header_len));
     let (src, dst): (IpAddr, IpAddr) = if form.ipv6 {
         let at = |at: usize| IpAddr::from(<[u8; 16]>::try_from(&packet[at..at + 16]).unwrap());
         (at(8), at(24))
@@ -317,8 +317,8 @@ fn push_and_a_short_segment_end_a_packet() {
         pushed[1].flags |= PSH;
         let written = merge(&packets(&pushed));
         assert_eq!(written.len(), 2);
-        assert_eq!(written[0].0[usize::from(written[0].1.unwrap().tcp_at) + 13], ACK | PSH);
-        assert_eq!(written[1].0[usize::from(written[1].1.unwrap().tcp_at) + 13], ACK);
+        assert_eq!(written[0].0[usize::from(written[0].1.unwrap().transport_at) + 13], ACK | PSH);
+        assert_eq!(written[1].0[usize::from(written[1].1.unwrap().transport_at) + 13], ACK);
         assert_eq!(merge(&packets(&stream(ipv6, &[500, 400, 400, 400]))).len(), 2);
     }
 }

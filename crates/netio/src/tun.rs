@@ -8,22 +8,43 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
-use wire::vnet::{SegmentedTcp, VNET_HEADER_LEN};
+use wire::vnet::{Carried, Offload, Segmented, VNET_HEADER_LEN};
 
 use crate::sys::{check, set_nonblocking};
 
 /// Most packets that one [`Tun::write_run`] takes.
 pub const RUN: usize = 64;
 
-/// One queue of a TUN interface, non-blocking, one whole packet a call.
+/// Bytes that hold whatever one [`Tun::read`] gives: an IP packet has no more.
+pub const READ_LEN: usize = 65_535;
+
+/// One queue of a TUN interface, non-blocking.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Tun {
     /// The plain backend: no offloads, one queue, one packet a system call (tun-tap).
     Plain(Plain),
-    /// Every packet has a vnet header in front (IFF_VNET_HDR, which tun-tap cannot ask for), so that
-    /// merged TCP segments can be written as one.
+    /// Every packet has a vnet header in front (IFF_VNET_HDR, which tun-tap cannot ask for), so that one
+    /// call can read or write several segments as one packet.
     Vnet(Vnet),
+}
+
+/// What the kernel leaves to whoever reads the TUN, and takes from whoever writes to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// TCP segmentation, and checksums.
+    pub tcp: bool,
+    /// UDP segmentation (kernels from 6.2 on).
+    pub udp: bool,
+}
+
+impl Offloads {
+    /// What TUNSETOFFLOAD is asked for.
+    fn mask(self) -> libc::c_uint {
+        let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+        let udp = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+        (if self.tcp { tcp } else { 0 }) | (if self.udp { udp } else { 0 })
+    }
 }
 
 /// The backend with vnet headers.
@@ -32,6 +53,7 @@ pub struct Vnet {
     file: File,
     name: String,
     index: u32,
+    offloads: Offloads,
 }
 
 /// The backend over the crate `tun-tap`.
@@ -54,8 +76,9 @@ impl Tun {
         Ok(Self::Plain(Plain { iface, index }))
     }
 
-    /// The same interface, able to take runs by [`Tun::write_run`]. Errors: as before, and EINVAL
-    /// from a kernel that has no vnet headers.
+    /// The same interface, whose [`Tun::read`] gives and whose [`Tun::write_run`] takes several segments at once:
+    /// of each kind that the kernel knows, see [`Tun::offloads`]. Errors: as before, and EINVAL from a kernel that
+    /// has no vnet headers.
     pub fn open_vnet(name: &str) -> io::Result<Self> {
         check_name(name)?;
         let file = File::options().read(true).write(true).open("/dev/net/tun")?;
@@ -72,7 +95,17 @@ impl Tun {
             libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &raw const length)
         })?;
         let index = crate::route::index_of(name)?;
-        Ok(Self::Vnet(Vnet { file, name: name.to_owned(), index }))
+        let all = Offloads { tcp: true, udp: true };
+        let none = Offloads { tcp: false, udp: false };
+        let known = [all, Offloads { udp: false, ..all }].into_iter().find(|offloads| {
+            // SAFETY: the third argument is a number.
+            check(unsafe {
+                libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD as _, offloads.mask())
+            })
+            .is_ok()
+        });
+        let offloads = known.unwrap_or(none);
+        Ok(Self::Vnet(Vnet { file, name: name.to_owned(), index, offloads }))
     }
 
     /// The interface's name.
@@ -93,21 +126,33 @@ impl Tun {
         }
     }
 
-    /// Whether [`Tun::write_run`] works.
+    /// What the kernel does by the segment and not by the packet; nothing with the plain backend.
     #[must_use]
-    pub fn takes_runs(&self) -> bool {
-        matches!(self, Self::Vnet(_))
+    pub fn offloads(&self) -> Offloads {
+        match self {
+            Self::Plain(_) => Offloads { tcp: false, udp: false },
+            Self::Vnet(vnet) => vnet.offloads,
+        }
     }
 
-    /// Reads one packet into `buffer` and gives its length; `None` when the queue is empty.
-    /// A packet longer than `buffer` is cut by the kernel: give at least the MTU.
-    pub fn read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    /// Whether [`Tun::write_run`] takes runs of this kind. TCP's need no more than vnet headers.
+    #[must_use]
+    pub fn takes_runs(&self, carried: Carried) -> bool {
+        match (self, carried) {
+            (Self::Plain(_), _) => false,
+            (Self::Vnet(_), Carried::Tcp) => true,
+            (Self::Vnet(vnet), Carried::Udp) => vnet.offloads.udp,
+        }
+    }
+
+    /// Reads one packet into `buffer` and gives its length and what is left to do for it; `None` when the queue is
+    /// empty. A packet longer than `buffer` is cut by the kernel: give [`READ_LEN`], or without offloads the MTU.
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(usize, Offload)>> {
         loop {
+            let mut header = [0; VNET_HEADER_LEN];
             let result = match self {
                 Self::Plain(plain) => plain.iface.recv(buffer),
                 Self::Vnet(vnet) => {
-                    // No offload of reading is switched on, so the header says nothing.
-                    let mut header = [0; VNET_HEADER_LEN];
                     let parts = &mut [IoSliceMut::new(&mut header), IoSliceMut::new(buffer)];
                     (&vnet.file)
                         .read_vectored(parts)
@@ -115,7 +160,7 @@ impl Tun {
                 }
             };
             match result {
-                Ok(length) => return Ok(Some(length)),
+                Ok(length) => return Ok(Some((length, Offload::decode(&header)))),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 // While the interface is down there is nothing to read.
@@ -144,12 +189,12 @@ impl Tun {
         }
     }
 
-    /// Writes TCP segments as one packet: `first` with its headers, of the others the payloads, at most
+    /// Writes segments as one packet: `first` with its headers, of the others the payloads, at most
     /// [`RUN`] in all. The kernel splits it where it leaves the host, if it must.
     /// Errors: EINVAL when the kernel refuses the shape; EOPNOTSUPP where [`Tun::takes_runs`] says no.
     pub fn write_run<'a>(
         &self,
-        form: SegmentedTcp,
+        form: Segmented,
         first: &'a [u8],
         payloads: impl Iterator<Item = &'a [u8]>,
     ) -> io::Result<()> {
@@ -313,19 +358,21 @@ mod tests {
             socket.send_to(b"hello", "10.9.1.7:9000").unwrap();
             let deadline = Instant::now() + Duration::from_secs(2);
             let length = loop {
-                if let Some(length) = tun.read(&mut buffer).unwrap() {
+                if let Some((length, _)) = tun.read(&mut buffer).unwrap() {
                     break length;
                 }
                 assert!(Instant::now() < deadline);
             };
             assert_eq!(length, 20 + 8 + 5);
             assert_eq!(&buffer[28..33], b"hello");
-            // Turn it round: addresses and ports swapped keep both checksums right.
+            // Turn it round: addresses swapped keep the header's checksum right.
             let mut answer = buffer[..length].to_vec();
             answer[12..16].copy_from_slice(&buffer[16..20]);
             answer[16..20].copy_from_slice(&buffer[12..16]);
             answer[20..22].copy_from_slice(&buffer[22..24]);
             answer[22..24].copy_from_slice(&buffer[20..22]);
+            // Of the checksum only a part is there, if the rest was left to us; IPv4 needs none.
+            answer[26..28].fill(0);
             tun.write(&answer).unwrap();
             let (size, from) = socket.recv_from(&mut buffer).unwrap();
             assert_eq!((size, from.to_string().as_str()), (5, "10.9.1.7:9000"));

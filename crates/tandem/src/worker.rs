@@ -2,7 +2,7 @@
 //! link. All decisions are `esp::Shard`'s; this room only reads a batch, asks, and writes.
 //!
 //! ```text
-//!   TUN ──read──► batch ──► shard.outbound ──► sendmmsg ──► UDP 4500 of the endpoint
+//!   TUN ──read──► split ──► batch ──► shard.outbound ──► sendmmsg ──► UDP 4500 of the endpoint
 //!   UDP 4500 ──recvmmsg──► classify ─┬─ ESP ──► shard.inbound ──► TUN
 //!                                    ├─ IKE ──► queue to control (bounded, dropped when full)
 //!                                    └─ keepalive ──► dropped
@@ -37,7 +37,7 @@ use crate::link::{SteerHead, SteerPort, SteerSender};
 
 pub use counters::{Counters, Snapshot};
 
-/// Packets in one batch: what one recvmmsg takes.
+/// Packets in one batch: what one recvmmsg takes, and more than one read of the TUN gives at an Ethernet's MTU.
 pub const BATCH: usize = netio::udp::BATCH;
 
 /// How to open a port-4500 socket: with the outer TOS byte, which RFC 6040 needs.

@@ -61,8 +61,8 @@ fn rfc_1071_numbers() {
     assert_eq!(ip::checksum(&[0x01, 0x00, 0x03, 0xf2, 0xf5, 0xf4, 0xf7, 0xf6]), !0xf2dd);
     // §2 (A): in any order and grouping, at even offsets.
     let (a, b) = bytes.split_at(2);
-    assert_eq!((Sum::of(b) + Sum::of(a)).folded(), 0xddf2);
-    assert_eq!((Sum::of(a) + Sum::of(b)).folded(), 0xddf2);
+    assert_eq!(Sum::of(b).add(Sum::of(a)).folded(), 0xddf2);
+    assert_eq!(Sum::of(a).add(Sum::of(b)).folded(), 0xddf2);
     assert_eq!(Sum::of(b).add_u16(0x0001).folded(), 0xddf2);
 }
 
@@ -72,7 +72,7 @@ fn the_two_zeros() {
     assert_eq!((Sum::ZERO.folded(), Sum::ZERO.finish()), (0, 0xffff));
     assert_eq!(Sum::of(&[0; 100]).folded(), 0);
     assert_eq!(Sum::of(&[0xff; 100]).folded(), 0xffff);
-    assert_eq!((Sum::of(&[0xff; 100]) + Sum::ZERO).finish(), 0);
+    assert_eq!(Sum::of(&[0xff; 100]).add(Sum::ZERO).finish(), 0);
     assert_eq!(Sum::of(&[0x12, 0x34]).add_u16(!0x1234).folded(), 0xffff);
 }
 
@@ -100,10 +100,10 @@ proptest! {
         cuts.sort_unstable();
         let (mut from, mut sum) = (0, Sum::ZERO.add_u16(word));
         for cut in cuts {
-            sum = sum + Sum::of(&bytes[from..cut]);
+            sum = sum.add(Sum::of(&bytes[from..cut]));
             from = cut;
         }
-        sum = Sum::of(&bytes[from..]) + sum;
+        sum = Sum::of(&bytes[from..]).add(sum);
         let whole = [&word.to_be_bytes()[..], &bytes].concat();
         prop_assert_eq!(sum.folded(), slow_sum(&whole));
     }

@@ -25,8 +25,12 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Packets read from the TUN.
+    /// Packets read from the TUN, after splitting.
     tun_read,
+    /// Reads of the TUN that gave several of these as one.
+    tun_split,
+    /// Reads of the TUN that were not what their header said.
+    tun_malformed,
     /// Packets written to the TUN.
     tun_written,
     /// Writes to the TUN that carried several of these as one.
@@ -82,6 +86,7 @@ impl Snapshot {
             ("fenced_late", self.late),
             ("socket_refused", self.unsent),
             ("tun_refused", self.tun_refused),
+            ("tun_malformed", self.tun_malformed),
             ("truncated", self.truncated),
             ("too_short", self.short),
             ("ike_queue_full", self.ike_dropped),

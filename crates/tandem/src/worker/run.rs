@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use esp::coalesce::Run;
+use esp::segment::Segments;
 use esp::{Batch, Direction, Shard, Slot, Verdict};
 use netio::clock::boottime;
 use netio::tun::Tun;
@@ -17,6 +18,7 @@ use netio::wake::{Poller, QueueReceiver, Ready};
 use wire::id::EndpointId;
 use wire::ip::Ecn;
 use wire::natt::{self, Datagram};
+use wire::vnet::{Carried, Offload};
 
 use super::counters::add;
 use super::outlet::Outlet;
@@ -43,6 +45,8 @@ pub(super) struct State {
     commands: QueueReceiver<WorkerCommand>,
     poller: Poller,
     batch: Batch,
+    /// What one read of the TUN gives.
+    read: Box<[u8]>,
     /// What control passed on: steered datagrams that came to its socket.
     strays: VecDeque<(u8, Vec<u8>)>,
     /// Where the first packet of the next batch waits, when steered packets change their direction.
@@ -96,12 +100,13 @@ impl State {
         let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
         Ok(Self {
             batch: Batch::new(BATCH, shard.slot_len),
+            read: vec![0; netio::tun::READ_LEN].into_boxed_slice(),
             spare: Slot::new(shard.slot_len),
             strays: VecDeque::new(),
             shard: Shard::new(shard),
             fences: vec![Duration::ZERO; start.fences.len()],
             io: Io {
-                merging: start.tun.takes_runs(),
+                merging: start.tun.takes_runs(Carried::Tcp),
                 tun: start.tun,
                 words: start.fences,
                 steer: None,
@@ -232,25 +237,48 @@ impl State {
         }
     }
 
+    /// Reads until the batch is full or nothing is left, or until a read gave several packets in one piece, which are
+    /// then the end of the batch.
     fn read_tun(&mut self) -> io::Result<()> {
-        while let Some(slot) = self.batch.push() {
-            match self.io.tun.read(slot.room()) {
-                Ok(Some(length)) => slot.set_len(length),
-                Ok(None) => {
-                    self.batch.pop();
-                    break;
-                }
-                Err(error) => {
-                    self.batch.pop();
-                    return Err(error);
-                }
+        while !self.batch.is_full()
+            && let Some((length, offload)) = self.io.tun.read(&mut self.read)?
+        {
+            let count = self.split(length, offload);
+            add(&self.io.counters.tun_read, count);
+            if count > 1 {
+                add(&self.io.counters.tun_split, 1);
+                break;
             }
         }
         if !self.batch.is_empty() {
-            add(&self.io.counters.tun_read, self.batch.len() as u64);
             self.judge(Direction::Outbound);
         }
         Ok(())
+    }
+
+    /// Puts what was read into the batch, by the packet; gives their number.
+    fn split(&mut self, length: usize, offload: Offload) -> u64 {
+        let read = |whole: &[u8]| Segments::new(whole.get(..length)?, offload);
+        let Some(mut segments) = read(&self.read) else {
+            add(&self.io.counters.tun_malformed, 1);
+            return 0;
+        };
+        let mut count = 0;
+        while !segments.is_done() {
+            if self.batch.is_full() {
+                self.judge(Direction::Outbound);
+            }
+            let Some(slot) = self.batch.push() else { break };
+            let whole = self.read.get(..length).unwrap_or_default();
+            let Some(length) = segments.next_into(whole, slot.room()) else {
+                self.batch.pop();
+                add(&self.io.counters.tun_malformed, 1);
+                break;
+            };
+            slot.set_len(length);
+            count += 1;
+        }
+        count
     }
 
     /// One batch; true when the socket holds more that it has received already.

@@ -66,6 +66,8 @@ impl<'a> Tcp<'a> {
     pub const PSH: u8 = 0x08;
     /// ACK.
     pub const ACK: u8 = 0x10;
+    /// CWR (RFC 3168 §6.1).
+    pub const CWR: u8 = 0x80;
 
     /// Reads a segment; `None` if its header length is below 20 or beyond the bytes.
     #[must_use]

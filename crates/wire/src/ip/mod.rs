@@ -8,8 +8,8 @@ mod checksum;
 mod l4;
 
 pub use checksum::{
-    Sum, checksum, copy_and_sum, ipv4_header_checksum, partial_checksum, pseudo_header,
-    transport_checksum, transport_checksum_ok,
+    Sum, checksum, copy_and_sum, ipv4_header_checksum, partial_checksum, transport_checksum,
+    transport_checksum_ok,
 };
 pub use l4::{TCP_HEADER_LEN, Tcp, UDP_HEADER_LEN, Udp, udp_packet};
 
