@@ -4,18 +4,113 @@ use core::net::IpAddr;
 
 use super::protocol;
 
-/// One's-complement sum of big-endian 16-bit words, folded; an odd last byte is padded with zero.
-fn sum(bytes: &[u8]) -> u64 {
-    // Wider words in the host's own order are summed first: the one's-complement sum depends neither on
-    // the word size nor, but for a swap at the end, on the byte order (RFC 1071 §2 (B), (C)).
-    // 64 bits hold the sum of any slice that fits in memory.
-    let (words, rest) = bytes.as_chunks::<4>();
-    let wide: u64 = words.iter().map(|w| u64::from(u32::from_ne_bytes(*w))).sum();
-    let mut last = [0u8; 4];
-    for (to, from) in last.iter_mut().zip(rest) {
-        *to = *from;
+/// A one's-complement sum under way: of one piece of what a checksum covers, to be added to the sums of the
+/// others. Every piece but the last must have an even length; an odd last byte counts as if a zero followed.
+///
+/// It is kept in the host's byte order and in 64 bits: the sum depends neither on the word size nor, but for a
+/// swap at the end, on the byte order (RFC 1071 §2 (B), (C)).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sum(u64);
+
+/// Words of eight bytes that are summed side by side, so that the compiler uses vector registers. Of 2 to 16 this is the
+/// fastest by far with SSE2, and faster than chains of additions with carry (`cargo bench -p esp --bench checksum`).
+const LANES: usize = 8;
+
+impl Sum {
+    /// Of nothing.
+    pub const ZERO: Sum = Sum(0);
+
+    /// Of these bytes, at any alignment.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Sum {
+        let (words, last) = bytes.as_chunks::<8>();
+        let (rows, words) = words.as_chunks::<LANES>();
+        let mut lanes = Lanes::default();
+        for row in rows {
+            lanes.take(row);
+        }
+        lanes.finish(words, last)
     }
-    u64::from(u16::from_be(fold(wide + u64::from(u32::from_ne_bytes(last)))))
+
+    /// Of both.
+    #[must_use]
+    #[expect(clippy::should_implement_trait, reason = "a chain of calls reads like the sum")]
+    pub fn add(self, other: Sum) -> Sum {
+        let (sum, carry) = self.0.overflowing_add(other.0);
+        // After a carry the sum is at most 2^64 - 2.
+        Sum(sum + u64::from(carry))
+    }
+
+    /// With one more 16-bit word.
+    #[must_use]
+    pub fn add_u16(self, word: u16) -> Sum {
+        self.add(Sum(u64::from(word.to_be())))
+    }
+
+    /// The sum in 16 bits, not complemented: what stands in a checksum field that somebody else completes.
+    #[must_use]
+    pub fn folded(self) -> u16 {
+        u16::from_be(fold(self.0))
+    }
+
+    /// The checksum: the complement of the sum.
+    #[must_use]
+    pub fn finish(self) -> u16 {
+        !self.folded()
+    }
+}
+
+/// Copies as much as both hold, and sums it up. The sum is a pass of its own over what was just read: in safe code
+/// that is no slower than one loop that does both, because the C library's copy uses wider registers.
+pub fn copy_and_sum(to: &mut [u8], from: &[u8]) -> Sum {
+    let n = to.len().min(from.len());
+    let (to, from) = (to.get_mut(..n).unwrap_or_default(), from.get(..n).unwrap_or_default());
+    to.copy_from_slice(from);
+    // Not of `to`: what was just written cannot be read at once in words of another size.
+    Sum::of(from)
+}
+
+/// Per lane the sum of all words modulo 2^64, and of their upper halves, which together give that of the lower
+/// halves: two additions and a shift a word, and no carry to look after.
+#[derive(Default)]
+struct Lanes {
+    all: [u64; LANES],
+    upper: [u64; LANES],
+}
+
+impl Lanes {
+    #[inline(always)]
+    fn take(&mut self, row: &[[u8; 8]; LANES]) {
+        for ((all, upper), word) in self.all.iter_mut().zip(&mut self.upper).zip(row) {
+            let word = u64::from_ne_bytes(*word);
+            *all = all.wrapping_add(word);
+            *upper += word >> 32;
+        }
+    }
+
+    /// With what is left after the last whole row.
+    #[inline(always)]
+    fn finish(self, words: &[[u8; 8]], rest: &[u8]) -> Sum {
+        let (mut all, mut upper) = (0_u64, 0_u64);
+        for (lane_all, lane_upper) in self.all.into_iter().zip(self.upper) {
+            all = all.wrapping_add(lane_all);
+            upper += lane_upper;
+        }
+        for word in words {
+            let word = u64::from_ne_bytes(*word);
+            all = all.wrapping_add(word);
+            upper += word >> 32;
+        }
+        // Of less than 2^31 words (an IP packet has 2^13) neither sum of halves overflows, so the lower one is exact
+        // in spite of the modulus.
+        let mut sum = all.wrapping_sub(upper << 32) + upper;
+        let (four, rest) = rest.as_chunks::<4>();
+        let (two, rest) = rest.as_chunks::<2>();
+        sum += four.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum::<u64>();
+        sum += two.iter().map(|word| u64::from(u16::from_ne_bytes(*word))).sum::<u64>();
+        sum += rest.iter().map(|last| u64::from(u16::from_ne_bytes([*last, 0]))).sum::<u64>();
+        Sum(sum)
+    }
 }
 
 fn fold(mut sum: u64) -> u16 {
@@ -30,7 +125,7 @@ fn fold(mut sum: u64) -> u16 {
 /// their own correct checksum it is 0.
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> u16 {
-    !fold(sum(bytes))
+    Sum::of(bytes).finish()
 }
 
 /// The checksum an IPv4 header should carry: over the header, options included, with the field itself
@@ -41,7 +136,7 @@ pub fn ipv4_header_checksum(packet: &[u8]) -> Option<u16> {
     let header = packet.get(..header_len)?;
     let field: [u8; 2] = header.get(10..12)?.try_into().ok()?;
     // Subtracting in one's complement is adding the complement.
-    Some(!fold(sum(header) + u64::from(!u16::from_be_bytes(field))))
+    Some(Sum::of(header).add_u16(!u16::from_be_bytes(field)).finish())
 }
 
 /// The checksum a TCP, UDP or ICMP segment should carry, pseudo-header included (RFC 9293 §3.1, RFC 8200
@@ -49,8 +144,8 @@ pub fn ipv4_header_checksum(packet: &[u8]) -> Option<u16> {
 /// pseudo-header. `None` on mixed address families or a segment beyond 32 bits of length.
 #[must_use]
 pub fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, segment: &[u8]) -> Option<u16> {
-    let total = pseudo_header(src, dst, protocol, segment.len())? + sum(segment);
-    match !fold(total) {
+    let total = pseudo_header(src, dst, protocol, segment.len())?.add(Sum::of(segment));
+    match total.finish() {
         0 if protocol == protocol::UDP => Some(0xffff),
         value => Some(value),
     }
@@ -61,64 +156,29 @@ pub fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, segment: &[u8]
 #[must_use]
 pub fn transport_checksum_ok(src: IpAddr, dst: IpAddr, protocol: u8, segment: &[u8]) -> bool {
     pseudo_header(src, dst, protocol, segment.len())
-        .is_some_and(|pseudo| fold(pseudo + sum(segment)) == 0xffff)
+        .is_some_and(|pseudo| pseudo.add(Sum::of(segment)).finish() == 0)
 }
 
 /// What the checksum field of a segment holds while somebody else is to complete it: the sum of the
 /// pseudo-header, not complemented, for a segment of `len` bytes. `None` as for [`transport_checksum`].
 #[must_use]
 pub fn partial_checksum(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Option<u16> {
-    pseudo_header(src, dst, protocol, len).map(fold)
+    pseudo_header(src, dst, protocol, len).map(Sum::folded)
 }
 
-fn pseudo_header(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Option<u64> {
+fn pseudo_header(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Option<Sum> {
     let len = u32::try_from(len).ok()?;
-    let rest = u64::from(len) + u64::from(protocol);
+    let rest = Sum::of(&len.to_be_bytes()).add_u16(u16::from(protocol));
     match (src, dst) {
-        (IpAddr::V4(_), IpAddr::V4(_)) if protocol == protocol::ICMP => Some(0),
-        (IpAddr::V4(a), IpAddr::V4(b)) => Some(sum(&a.octets()) + sum(&b.octets()) + rest),
-        (IpAddr::V6(a), IpAddr::V6(b)) => Some(sum(&a.octets()) + sum(&b.octets()) + rest),
+        (IpAddr::V4(_), IpAddr::V4(_)) if protocol == protocol::ICMP => Some(Sum::ZERO),
+        (IpAddr::V4(a), IpAddr::V4(b)) => {
+            Some(rest.add(Sum::of(&a.octets())).add(Sum::of(&b.octets())))
+        }
+        (IpAddr::V6(a), IpAddr::V6(b)) => {
+            Some(rest.add(Sum::of(&a.octets())).add(Sum::of(&b.octets())))
+        }
         _ => None,
     }
-}
-
-/// A one's-complement sum under way.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Sum(u64);
-
-impl Sum {
-    /// Of some bytes; an odd last one is padded with zero.
-    #[must_use]
-    pub fn of(bytes: &[u8]) -> Sum {
-        Sum(sum(bytes))
-    }
-
-    /// Of both; what stands behind begins at an even place.
-    #[must_use]
-    #[expect(clippy::should_implement_trait, reason = "a chain of calls reads like the sum")]
-    pub fn add(self, other: Sum) -> Sum {
-        Sum(self.0 + other.0)
-    }
-
-    /// With one more word.
-    #[must_use]
-    pub fn add_u16(self, word: u16) -> Sum {
-        Sum(self.0 + u64::from(word))
-    }
-
-    /// The checksum: its complement.
-    #[must_use]
-    pub fn finish(self) -> u16 {
-        !fold(self.0)
-    }
-}
-
-/// Copies as much as both hold, and sums it up.
-pub fn copy_and_sum(to: &mut [u8], from: &[u8]) -> Sum {
-    let n = to.len().min(from.len());
-    let (to, from) = (to.get_mut(..n).unwrap_or_default(), from.get(..n).unwrap_or_default());
-    to.copy_from_slice(from);
-    Sum::of(to)
 }
 
 /// A checksum after one 16-bit word under it changed (RFC 1624 §3, equation 3).
