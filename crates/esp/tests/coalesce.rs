@@ -543,6 +543,17 @@ fn a_plan_keeps_the_order_within_a_flow_and_of_first_packets() {
     assert_eq!(plan.iter().map(|planned| planned.count()).max(), Some(1));
 }
 
+/// A fragment shows no ports, so it may be of any flow between its addresses: nothing of theirs overtakes it.
+#[test]
+fn a_fragment_is_not_overtaken() {
+    let mut mixed = Mixed::default();
+    let (a1, fragment, a2, other) =
+        (mixed.next(0, 0), mixed.next(8, 0), mixed.next(0, 0), mixed.next(1, 0));
+    let packets = [a1, other, fragment, a2].map(|bytes| (bytes, 0));
+    let order = split_all(&planned(&packets, 64));
+    assert!(order.iter().eq(packets.iter().map(|(bytes, _)| bytes)), "as they came");
+}
+
 #[test]
 fn what_came_by_another_way_is_not_merged_and_more_flows_than_places_are_still_in_order() {
     let mut mixed = Mixed::default();
