@@ -527,10 +527,7 @@ impl Endpoint {
         if let Event::Failed(failure) = &event {
             let early = matches!(
                 failure.what,
-                What::Address
-                    | What::IkeProposal
-                    | What::Identity
-                    | What::Secret
+                What::Address | What::IkeProposal | What::Identity | What::Secret
             );
             let anybody = early && failure.began == crate::event::Side::Peer;
             if anybody {

@@ -36,8 +36,7 @@ impl EspSocket {
     /// without CAP_NET_RAW; EADDRNOTAVAIL where the kernel is too old for an address that is not there.
     pub fn bind(local: IpAddr, buffer_bytes: usize) -> io::Result<Self> {
         let local = SocketAddr::new(local, 0);
-        let socket =
-            Socket::new(Domain::for_address(local), Type::RAW, Some(Protocol::from(ESP)))?;
+        let socket = Socket::new(Domain::for_address(local), Type::RAW, Some(Protocol::from(ESP)))?;
         socket.set_nonblocking(true)?;
         // Over IPv4 the header says it.
         bind_outer(&socket, local, local.is_ipv6(), buffer_bytes)?;

@@ -35,7 +35,9 @@ use std::net::IpAddr;
 
 use gateway::config::{Config, Endpoint};
 use ike::RemoteAddress;
-use netio::route::{Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target, Traffic};
+use netio::route::{
+    Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target, Traffic,
+};
 use wire::ts::Cidr;
 
 /// Table T: the protected networks.

@@ -114,9 +114,8 @@ impl Batcher {
                 tos,
             };
             // SAFETY: a room of this length, see above, whose borrow outlives the call and which nobody else holds.
-            let room = unsafe {
-                std::slice::from_raw_parts(vector.iov_base.cast::<u8>(), vector.iov_len)
-            };
+            let room =
+                unsafe { std::slice::from_raw_parts(vector.iov_base.cast::<u8>(), vector.iov_len) };
             each(i, meta, size, room.get(..meta.len).unwrap_or(room));
         }
         Ok(got)

@@ -173,8 +173,7 @@ impl Batcher {
             header.msg_iov = vector;
             header.msg_iovlen = 1;
             // SAFETY: as in `send_filled`: one header, its name, class and one vector, all alive and filled.
-            let sent =
-                unsafe { libc::sendmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
+            let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), header, libc::MSG_DONTWAIT) };
             if sent < 0 {
                 count_error(&mut self.counters, &io::Error::last_os_error(), 1, 1);
                 continue;

@@ -46,10 +46,14 @@ pub fn peer_config(config: &Config, name: &str, secrets: bool) -> Option<String>
         out.line(format!("remote_addrs = {}", endpoint.wan.address));
         out.line(format!("proposals = {}", list(&ike.ike_proposals)));
         if ike.encap == Encap::Never {
-            out.line("# ESP as protocol 50 unless there is a NAT, and no moving to other addresses.");
+            out.line(
+                "# ESP as protocol 50 unless there is a NAT, and no moving to other addresses.",
+            );
             out.line("encap = no");
         } else {
-            out.line("# ESP in UDP 4500 from the first packet on, and no moving to other addresses.");
+            out.line(
+                "# ESP in UDP 4500 from the first packet on, and no moving to other addresses.",
+            );
             out.line("encap = yes");
         }
         out.line("mobike = no");

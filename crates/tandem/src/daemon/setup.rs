@@ -297,7 +297,8 @@ fn open_raw(config: &Config, endpoint: &Endpoint) -> Result<Option<EspSocket>, S
                 io::ErrorKind::AddrNotAvailable => "for a virtual address this needs Linux 5.17",
                 _ => "does this kernel have raw sockets?",
             };
-            let problem = format!("ESP (protocol 50) at {address} cannot be opened: {error}; {hint}");
+            let problem =
+                format!("ESP (protocol 50) at {address} cannot be opened: {error}; {hint}");
             if wanted.contains(&Encap::Never) {
                 return Err(problem);
             }

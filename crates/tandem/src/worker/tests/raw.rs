@@ -79,7 +79,10 @@ fn packets_pass_both_ways_and_those_in_udp_come_in_as_well() {
             if number % 100 == 99 {
                 for expected in number - 99..=number {
                     let (payload, from) = peer.receive();
-                    assert_eq!((&payload[..], &from[..]), (&expected.to_be_bytes()[..], "127.0.0.1"));
+                    assert_eq!(
+                        (&payload[..], &from[..]),
+                        (&expected.to_be_bytes()[..], "127.0.0.1")
+                    );
                 }
             }
         }
@@ -109,7 +112,10 @@ fn packets_pass_both_ways_and_those_in_udp_come_in_as_well() {
                 event => assert!(!matches!(event, WorkerEvent::Report(Report::PeerMoved { .. }))),
             }
         };
-        assert_eq!((stats.dropped(Reason::MalformedEsp), stats.dropped(Reason::UnknownSpi)), (1, 1));
+        assert_eq!(
+            (stats.dropped(Reason::MalformedEsp), stats.dropped(Reason::UnknownSpi)),
+            (1, 1)
+        );
     });
 }
 
