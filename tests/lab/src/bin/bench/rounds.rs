@@ -207,7 +207,15 @@ impl Stage<'_> {
         let mut traffic = Traffic::start(self.run, &self.probe, scene)?;
         for (size, cell) in SIZES {
             let rate = search::highest(RANGE, |rate| {
-                Ok(traffic.udp(size, rate, self.lengths.search)?.carried)
+                let found = traffic.udp(size, rate, self.lengths.search)?;
+                let UdpFound { sent, count, carried } = found;
+                eprintln!(
+                    "      {size} bytes at {}: sent {}, received {}, carried: {carried}",
+                    short(rate),
+                    sent.packets,
+                    count.received
+                );
+                Ok(carried)
             })?;
             eprintln!("    {cell:?} {}", short(rate));
             found.rates.insert((contender, size), rate);
