@@ -277,7 +277,11 @@ fn wireguards(
         procs.push(wireguard(run, host, &program, args, &side)?);
     }
     net.routes("dev wg0", "dev wg0")?;
-    let version = version.lines().next().unwrap_or_default().to_owned();
+    let mut version = version.lines().next().unwrap_or_default().to_owned();
+    // wireguard-go's own number has stood still since before its releases that count here.
+    if let Ok(package) = std::fs::read_to_string(programs.tools.join(format!("{name}.version"))) {
+        version = format!("{version} (package {})", package.trim());
+    }
     Ok(Ok((procs, version)))
 }
 

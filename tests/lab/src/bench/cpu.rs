@@ -1,7 +1,7 @@
 //! What a span of time cost: of the whole machine from /proc/stat, of single threads from /proc/PID/task.
 //!
 //! The machine's share is what was not idle: the kernel counts idle time in microseconds, the other columns by looking at
-//! each tick. Time that the hypervisor took and user time of niced processes (the benchmark starts none) is not counted.
+//! each tick. Not counted is time that the hypervisor took, and that of processes which are neither ours nor the kernel's.
 
 use crate::clock;
 use crate::error::{Error, IoContext, Result};
@@ -23,7 +23,7 @@ pub struct Machine {
     cpus: f64,
     idle: f64,
     stolen: f64,
-    niced: f64,
+    foreign: f64,
 }
 
 /// What the machine spent between two moments.
@@ -31,21 +31,33 @@ pub struct Machine {
 pub struct Spent {
     /// CPU-seconds.
     pub busy_s: f64,
-    /// CPU-seconds of niced processes: others'.
-    pub niced_s: f64,
+    /// CPU-seconds of processes that have nothing to do with the run.
+    pub foreign_s: f64,
     /// CPU-seconds that the hypervisor took.
     pub stolen_s: f64,
 }
 
 impl Machine {
-    /// Now.
-    pub fn now() -> Result<Machine> {
+    /// Now, where a span begins. (Looking at every process takes a moment: outside of the span.)
+    pub fn begin() -> Result<Machine> {
+        let foreign = foreign_ticks()?;
+        Self::read(foreign)
+    }
+
+    /// Now, where a span ends.
+    pub fn end() -> Result<Machine> {
+        let mut machine = Self::read(0)?;
+        machine.foreign = foreign_ticks()? as f64 / ticks_per_second();
+        Ok(machine)
+    }
+
+    fn read(foreign: u64) -> Result<Machine> {
         let text = std::fs::read_to_string("/proc/stat").doing("read /proc/stat")?;
-        Self::parse(&text, clock::now(), ticks_per_second())
+        Self::parse(&text, clock::now(), foreign, ticks_per_second())
             .ok_or_else(|| Error::parse("/proc/stat", text))
     }
 
-    fn parse(text: &str, at: Duration, ticks: f64) -> Option<Machine> {
+    fn parse(text: &str, at: Duration, foreign: u64, ticks: f64) -> Option<Machine> {
         let cpus = text.lines().filter(|line| {
             line.strip_prefix("cpu")
                 .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
@@ -56,16 +68,62 @@ impl Machine {
             total.split_whitespace().map_while(|word| word.parse().ok()).collect();
         let column = |at: usize| columns.get(at).map(|value: &f64| value / ticks);
         let idle = column(3)? + column(4)?;
-        (cpus > 0.0).then_some(Machine { at, cpus, idle, stolen: column(7)?, niced: column(1)? })
+        (cpus > 0.0).then_some(Machine {
+            at,
+            cpus,
+            idle,
+            stolen: column(7)?,
+            foreign: foreign as f64 / ticks,
+        })
     }
 
     /// What was spent from here to `later`.
     pub fn until(&self, later: &Machine) -> Spent {
         let wall = (later.at.saturating_sub(self.at)).as_secs_f64() * self.cpus;
-        let (stolen_s, niced_s) = (later.stolen - self.stolen, later.niced - self.niced);
-        let busy = wall - (later.idle - self.idle) - stolen_s - niced_s;
-        Spent { busy_s: busy.max(0.0), niced_s, stolen_s }
+        let (stolen_s, foreign_s) =
+            (later.stolen - self.stolen, (later.foreign - self.foreign).max(0.0));
+        let busy = wall - (later.idle - self.idle) - stolen_s - foreign_s;
+        Spent { busy_s: busy.max(0.0), foreign_s, stolen_s }
     }
+}
+
+/// Ticks of every process that is neither this one, nor below it, nor the kernel's own, with those of their children that
+/// are gone: so that a process which ends does not change the sum.
+fn foreign_ticks() -> Result<u64> {
+    let mut processes = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc").doing("read /proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        // One that has just ended is in its parent's sum.
+        if let Ok(stat) = std::fs::read_to_string(entry.path().join("stat"))
+            && let Some(process) = process_of(&stat)
+        {
+            processes.insert(pid, process);
+        }
+    }
+    Ok(foreign_of(&processes, std::process::id()))
+}
+
+/// Parent, and ticks so far.
+type Process = (u32, u64);
+
+fn process_of(stat: &str) -> Option<Process> {
+    // The name, in parentheses, may hold anything; the parent is the second word after it.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let words: Vec<&str> = rest.split_whitespace().collect();
+    let times = words.get(11..15)?.iter().map(|word| word.parse::<u64>().ok());
+    Some((words.get(1)?.parse().ok()?, times.sum::<Option<u64>>()?))
+}
+
+fn foreign_of(processes: &BTreeMap<u32, Process>, own: u32) -> u64 {
+    // The kernel's threads are children of process 2.
+    const KERNEL: u32 = 2;
+    let parent = |pid: &u32| processes.get(pid).map(|(parent, _)| *parent);
+    // Bounded: the list changes while it is read.
+    let line = |pid: u32| std::iter::successors(Some(pid), parent).take(64);
+    let is_ours = |pid: u32| line(pid).any(|at| at == own || at == KERNEL);
+    processes.iter().filter(|(pid, _)| !is_ours(**pid)).map(|(_, (_, ticks))| ticks).sum()
 }
 
 /// The time of some threads.
@@ -147,17 +205,33 @@ mod tests {
 
     #[test]
     fn busy_is_what_was_neither_idle_nor_others() {
-        let at = |seconds: u64, line: &str| {
+        let at = |seconds: u64, foreign: u64, line: &str| {
             let text = format!("{line}\ncpu0 1 2 3 4 5 6 7 8 9 0\ncpu1 1 2 3\nintr 5\n");
-            Machine::parse(&text, Duration::from_secs(seconds), 100.0).unwrap()
+            Machine::parse(&text, Duration::from_secs(seconds), foreign, 100.0).unwrap()
         };
-        let before = at(10, "cpu  1000 200 300 4000 50 0 70 5 0 0");
-        let after = at(14, "cpu  1100 250 350 4200 100 0 90 15 0 0");
+        let before = at(10, 1000, "cpu  1000 200 300 4000 50 0 70 5 0 0");
+        let after = at(14, 1050, "cpu  1100 250 350 4200 100 0 90 15 0 0");
         let spent = before.until(&after);
-        // 8 s, of them 2.5 idle or waiting for a disk, 0.1 stolen, 0.5 niced.
+        // 8 s, of them 2.5 idle or waiting for a disk, 0.1 stolen, 0.5 others'.
         assert!((spent.busy_s - 4.9).abs() < 1e-9, "{spent:?}");
-        assert!((spent.niced_s - 0.5).abs() < 1e-9 && (spent.stolen_s - 0.1).abs() < 1e-9);
-        assert_eq!(Machine::parse("cpu  1 2\n", Duration::ZERO, 100.0), None);
+        assert!((spent.foreign_s - 0.5).abs() < 1e-9 && (spent.stolen_s - 0.1).abs() < 1e-9);
+        assert_eq!(Machine::parse("cpu  1 2\n", Duration::ZERO, 0, 100.0), None);
+    }
+
+    #[test]
+    fn foreign_is_what_is_neither_below_us_nor_the_kernels() {
+        let stat = "12 (a) b) S 7 2 3 4 5 6 7 8 9 10 1 20 300 4000 13";
+        assert_eq!(process_of(stat), Some((7, 4321)));
+        let processes = BTreeMap::from([
+            (1, (0, 1)),
+            (2, (0, 10)),
+            (3, (2, 100)),
+            (50, (1, 1_000)),
+            (60, (50, 10_000)),
+            (70, (60, 100_000)),
+            (80, (1, 1_000_000)),
+        ]);
+        assert_eq!(foreign_of(&processes, 60), 1_001_001);
     }
 
     #[test]
@@ -178,6 +252,6 @@ mod tests {
     fn this_process_has_threads() {
         let threads = Threads::now(&[std::process::id()], "").unwrap();
         assert!(!threads.0.is_empty());
-        assert!(Machine::now().unwrap().cpus >= 1.0);
+        assert!(Machine::begin().unwrap().cpus >= 1.0);
     }
 }

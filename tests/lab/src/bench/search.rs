@@ -15,43 +15,50 @@ pub struct Range {
     pub precision: f64,
 }
 
+/// What became of a rate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Outcome {
+    /// It was sent and arrived.
+    Carried,
+    /// Too much of it was lost.
+    Lost,
+    /// What was sent arrived, but the sender managed only this rate.
+    Slower(f64),
+}
+
 /// Doubles (or halves) from the start until one rate was carried and a higher one was not, then halves the distance by
-/// ratio. A rate is refused only when it failed twice: a machine that stood still for a moment proves nothing.
-/// 0 if nothing is carried.
-pub fn highest(range: Range, mut carried: impl FnMut(f64) -> Result<bool>) -> Result<f64> {
-    let mut holds = |rate: f64| -> Result<bool> { Ok(carried(rate)? || carried(rate)?) };
-    let (mut good, mut bad) = (0.0, f64::INFINITY);
+/// ratio. A rate is refused only when it failed twice: a machine that stood still for a moment proves nothing. What a
+/// slow sender managed was carried, and what it was asked for was not. 0 if nothing is carried.
+pub fn highest(range: Range, mut probe: impl FnMut(f64) -> Result<Outcome>) -> Result<f64> {
+    let (mut good, mut bad) = (0.0_f64, f64::INFINITY);
     let mut rate = range.start;
-    while good == 0.0 || bad.is_infinite() {
-        if holds(rate)? {
-            good = rate;
-            if rate >= range.highest {
-                return Ok(good);
+    loop {
+        let mut held = false;
+        for _ in 0..2 {
+            match probe(rate)? {
+                Outcome::Carried => held = true,
+                Outcome::Slower(managed) => good = good.max(managed.min(rate)),
+                Outcome::Lost => {}
             }
-            rate = (rate * 2.0).min(range.highest);
-        } else {
-            bad = rate;
-            if good > 0.0 {
+            if held {
                 break;
             }
-            if rate <= range.lowest {
-                return Ok(0.0);
-            }
-            rate = (rate / 2.0).max(range.lowest);
         }
-        if good > 0.0 && rate >= bad {
-            break;
-        }
-    }
-    while bad / good > range.precision {
-        let middle = (good * bad).sqrt();
-        if holds(middle)? {
-            good = middle;
+        if held {
+            good = good.max(rate);
         } else {
-            bad = middle;
+            bad = bad.min(rate);
         }
+        if good >= range.highest || good * range.precision >= bad {
+            return Ok(good);
+        }
+        rate = match (good > 0.0, bad.is_finite()) {
+            (true, true) => (good * bad).sqrt(),
+            (true, false) => (good * 2.0).min(range.highest),
+            (false, _) if rate <= range.lowest => return Ok(0.0),
+            (false, _) => (rate / 2.0).max(range.lowest),
+        };
     }
-    Ok(good)
 }
 
 /// The first of `rate`, a little less, less again, … that is carried, with what `probe` found there.
@@ -79,7 +86,8 @@ mod tests {
     const RANGE: Range = Range { start: 8e3, lowest: 100.0, highest: 4e6, precision: 1.03 };
 
     fn found(limit: f64) -> f64 {
-        highest(RANGE, |rate| Ok(rate <= limit)).unwrap()
+        highest(RANGE, |rate| Ok(if rate <= limit { Outcome::Carried } else { Outcome::Lost }))
+            .unwrap()
     }
 
     #[test]
@@ -98,9 +106,22 @@ mod tests {
         let rate = highest(RANGE, |rate| {
             let hiccup = !failed && rate > 30e3;
             failed |= hiccup;
-            Ok(!hiccup && rate <= 50e3)
+            Ok(if !hiccup && rate <= 50e3 { Outcome::Carried } else { Outcome::Lost })
         });
         assert!(rate.unwrap() > 48e3);
+    }
+
+    #[test]
+    fn what_a_slow_sender_managed_was_carried() {
+        let slow = |limit: f64| {
+            highest(RANGE, |rate| {
+                Ok(if rate > limit { Outcome::Slower(limit) } else { Outcome::Carried })
+            })
+        };
+        for limit in [300.0, 15e3, 117e3] {
+            let rate = slow(limit).unwrap();
+            assert!(rate <= limit && rate * RANGE.precision >= limit, "{limit}: {rate}");
+        }
     }
 
     #[test]

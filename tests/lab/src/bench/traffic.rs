@@ -3,6 +3,7 @@
 use crate::bench::contender::Scene;
 use crate::bench::cpu::{Machine, Spent, ThreadTime, Threads};
 use crate::bench::probe::{self, BEGIN, READY, RoundTrips, TcpCount, UdpCount, UdpSent};
+use crate::bench::search::Outcome;
 use crate::error::{Error, IoContext, Result, ensure};
 use crate::net;
 use crate::ns::Ns;
@@ -23,7 +24,7 @@ const SLACK: Duration = Duration::from_secs(20);
 /// How long packets may be under way after the last was sent.
 const DRAIN: Duration = Duration::from_millis(150);
 /// A sender that sent less than this part of what it was to send is itself the limit.
-const KEPT_RATE: f64 = 0.97;
+const KEPT_RATE: f64 = 0.9;
 /// More lost is too many.
 pub const LOSS: f64 = 0.001;
 
@@ -82,7 +83,7 @@ pub struct UdpFound {
     /// What arrived.
     pub count: UdpCount,
     /// Whether the sender kept its rate, and less than [`LOSS`] was lost.
-    pub carried: bool,
+    pub outcome: Outcome,
 }
 
 impl UdpFound {
@@ -92,11 +93,15 @@ impl UdpFound {
     }
 
     fn judge(wanted: f64, sent: UdpSent, count: UdpCount) -> UdpFound {
-        let actual = sent.packets as f64 / (sent.nanos.max(1) as f64 / 1e9);
         let lost = sent.packets.saturating_sub(count.received) as f64;
-        let carried =
-            sent.packets > 0 && actual >= KEPT_RATE * wanted && lost < LOSS * sent.packets as f64;
-        UdpFound { sent, count, carried }
+        let mut found = UdpFound { sent, count, outcome: Outcome::Carried };
+        let managed = found.rate();
+        if sent.packets == 0 || lost >= LOSS * sent.packets as f64 {
+            found.outcome = Outcome::Lost;
+        } else if managed < KEPT_RATE * wanted {
+            found.outcome = Outcome::Slower(managed);
+        }
+        found
     }
 }
 
@@ -193,9 +198,9 @@ impl<'a> Traffic<'a> {
         let source = source.spawn(&self.log)?;
         sink.expect(BEGIN, plan.warm_up + SLACK)?;
         let workers = Threads::now(&self.scene.gateways, WORKERS)?;
-        let before = Machine::now()?;
+        let before = Machine::begin()?;
         let line = sink.line(plan.time + SLACK)?;
-        let spent = before.until(&Machine::now()?);
+        let spent = before.until(&Machine::end()?);
         let workers = workers.until(&Threads::now(&self.scene.gateways, WORKERS)?);
         drop((source, sink));
         let count: TcpCount = probe::parse(&line)?;
@@ -263,10 +268,12 @@ mod tests {
             let count = UdpCount { received, ..UdpCount::default() };
             UdpFound::judge(10_000.0, sent, count)
         };
-        assert!(found(20_000, 19_981).carried);
-        assert!(!found(20_000, 19_980).carried);
-        assert!(!found(19_300, 19_300).carried);
-        assert!(!found(0, 0).carried);
+        assert_eq!(found(20_000, 19_981).outcome, Outcome::Carried);
+        assert_eq!(found(20_000, 19_980).outcome, Outcome::Lost);
+        assert_eq!(found(18_002, 18_002).outcome, Outcome::Carried);
+        assert_eq!(found(17_000, 17_000).outcome, Outcome::Slower(8_500.0));
+        assert_eq!(found(17_000, 16_000).outcome, Outcome::Lost);
+        assert_eq!(found(0, 0).outcome, Outcome::Lost);
         assert!((found(20_000, 19_000).rate() - 9_500.0).abs() < 1e-6);
     }
 

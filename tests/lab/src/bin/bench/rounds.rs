@@ -4,7 +4,7 @@ use crate::document::cores;
 use lab::bench::aead;
 use lab::bench::contender::{Contender, Programs, Scene, Start, start};
 use lab::bench::ratios::{Cell, Cells, short};
-use lab::bench::search::{self, Range};
+use lab::bench::search::{self, Outcome, Range};
 use lab::bench::traffic::{TcpFound, TcpPlan, Traffic, UdpFound, Way};
 use lab::error::{IoContext, Result, ensure};
 use lab::run::Run;
@@ -123,7 +123,7 @@ pub(crate) fn play(
     let started = clock::now();
     let mut found = Found::default();
     for contender in contenders.iter().filter(|contender| contender.is_full()) {
-        eprintln!("search  {}", contender.name());
+        eprintln!("{}  search  {}", seconds(started), contender.name());
         stage
             .turn(*contender, 0, &mut found, |scene, found| stage.search(*contender, scene, found));
     }
@@ -132,7 +132,8 @@ pub(crate) fn play(
             if found.skipped.contains_key(&contender) {
                 continue;
             }
-            eprintln!("round {} of {rounds}  {}", round + 1, contender.name());
+            let name = contender.name();
+            eprintln!("{}  round {} of {rounds}  {name}", seconds(started), round + 1);
             stage.turn(contender, round, &mut found, |scene, found| {
                 let mut cells = Turn { contender, round, found };
                 stage.measure(scene, &mut cells)
@@ -141,6 +142,11 @@ pub(crate) fn play(
     }
     found.seconds = (clock::now() - started).as_secs_f64();
     Ok(found)
+}
+
+/// How long ago, as `[ 12s]`.
+fn seconds(started: Duration) -> String {
+    format!("[{:4.0}s]", (clock::now() - started).as_secs_f64())
 }
 
 /// Another one begins in each round.
@@ -208,14 +214,10 @@ impl Stage<'_> {
         for (size, cell) in SIZES {
             let rate = search::highest(RANGE, |rate| {
                 let found = traffic.udp(size, rate, self.lengths.search)?;
-                let UdpFound { sent, count, carried } = found;
-                eprintln!(
-                    "      {size} bytes at {}: sent {}, received {}, carried: {carried}",
-                    short(rate),
-                    sent.packets,
-                    count.received
-                );
-                Ok(carried)
+                let UdpFound { sent, count, outcome } = found;
+                let (rate, sent, received) = (short(rate), sent.packets, count.received);
+                eprintln!("      {size} bytes at {rate}: {received} of {sent}, {outcome:?}");
+                Ok(outcome)
             })?;
             eprintln!("    {cell:?} {}", short(rate));
             found.rates.insert((contender, size), rate);
@@ -279,7 +281,7 @@ impl Stage<'_> {
             let confirmed = search::confirm(rate, STEP, STEPS, |rate| {
                 probes += 1;
                 let found = traffic.udp(size, rate, self.lengths.udp)?;
-                Ok((found.carried, found))
+                Ok((found.outcome == Outcome::Carried, found))
             })?;
             let (rate, found): (f64, Option<UdpFound>) =
                 confirmed.map_or((0.0, None), |(rate, found)| (rate, Some(found)));
