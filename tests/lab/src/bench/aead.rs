@@ -1,13 +1,31 @@
-//! What AES-256-GCM by ring costs by itself: the yardstick for the workers' own share.
+//! What an AEAD by ring costs by itself: the yardstick for the workers' own share.
 
 use crate::clock;
 use crate::error::{Error, Result};
-use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use ring::aead::{AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use serde::Serialize;
 use std::time::Duration;
 
 /// As many packets as a gateway handles at once, so that the caches see about as much.
 const BATCH: usize = 44;
+
+/// Which AEAD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aead {
+    /// AES-256-GCM.
+    Aes256Gcm,
+    /// ChaCha20-Poly1305.
+    Chacha20Poly1305,
+}
+
+impl Aead {
+    fn algorithm(self) -> &'static Algorithm {
+        match self {
+            Aead::Aes256Gcm => &AES_256_GCM,
+            Aead::Chacha20Poly1305 => &CHACHA20_POLY1305,
+        }
+    }
+}
 
 /// The cost of one packet, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -27,10 +45,10 @@ impl Cost {
 
 /// Seals and opens packets of `length` bytes for about `time` on `threads` threads at once (a machine whose processors
 /// share cores is slower with all of them at work, and the gateways are at work at once). The mean over the threads.
-pub fn measure(length: usize, threads: usize, time: Duration) -> Result<Cost> {
+pub fn measure(aead: Aead, length: usize, threads: usize, time: Duration) -> Result<Cost> {
     let failed = || Error::check("ring refused its own packet");
     let workers: Vec<_> = (0..threads.max(1))
-        .map(|_| std::thread::spawn(move || one_thread(length, time).ok_or(())))
+        .map(|_| std::thread::spawn(move || one_thread(aead, length, time).ok_or(())))
         .collect();
     let count = workers.len() as f64;
     let mut sum = Cost::default();
@@ -42,9 +60,9 @@ pub fn measure(length: usize, threads: usize, time: Duration) -> Result<Cost> {
     Ok(sum)
 }
 
-fn one_thread(length: usize, time: Duration) -> Option<Cost> {
-    let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &[7; 32]).ok()?);
-    let tag_len = AES_256_GCM.tag_len();
+fn one_thread(aead: Aead, length: usize, time: Duration) -> Option<Cost> {
+    let key = LessSafeKey::new(UnboundKey::new(aead.algorithm(), &[7; 32]).ok()?);
+    let tag_len = aead.algorithm().tag_len();
     let mut packets = vec![vec![0x5a_u8; length + tag_len]; BATCH];
     // SPI and sequence number, as ESP authenticates them.
     let aad = [1_u8; 8];
@@ -83,7 +101,8 @@ mod tests {
 
     #[test]
     fn a_long_packet_costs_more_than_a_short_one_and_less_than_so_many_short_ones() {
-        let cost = |length| measure(length, 1, Duration::from_millis(30)).unwrap();
+        let time = Duration::from_millis(30);
+        let cost = |length| measure(Aead::Aes256Gcm, length, 1, time).unwrap();
         let (short, long) = (cost(64), cost(1400));
         assert!(short.seal_ns > 0.0 && short.open_ns > 0.0);
         assert!(long.both_ns() > short.both_ns(), "{long:?} {short:?}");

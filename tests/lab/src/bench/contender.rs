@@ -363,7 +363,9 @@ fn tandems(
         let checked = tandem::check(bins, &daemon.ns, daemon.config_path(), &daemon.name)?;
         if !checked.status.success() {
             let said = format!("{}\n{}", checked.stdout, checked.stderr);
-            return Ok(Err(format!("tandem check refuses it: {}", last_lines(&said, 8))));
+            let reason = said.lines().find(|line| line.starts_with("error"));
+            let reason = reason.map_or_else(|| last_lines(&said, 3), str::to_owned);
+            return Ok(Err(format!("tandem check says: {reason}")));
         }
     }
     let mut daemons = Vec::new();

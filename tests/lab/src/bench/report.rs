@@ -4,7 +4,7 @@ use crate::bench::contender::Contender;
 use crate::bench::ratios::{Cell, Cells, Row, median, short};
 use std::fmt::Write as _;
 
-/// A column: its heading, its cell, and how its value is shown.
+/// A column or a panel: its heading, its cell, and how its value is shown.
 type Column = (&'static str, Cell, fn(f64) -> String);
 
 const COLUMNS: [Column; 14] = [
@@ -93,7 +93,7 @@ pub fn bars(rows: &[Row]) -> String {
     text
 }
 
-const PANELS: [(&str, Cell, fn(f64) -> String); 3] = [
+const PANELS: [Column; 3] = [
     ("TCP, one stream, Gb/s", Cell::Tcp1, short),
     ("UDP, 64 bytes, thousand packets a second, < 0.1 % lost", Cell::Udp64, thousands),
     ("CPU-seconds of the whole machine per GB of TCP, at full rate", Cell::CpuFull, short),

@@ -1,7 +1,7 @@
 //! The turns: who is measured when, and what in a turn.
 
 use crate::document::cores;
-use lab::bench::aead;
+use lab::bench::aead::{self, Aead};
 use lab::bench::contender::{Contender, Programs, Scene, Start, start};
 use lab::bench::ratios::{Cell, Cells, short};
 use lab::bench::search::{self, Outcome, Range};
@@ -308,8 +308,12 @@ impl Stage<'_> {
         let mtu = scene.tunnel_mtu()?;
         let packets = tcp.count.bytes as f64 / f64::from(mtu.saturating_sub(HEADERS).max(1));
         let length = mtu as usize;
-        let loaded = aead::measure(length, cores(), self.lengths.aead)?;
-        let alone = aead::measure(length, 1, self.lengths.aead)?;
+        let cipher = match turn.contender {
+            Contender::Chacha => Aead::Chacha20Poly1305,
+            _ => Aead::Aes256Gcm,
+        };
+        let loaded = aead::measure(cipher, length, cores(), self.lengths.aead)?;
+        let alone = aead::measure(cipher, length, 1, self.lengths.aead)?;
         let aead_s = packets * loaded.both_ns() / 1e9;
         let all_s = tcp.workers.user_s + tcp.workers.system_s;
         let detail = json!({"packet": length, "packets": packets, "workers": tcp.workers,
