@@ -5,7 +5,7 @@
 //! document:
 //!
 //! ```json
-//! {"machine":{"cpu":"…","cores":2,"kernel":"6.18"},"quick":false,"rounds":7,"seconds":3300.1,"complete":true,
+//! {"machine":{"cpu":"…","cores":2,"kernel":"6.18"},"quick":false,"rounds":7,"seconds":3300.1,"complete":true,"foreign_share":0.0,
 //!  "contenders":[{"name":"tandem","about":"…","version":"…","skipped":null}],
 //!  "searches":[{"contender":"tandem","size":64,"packets_s":210000.0}],
 //!  "cells":[{"round":0,"contender":"tandem","cell":"tcp1","value":5.5,"detail":{…}}],
@@ -27,7 +27,8 @@ use lab::bench::{ratios, report};
 use lab::error::write_file;
 use lab::run::Run;
 use lab::tandem::Bins;
-use rounds::{Found, Lengths};
+use rounds::{Failure, Found, Lengths};
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -44,7 +45,7 @@ struct Args {
     /// Only these contenders: names with commas between them
     #[arg(long, value_delimiter = ',', value_parser = Contender::parse)]
     only: Vec<Contender>,
-    /// Print one JSON document on standard output instead of the table
+    /// Print one JSON document on standard output; the table goes to standard error
     #[arg(long)]
     json: bool,
     /// Fail when a bar is missed
@@ -108,20 +109,32 @@ fn measure(args: &Args) -> lab::Result<bool> {
         let text = serde_json::to_string(&document)
             .map_err(|error| Error::parse("the document", error.to_string()))?;
         println!("{text}");
+        eprint!("{}", summary(&found, &contenders, &rows, &note));
     } else {
-        print(&found, &contenders, &rows, &note);
+        print!("{}", summary(&found, &contenders, &rows, &note));
     }
     let passed = rows.iter().all(|row| row.pass);
     Ok(found.failures.is_empty() && (passed || !args.check))
 }
 
-fn print(found: &Found, contenders: &[Contender], rows: &[ratios::Row], note: &str) {
-    println!("{}", report::table(&found.cells, contenders));
+/// The table, what is missing in it, and the bars.
+fn summary(found: &Found, contenders: &[Contender], rows: &[ratios::Row], note: &str) -> String {
+    let mut text = report::table(&found.cells, contenders);
     for (contender, reason) in &found.skipped {
-        println!("skipped  {}: {reason}", contender.name());
+        let _ = writeln!(text, "skipped  {}: {reason}", contender.name());
     }
-    for failure in &found.failures {
-        println!("failed  {} in round {}: {}", failure.contender, failure.round + 1, failure.why);
+    for Failure { round, contender, why } in &found.failures {
+        let _ = writeln!(text, "failed  {contender} in round {}: {why}", round + 1);
     }
-    println!("{}{note}", report::bars(rows));
+    text.push_str(&report::bars(rows));
+    let share = found.foreign_share();
+    if share > 0.02 {
+        let percent = share * 100.0;
+        let _ = writeln!(
+            text,
+            "Other processes took {percent:.0} % of the machine while TCP was measured: do not trust these figures"
+        );
+    }
+    let _ = writeln!(text, "{note}");
+    text
 }

@@ -96,6 +96,16 @@ pub(crate) struct Found {
     pub(crate) versions: BTreeMap<Contender, String>,
     pub(crate) seconds: f64,
     rates: BTreeMap<(Contender, usize), f64>,
+    /// CPU-seconds of TCP cells, and those of them that other processes took.
+    watched_s: f64,
+    foreign_s: f64,
+}
+
+impl Found {
+    /// What part of the machine other processes took while TCP was measured.
+    pub(crate) fn foreign_share(&self) -> f64 {
+        if self.watched_s > 0.0 { self.foreign_s / self.watched_s } else { 0.0 }
+    }
 }
 
 /// What every turn needs.
@@ -167,6 +177,15 @@ struct Turn<'a> {
 }
 
 impl Turn<'_> {
+    fn note_tcp(&mut self, cell: Cell, value: f64, found: &TcpFound) {
+        self.found.watched_s += found.count.nanos as f64 / 1e9 * cores() as f64;
+        self.found.foreign_s += found.spent.foreign_s;
+        let detail = json!({"bytes": found.count.bytes, "nanos": found.count.nanos,
+            "machine": found.spent, "workers": found.workers,
+            "cpu_s_per_gb": found.cpu_s_per_gb()});
+        self.note(cell, value, detail);
+    }
+
     fn note(&mut self, cell: Cell, value: f64, detail: Value) {
         eprintln!("    {cell:?} {}", short(value));
         let Turn { contender, round, .. } = *self;
@@ -236,7 +255,7 @@ impl Stage<'_> {
             time: self.lengths.tcp,
         };
         let tcp1 = traffic.tcp(&plan(1, Way::Out))?;
-        turn.note(Cell::Tcp1, tcp1.gbps(), detail(&tcp1));
+        turn.note_tcp(Cell::Tcp1, tcp1.gbps(), &tcp1);
         turn.note(Cell::CpuFull, tcp1.cpu_s_per_gb(), Value::Null);
         if turn.contender.is_tandem() {
             self.against_aead(scene, &tcp1, turn)?;
@@ -250,7 +269,7 @@ impl Stage<'_> {
             (Cell::Tcp8Back, 8, Way::Back),
         ] {
             let found = traffic.tcp(&plan(streams, way))?;
-            turn.note(cell, found.gbps(), detail(&found));
+            turn.note_tcp(cell, found.gbps(), &found);
         }
         let rate = self.fixed_mbps * 1_000_000 / 8;
         let fixed =
@@ -259,7 +278,7 @@ impl Stage<'_> {
         ensure(carried > 0.95, || {
             format!("only {:.0} % of {} Mb/s were carried", carried * 100.0, self.fixed_mbps)
         })?;
-        turn.note(Cell::CpuFixed, fixed.cpu_s_per_gb(), detail(&fixed));
+        turn.note_tcp(Cell::CpuFixed, fixed.cpu_s_per_gb(), &fixed);
         self.udp(&mut traffic, turn)?;
         let trips = traffic.requests(self.lengths.requests, PAUSE)?;
         let micros: Vec<f64> = trips.nanos.iter().map(|nanos| *nanos as f64 / 1e3).collect();
@@ -268,7 +287,7 @@ impl Stage<'_> {
         turn.note(Cell::LatencyP99, stats::nearest_rank(&micros, 99.0), Value::Null);
         scene.net.segmentation_on_wire(false)?;
         let off = traffic.tcp(&plan(1, Way::Out))?;
-        turn.note(Cell::Tcp1WireOff, off.gbps(), detail(&off));
+        turn.note_tcp(Cell::Tcp1WireOff, off.gbps(), &off);
         Ok(())
     }
 
@@ -322,11 +341,6 @@ impl Stage<'_> {
         turn.note(Cell::CpuVsAeadAll, all_s / aead_s, Value::Null);
         Ok(())
     }
-}
-
-fn detail(found: &TcpFound) -> Value {
-    json!({"bytes": found.count.bytes, "nanos": found.count.nanos, "machine": found.spent,
-        "workers": found.workers, "cpu_s_per_gb": found.cpu_s_per_gb()})
 }
 
 #[cfg(test)]
