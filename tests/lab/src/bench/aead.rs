@@ -100,12 +100,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_packet_costs_more_than_a_short_one_and_less_than_so_many_short_ones() {
-        let time = Duration::from_millis(30);
-        let cost = |length| measure(Aead::Aes256Gcm, length, 1, time).unwrap();
-        let (short, long) = (cost(64), cost(1400));
-        assert!(short.seal_ns > 0.0 && short.open_ns > 0.0);
-        assert!(long.both_ns() > short.both_ns(), "{long:?} {short:?}");
-        assert!(long.both_ns() < 22.0 * short.both_ns(), "{long:?} {short:?}");
+    fn what_was_sealed_opens_again_with_either() {
+        for aead in [Aead::Aes256Gcm, Aead::Chacha20Poly1305] {
+            let cost = measure(aead, 1400, 2, Duration::from_millis(5)).unwrap();
+            assert!(cost.seal_ns > 0.0 && cost.open_ns > 0.0, "{aead:?}: {cost:?}");
+        }
     }
 }

@@ -157,8 +157,8 @@ mod tests {
     fn cells() -> Cells {
         let value = |value: f64| BTreeMap::from([(0, value)]);
         Cells::from([
-            ((Contender::Plain, Cell::Tcp1), value(10.0)),
-            ((Contender::Tandem, Cell::Tcp1), value(5.0)),
+            ((Contender::Plain, Cell::Tcp1), value(120.0)),
+            ((Contender::Tandem, Cell::Tcp1), value(60.0)),
             ((Contender::Tandem, Cell::Udp64), value(123_456.0)),
         ])
     }
@@ -169,10 +169,10 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 4 + 2, "{text}");
         assert!(lines[4].starts_with("plain ") && lines[5].starts_with("tandem "));
-        assert!(lines[5].contains(" 5.00 ") && lines[5].contains(" 123 "), "{text}");
+        assert!(lines[5].contains(" 60.0 ") && lines[5].contains(" 123 "), "{text}");
         let end =
             |line: &str, word: &str| line[..line.find(word).unwrap() + word.len()].chars().count();
-        assert_eq!(end(lines[4], "10.0"), end(lines[5], "5.00"));
+        assert_eq!(end(lines[4], "120"), end(lines[5], "60.0"));
     }
 
     #[test]

@@ -122,6 +122,8 @@ mod tests {
             let rate = slow(limit).unwrap();
             assert!(rate <= limit && rate * RANGE.precision >= limit, "{limit}: {rate}");
         }
+        // One that never manages what it is asked for: the best it ever managed, at the first rate.
+        assert_eq!(highest(RANGE, |rate| Ok(Outcome::Slower(0.7 * rate))).unwrap(), 5.6e3);
     }
 
     #[test]
