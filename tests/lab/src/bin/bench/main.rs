@@ -31,7 +31,6 @@ use rounds::{Failure, Found, Lengths};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 #[derive(Parser)]
 #[command(about = "Measures Tandem's data plane side by side with what users would pick instead")]
@@ -89,8 +88,7 @@ fn measure(args: &Args) -> lab::Result<bool> {
     if !args.only.is_empty() {
         contenders.retain(|contender| args.only.contains(contender));
     }
-    let bound = Duration::from_secs(60 * if args.quick { 15 } else { 60 });
-    let run = Run::start(Some(bound))?;
+    let run = Run::start(Some(lengths.bound))?;
     if args.keep_files {
         run.keep_files();
     }

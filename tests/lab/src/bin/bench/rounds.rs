@@ -24,6 +24,10 @@ pub(crate) struct Lengths {
     search: Duration,
     aead: Duration,
     requests: u32,
+    /// The longest that all may take.
+    pub(crate) bound: Duration,
+    /// No turn begins later than so long before that.
+    reserve: Duration,
 }
 
 impl Lengths {
@@ -35,6 +39,8 @@ impl Lengths {
         search: Duration::from_millis(500),
         aead: Duration::from_millis(200),
         requests: 400,
+        bound: Duration::from_secs(15 * 60),
+        reserve: Duration::from_secs(60),
     };
     pub(crate) const FULL: Lengths = Lengths {
         warm_up: Duration::from_millis(1500),
@@ -44,6 +50,8 @@ impl Lengths {
         search: Duration::from_secs(1),
         aead: Duration::from_millis(500),
         requests: 1000,
+        bound: Duration::from_secs(60 * 60),
+        reserve: Duration::from_secs(120),
     };
 }
 
@@ -143,6 +151,11 @@ pub(crate) fn play(
                 continue;
             }
             let name = contender.name();
+            if clock::now() - started > lengths.bound - lengths.reserve {
+                let why = "no time was left for it".to_owned();
+                found.failures.push(Failure { round, contender: name, why });
+                continue;
+            }
             eprintln!("{}  round {} of {rounds}  {name}", seconds(started), round + 1);
             stage.turn(contender, round, &mut found, |scene, found| {
                 let mut cells = Turn { contender, round, found };
@@ -365,8 +378,8 @@ mod tests {
     #[test]
     fn the_lengths_fit_their_bounds() {
         // Of a contender's turn, what is not measuring: network, start, rates that did not hold, the generator's own.
-        let overhead = Duration::from_secs(12);
-        for (lengths, rounds, bound) in [(Lengths::QUICK, 3, 15), (Lengths::FULL, 7, 60)] {
+        let overhead = Duration::from_secs(8);
+        for (lengths, rounds) in [(Lengths::QUICK, 3), (Lengths::FULL, 7)] {
             let tcp = lengths.warm_up + lengths.tcp;
             let full = tcp * 5
                 + lengths.fixed
@@ -380,7 +393,8 @@ mod tests {
             let briefs = Contender::ALL.len() as u32 - fulls;
             let searches = (lengths.search + Duration::from_millis(350)) * 15 * 3 * fulls;
             let total = searches + (full * fulls + brief * briefs) * rounds;
-            assert!(total < Duration::from_secs(60 * bound), "{total:?}");
+            assert!(total < lengths.bound - lengths.reserve, "{total:?}");
+            assert!(full + overhead < lengths.reserve, "{full:?}");
         }
     }
 }
