@@ -38,6 +38,7 @@ pub mod coalesce;
 pub mod command;
 mod ecn;
 mod endpoint;
+mod index;
 pub mod pin;
 mod policy;
 mod queue;

@@ -66,6 +66,7 @@ impl Gateway {
                 self.outputs.push_back(Output::Shard(esp::Command::Query { token: ticket }));
                 None
             }
+            Request::Summary => Some(Answer::Status(Box::new(crate::view::summary(self, now)))),
             Request::Failover { endpoint } => self.failover(now, ticket, endpoint.as_deref()),
             Request::Drain => match self.drain(now, ticket) {
                 Ok(draining) => {

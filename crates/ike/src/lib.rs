@@ -74,6 +74,7 @@ pub use config::{
 };
 pub use endpoint::{Counters, Endpoint};
 pub use event::{
+    Progress,
     ChildStatus, DeleteReason, Event, Failure, IkeStatus, KeyLogLine, KeyLogTable, Side, Status,
     What,
 };

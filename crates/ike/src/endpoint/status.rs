@@ -6,7 +6,7 @@ use wire::id::EspSpi;
 
 use super::Endpoint;
 use crate::{
-    event::{ChildStatus, IkeStatus, Status},
+    event::{ChildStatus, IkeStatus, Progress, Status},
     state::{ChildState, Established, Fate, IkeSa, Phase, Task},
 };
 
@@ -29,6 +29,22 @@ impl Endpoint {
         status
     }
 
+    /// How far a connection is: what [`Endpoint::status`] says of it, in short.
+    #[must_use]
+    pub fn progress(&self, connection: &str) -> Progress {
+        let sas = self.table.of_connection(connection);
+        let shown = sas.filter(|sa| !sa.is_half_open() && !matches!(sa.phase, Phase::Closed(_)));
+        let states = shown.map(|sa| (state_of(sa), sa.since));
+        // The newest that is furthest stands for the connection.
+        let first = states.max_by_key(|(state, since)| {
+            (matches!(*state, "established" | "rekeying"), *since)
+        });
+        Progress {
+            state: first.map(|(state, _)| state),
+            children: self.table.sending(connection).len(),
+        }
+    }
+
     /// What last failed of a connection, and how long ago, whoever began it and whichever instance
     /// owned the endpoint then.
     #[must_use]
@@ -46,20 +62,7 @@ impl Endpoint {
 
     fn ike_status(&self, sa: &IkeSa, now: Duration) -> IkeStatus {
         let conn = self.registry.of(sa);
-        let e = sa.established();
-        let state = match (&sa.phase, e) {
-            (_, None) => "connecting",
-            (_, Some(e)) => match (e.fate, e.task()) {
-                _ if e.waits() => "in doubt",
-                (Fate::Live, Some(Task::Rekey(_))) => "rekeying",
-                (Fate::Live, Some(Task::Sync(..))) => "synchronising",
-                (Fate::Live, _) => "established",
-                (Fate::Deleting(_), _) => "deleting",
-                (Fate::Replaced(_), _) => "replaced",
-                (Fate::Rival(..), _) => "rekeying",
-                (Fate::Doubtful, _) => "in doubt",
-            },
-        };
+        let (e, state) = (sa.established(), state_of(sa));
         let connection = sa.connection.clone().unwrap_or_default();
         let senders = self.table.sending(&connection);
         IkeStatus {
@@ -100,6 +103,20 @@ impl Endpoint {
                 })
                 .collect(),
         }
+    }
+}
+
+fn state_of(sa: &IkeSa) -> &'static str {
+    let Some(e) = sa.established() else { return "connecting" };
+    match (e.fate, e.task()) {
+        _ if e.waits() => "in doubt",
+        (Fate::Live, Some(Task::Rekey(_))) => "rekeying",
+        (Fate::Live, Some(Task::Sync(..))) => "synchronising",
+        (Fate::Live, _) => "established",
+        (Fate::Deleting(_), _) => "deleting",
+        (Fate::Replaced(_), _) => "replaced",
+        (Fate::Rival(..), _) => "rekeying",
+        (Fate::Doubtful, _) => "in doubt",
     }
 }
 
