@@ -18,8 +18,7 @@ impl Endpoint {
         for sa in self.table.iter() {
             if sa.is_half_open() {
                 status.half_open += 1;
-            } else if !matches!(sa.phase, Phase::Closed(_)) {
-                // A closed one only repeats its last answer.
+            } else if is_shown(sa) {
                 status.ike_sas.push(self.ike_status(sa, now));
             }
         }
@@ -29,11 +28,23 @@ impl Endpoint {
         status
     }
 
+    /// The IKE SAs of one connection, as in [`Endpoint::status`].
+    #[must_use]
+    pub fn status_of(&self, connection: &str, now: Duration) -> Vec<IkeStatus> {
+        let shown = self.table.of_connection(connection).filter(|sa| is_shown(sa));
+        shown.map(|sa| self.ike_status(sa, now)).collect()
+    }
+
+    /// Whether any IKE SA stands, or is being brought up by us.
+    #[must_use]
+    pub fn has_sas(&self) -> bool {
+        self.table.iter().any(is_shown)
+    }
+
     /// How far a connection is: what [`Endpoint::status`] says of it, in short.
     #[must_use]
     pub fn progress(&self, connection: &str) -> Progress {
-        let sas = self.table.of_connection(connection);
-        let shown = sas.filter(|sa| !sa.is_half_open() && !matches!(sa.phase, Phase::Closed(_)));
+        let shown = self.table.of_connection(connection).filter(|sa| is_shown(sa));
         let states = shown.map(|sa| (state_of(sa), sa.since));
         // The newest that is furthest stands for the connection.
         let first = states.max_by_key(|(state, since)| {
@@ -104,6 +115,11 @@ impl Endpoint {
                 .collect(),
         }
     }
+}
+
+/// What a peer began does not count before it is authenticated, and a closed one only repeats its last answer.
+fn is_shown(sa: &IkeSa) -> bool {
+    !sa.is_half_open() && !matches!(sa.phase, Phase::Closed(_))
 }
 
 fn state_of(sa: &IkeSa) -> &'static str {

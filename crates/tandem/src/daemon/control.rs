@@ -581,7 +581,7 @@ impl Control {
         let Some(deadline) = self.stopping else { return false };
         self.parts.gateway.leave(now);
         let _ = self.carry_out();
-        let left = !self.parts.gateway.has_tunnels(now);
+        let left = !self.parts.gateway.has_tunnels();
         let stragglers = self.parts.gateway.hands_on();
         if left && stragglers && deadline > now + STRAGGLERS {
             self.stopping = Some(now + STRAGGLERS);
