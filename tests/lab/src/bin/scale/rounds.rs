@@ -54,7 +54,6 @@ fn say(tunnels: u32, text: &str) {
 pub(crate) fn round(run: &Run, bins: &Bins, tunnels: u32, kind: Kind, times: &Times) -> Result<Round> {
     let net = Net::build(run)?;
     net.rhost.ip(&format!("route add local {} dev lo\n", config::BEHIND))?;
-    net.peer.ip(&format!("route add {} via {} dev eth1\n", config::BEHIND, lab::net::RHOST))?;
     let pair = config::pair(tunnels);
     let mut instances = [
         Daemon::prepare(run, bins, &net.left, "left", &pair)?,
@@ -70,6 +69,7 @@ pub(crate) fn round(run: &Run, bins: &Bins, tunnels: u32, kind: Kind, times: &Ti
 
     let before = memory(&mut instances)?;
     let mut peer = Peer::prepare(run, bins, &net, kind, tunnels)?;
+    net.peer.ip(&format!("route add {} via {} dev eth1\n", config::BEHIND, lab::net::RHOST))?;
     let (establishment, lag_at_establishment) = establish(&mut instances, owner, &mut peer, tunnels)?;
     say(tunnels, &format!("established: {establishment:?}; lag: {lag_at_establishment:?}"));
     std::thread::sleep(SETTLE);
