@@ -73,7 +73,11 @@ impl<T> Index<T> {
         match networks {
             // Most have one alone.
             Some(networks) => {
-                places.networks.entry(networks).or_insert_with(|| Vec::with_capacity(1)).push(value);
+                places
+                    .networks
+                    .entry(networks)
+                    .or_insert_with(|| Vec::with_capacity(1))
+                    .push(value);
             }
             None => places.ranges.push(value),
         }
@@ -123,9 +127,9 @@ impl<T> Index<T> {
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        self.shapes.values_mut().flat_map(|places| {
-            places.networks.values_mut().flatten().chain(&mut places.ranges)
-        })
+        self.shapes
+            .values_mut()
+            .flat_map(|places| places.networks.values_mut().flatten().chain(&mut places.ranges))
     }
 }
 
@@ -146,7 +150,8 @@ mod tests {
     fn any_range() -> impl Strategy<Value = AddrRange> {
         any::<bool>().prop_flat_map(|v4| {
             let network = (any_address(v4), 0_u32..6).prop_map(|(address, size)| {
-                let (first, last) = (bits(address) >> size << size, bits(address) | ((1 << size) - 1));
+                let (first, last) =
+                    (bits(address) >> size << size, bits(address) | ((1 << size) - 1));
                 let of = |bits: u128| match address {
                     IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::from_bits(bits as u32)),
                     IpAddr::V6(_) => IpAddr::V6(bits.into()),

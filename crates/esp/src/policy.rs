@@ -351,12 +351,11 @@ impl Policies {
             let endpoint = e.tunnel.endpoint;
             e.covers(packet) && at.map_or(!self.shunned.contains(&endpoint), |at| at == endpoint)
         };
-        let (there, (rank, group)) =
-            self.entries.at(packet.src, packet.dst).find_map(|there| {
-                let fitting = there.clone().filter(|e| fits(e));
-                let best = fitting.map(|e| (e.rank, e.group)).min()?;
-                Some((there, best))
-            })?;
+        let (there, (rank, group)) = self.entries.at(packet.src, packet.dst).find_map(|there| {
+            let fitting = there.clone().filter(|e| fits(e));
+            let best = fitting.map(|e| (e.rank, e.group)).min()?;
+            Some((there, best))
+        })?;
         let alike = there.filter(|e| (e.rank, e.group) == (rank, group) && fits(e));
         let hash = pin::flow_hash(&packet.pinned_flow(bytes));
         if self.bug == Bug::PinModulo {

@@ -55,7 +55,10 @@ impl DueList {
 
     /// The next one, of those whose peer is not full. Full peers are passed over one by one: there are no more of them
     /// than there may be attempts under way.
-    pub(super) fn next(&self, is_full: impl Fn(IpAddr) -> bool) -> Option<(Duration, ConnectionId)> {
+    pub(super) fn next(
+        &self,
+        is_full: impl Fn(IpAddr) -> bool,
+    ) -> Option<(Duration, ConnectionId)> {
         let free = |(_, peer): &&(Duration, Peer)| !peer.is_some_and(&is_full);
         let (_, peer) = self.heads.iter().find(free)?;
         self.of_peer.get(peer)?.first().copied()
@@ -87,8 +90,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PEERS: [Peer; 3] =
-        [None, Some(IpAddr::V4(core::net::Ipv4Addr::LOCALHOST)), Some(IpAddr::V4(core::net::Ipv4Addr::BROADCAST))];
+    const PEERS: [Peer; 3] = [
+        None,
+        Some(IpAddr::V4(core::net::Ipv4Addr::LOCALHOST)),
+        Some(IpAddr::V4(core::net::Ipv4Addr::BROADCAST)),
+    ];
 
     proptest! {
         #[test]

@@ -47,9 +47,8 @@ impl Endpoint {
         let shown = self.table.of_connection(connection).filter(|sa| is_shown(sa));
         let states = shown.map(|sa| (state_of(sa), sa.since));
         // The newest that is furthest stands for the connection.
-        let first = states.max_by_key(|(state, since)| {
-            (matches!(*state, "established" | "rekeying"), *since)
-        });
+        let first = states
+            .max_by_key(|(state, since)| (matches!(*state, "established" | "rekeying"), *since));
         Progress {
             state: first.map(|(state, _)| state),
             children: self.table.sending(connection).len(),

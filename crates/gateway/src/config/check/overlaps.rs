@@ -110,9 +110,14 @@ mod tests {
     #[test]
     fn ten_thousand_apart_are_not_compared() {
         let all = range(0, 255, 0);
-        let apart = |at: usize| (IpAddr::from((at as u32).to_be_bytes()), IpAddr::from((at as u32).to_be_bytes()), at);
+        let apart = |at: usize| {
+            (IpAddr::from((at as u32).to_be_bytes()), IpAddr::from((at as u32).to_be_bytes()), at)
+        };
         for swapped in [false, true] {
-            let mut sides = [(0..10_000).map(|at| (all.0, all.1, at)).collect(), (0..10_000).map(apart).collect()];
+            let mut sides = [
+                (0..10_000).map(|at| (all.0, all.1, at)).collect(),
+                (0..10_000).map(apart).collect(),
+            ];
             if swapped {
                 sides.reverse();
             }
@@ -120,6 +125,9 @@ mod tests {
         }
         // Where all meet, the work has an end.
         let all = |at| (all.0, all.1, at);
-        assert!(neighbours([(0..10_000).map(all).collect(), (0..10_000).map(all).collect()]).len() <= COMPARED);
+        assert!(
+            neighbours([(0..10_000).map(all).collect(), (0..10_000).map(all).collect()]).len()
+                <= COMPARED
+        );
     }
 }

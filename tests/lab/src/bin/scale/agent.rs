@@ -98,7 +98,9 @@ fn orders() -> Receiver<Order> {
     let (out, orders) = channel();
     std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines() {
-            let Some(order) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else { break };
+            let Some(order) = line.ok().and_then(|line| serde_json::from_str(&line).ok()) else {
+                break;
+            };
             if out.send(order).is_err() {
                 break;
             }
@@ -109,7 +111,8 @@ fn orders() -> Receiver<Order> {
 }
 
 fn answer(value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string(value).map_err(|e| Error::parse("an answer", e.to_string()))?;
+    let text =
+        serde_json::to_string(value).map_err(|e| Error::parse("an answer", e.to_string()))?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{text}").and_then(|()| out.flush()).doing("answer")
 }
@@ -329,7 +332,10 @@ pub(crate) fn receive(args: &ReceiveArgs) -> Result<()> {
             Order::Mark => {
                 let now = nanos();
                 for flow in &mut lock(&arrived).flows {
-                    *flow = Flow { last: if flow.last == 0 { now } else { flow.last }, ..Flow::default() };
+                    *flow = Flow {
+                        last: if flow.last == 0 { now } else { flow.last },
+                        ..Flow::default()
+                    };
                 }
                 answer(&())?;
             }

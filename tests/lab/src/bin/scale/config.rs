@@ -66,10 +66,8 @@ fn psk(tunnel: u32) -> String {
 fn connection(tunnels: u32, tunnel: u32) -> Connection {
     let branch = lab::tandem::branch();
     let of_branch = branch.children.into_iter().next();
-    let children = of_branch.map(|child| Child {
-        remote_ts: vec![network(tunnels, tunnel)],
-        ..child
-    });
+    let children =
+        of_branch.map(|child| Child { remote_ts: vec![network(tunnels, tunnel)], ..child });
     Connection {
         name: name(tunnel),
         remote_id: peer_id(tunnel),
@@ -109,12 +107,7 @@ pub(crate) fn strongswan(tunnels: u32) -> Vec<Conn> {
             local_ts: vec![network(tunnels, tunnel)],
             ..child.clone()
         });
-        Conn {
-            name: name(tunnel),
-            local_id: peer_id(tunnel),
-            children: children.collect(),
-            ..base
-        }
+        Conn { name: name(tunnel), local_id: peer_id(tunnel), children: children.collect(), ..base }
     };
     (0..tunnels).map(mirrored).collect()
 }
@@ -143,7 +136,9 @@ mod tests {
             assert_eq!(all.len(), 10_000);
             assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len(), "{tunnels}");
             for (flow, address) in (0..).zip(&all) {
-                assert!(inside(*address, BEHIND) && inside(*address, &network(tunnels, flow % tunnels)));
+                assert!(
+                    inside(*address, BEHIND) && inside(*address, &network(tunnels, flow % tunnels))
+                );
             }
             let one = over_one(tunnels);
             assert!(one.iter().all(|address| inside(*address, &network(tunnels, 0))));

@@ -21,7 +21,8 @@ struct Agent {
 
 impl Agent {
     fn tell(&mut self, order: &Order) -> Result<()> {
-        let line = serde_json::to_string(order).map_err(|e| Error::parse("an order", e.to_string()))?;
+        let line =
+            serde_json::to_string(order).map_err(|e| Error::parse("an order", e.to_string()))?;
         writeln!(self.stdin, "{line}").and_then(|()| self.stdin.flush()).doing("talk to an agent")
     }
 
@@ -52,7 +53,11 @@ impl Load {
             let (proc, stdin, stdout) = cmd.converse(&log)?;
             Ok(Agent { proc, stdin, stdout: BufReader::new(stdout) })
         };
-        Ok(Load { sender: start(&net.lhost, "send")?, receiver: start(&net.rhost, "receive")?, epoch: 0 })
+        Ok(Load {
+            sender: start(&net.lhost, "send")?,
+            receiver: start(&net.rhost, "receive")?,
+            epoch: 0,
+        })
     }
 
     fn epoch(&mut self, flows: usize) -> Result<u32> {
@@ -73,7 +78,13 @@ impl Load {
     /// A packet each 20 ms to every `every`th of these addresses, one a second to the others, from now on.
     pub(crate) fn pace(&mut self, to: &[Ipv4Addr], every: usize) -> Result<()> {
         let epoch = self.epoch(to.len())?;
-        self.sender.tell(&Order::Pace { epoch, to: to.to_vec(), every, fast_ms: FAST_MS, slow_ms: SLOW_MS })
+        self.sender.tell(&Order::Pace {
+            epoch,
+            to: to.to_vec(),
+            every,
+            fast_ms: FAST_MS,
+            slow_ms: SLOW_MS,
+        })
     }
 
     /// Silences count from now on.

@@ -22,8 +22,11 @@ impl Memory {
             .map_err(|error| Error::parse(path.as_str(), error.to_string()))?;
         let field = |name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name));
-            let kilobytes = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-            kilobytes.map(|n| n * 1024).ok_or_else(|| Error::parse(path.as_str(), format!("no {name}")))
+            let kilobytes =
+                line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+            kilobytes
+                .map(|n| n * 1024)
+                .ok_or_else(|| Error::parse(path.as_str(), format!("no {name}")))
         };
         Ok(Memory { rss: field("Rss:")?, pss: field("Pss:")?, anonymous: field("Anonymous:")? })
     }

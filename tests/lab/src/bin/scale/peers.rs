@@ -32,7 +32,13 @@ pub(crate) enum Peer {
 
 impl Peer {
     /// Opens it; it initiates nothing before [`Peer::begin`].
-    pub(crate) fn prepare(run: &Run, bins: &Bins, net: &Net, kind: Kind, tunnels: u32) -> Result<Peer> {
+    pub(crate) fn prepare(
+        run: &Run,
+        bins: &Bins,
+        net: &Net,
+        kind: Kind,
+        tunnels: u32,
+    ) -> Result<Peer> {
         match kind {
             Kind::Tandem => {
                 net.virtual_peer()?;
@@ -65,7 +71,9 @@ impl Peer {
     /// Whether all its tunnels stand, by its own word.
     pub(crate) fn is_up(&self, tunnels: u32) -> Result<bool> {
         match self {
-            Peer::Tandem(daemon) => Ok(crate::rounds::summary(daemon)?.tunnel_counts.children >= u64::from(tunnels)),
+            Peer::Tandem(daemon) => {
+                Ok(crate::rounds::summary(daemon)?.tunnel_counts.children >= u64::from(tunnels))
+            }
             Peer::Strongswan(charon) => Ok(charon.spis()?.0.len() >= tunnels as usize),
         }
     }

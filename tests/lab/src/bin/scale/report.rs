@@ -132,8 +132,24 @@ impl Document {
     pub(crate) fn table(&self) -> String {
         let mut out = String::new();
         let header = [
-            "tunnels", "peer", "start s", "up/s", "up s", "KiB owner", "KiB shadow", "pps one", "pps all", "us/packet",
-            "us shadow", "lag up", "lag load", "gap p50", "gap p99", "gap max", "silent", "rejoin s",
+            "tunnels",
+            "peer",
+            "start s",
+            "up/s",
+            "up s",
+            "KiB owner",
+            "KiB shadow",
+            "pps one",
+            "pps all",
+            "us/packet",
+            "us shadow",
+            "lag up",
+            "lag load",
+            "gap p50",
+            "gap p99",
+            "gap max",
+            "silent",
+            "rejoin s",
         ];
         let mut rows = vec![header.map(str::to_owned)];
         for round in &self.rounds {

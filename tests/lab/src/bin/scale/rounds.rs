@@ -1,10 +1,10 @@
 //! One round: a fresh pair, so many tunnels, every figure of them.
 
+use crate::config;
 use crate::load::{FAST_MS, Load};
 use crate::memory::Memory;
 use crate::peers::{self, Kind, Peer};
 use crate::report::{Establishment, Lag, Rate, Round, Takeover};
-use crate::config;
 use lab::error::IoContext;
 use lab::net::Net;
 use lab::run::Run;
@@ -41,7 +41,8 @@ impl Times {
 
 /// What a daemon says of itself, its tunnels only counted.
 pub(crate) fn summary(daemon: &Daemon) -> Result<Status> {
-    let text = daemon.tandem_cmd(&["status", "--summary", "--json"]).run(Duration::from_secs(10))?;
+    let text =
+        daemon.tandem_cmd(&["status", "--summary", "--json"]).run(Duration::from_secs(10))?;
     serde_json::from_str(&text)
         .map_err(|error| Error::parse("tandem status --summary --json", error.to_string()))
 }
@@ -51,7 +52,13 @@ fn say(tunnels: u32, text: &str) {
 }
 
 /// The whole of it.
-pub(crate) fn round(run: &Run, bins: &Bins, tunnels: u32, kind: Kind, times: &Times) -> Result<Round> {
+pub(crate) fn round(
+    run: &Run,
+    bins: &Bins,
+    tunnels: u32,
+    kind: Kind,
+    times: &Times,
+) -> Result<Round> {
     let net = Net::build(run)?;
     net.rhost.ip(&format!("route add local {} dev lo\n", config::BEHIND))?;
     let pair = config::pair(tunnels);
@@ -70,7 +77,8 @@ pub(crate) fn round(run: &Run, bins: &Bins, tunnels: u32, kind: Kind, times: &Ti
     let before = memory(&mut instances)?;
     let mut peer = Peer::prepare(run, bins, &net, kind, tunnels)?;
     net.peer.ip(&format!("route add {} via {} dev eth1\n", config::BEHIND, lab::net::RHOST))?;
-    let (establishment, lag_at_establishment) = establish(&mut instances, owner, &mut peer, tunnels)?;
+    let (establishment, lag_at_establishment) =
+        establish(&mut instances, owner, &mut peer, tunnels)?;
     say(tunnels, &format!("established: {establishment:?}; lag: {lag_at_establishment:?}"));
     std::thread::sleep(SETTLE);
     let after = memory(&mut instances)?;
@@ -213,7 +221,8 @@ fn cpu_s(pid: u32) -> Result<f64> {
     let text = std::fs::read_to_string(&path).doing(path.as_str())?;
     // The name in parentheses may hold spaces; fields are counted after it. utime is field 14, stime 15.
     let rest = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    let ticks: u64 = rest.split(' ').skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
+    let ticks: u64 =
+        rest.split(' ').skip(11).take(2).filter_map(|word| word.parse::<u64>().ok()).sum();
     // USER_HZ, the same on every Linux.
     Ok(ticks as f64 / 100.0)
 }
@@ -296,7 +305,8 @@ fn takeovers(
         // Whose tunnel was not taken over has nothing more, at any rate.
         load.mark()?;
         std::thread::sleep(Duration::from_millis(2500));
-        silent += load.silences()?.received.iter().filter(|received| **received == 0).count() as u64;
+        silent +=
+            load.silences()?.received.iter().filter(|received| **received == 0).count() as u64;
         load.rest()?;
         instances[owner].bury()?;
         let began = clock::now();
