@@ -39,6 +39,7 @@ pub mod coalesce;
 pub mod command;
 mod ecn;
 mod endpoint;
+mod index;
 pub mod pin;
 mod policy;
 mod queue;

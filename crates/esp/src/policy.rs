@@ -10,13 +10,14 @@
 //! that differs between them (the age of an SA) has a say before the tunnel is
 //! chosen.
 //!
-//! A direct-mapped cache of flows stands in front; any change of the table
-//! empties it by raising the epoch.
+//! Both are found by the packet's addresses (`index`). A direct-mapped cache of
+//! flows stands in front; any change of the table empties it by raising the
+//! epoch.
 
-use core::cmp::Reverse;
 use core::net::IpAddr;
 use core::slice;
 use core::time::Duration;
+use std::collections::{BTreeMap, VecDeque};
 
 use wire::id::{ConnectionId, EndpointId, EspSpi};
 use wire::ip::{Fragment, L4, Packet};
@@ -24,11 +25,14 @@ use wire::ts::{AddrRange, TrafficSelector};
 
 use crate::bug::Bug;
 use crate::command::Policy;
+use crate::index::Index;
 use crate::pin::{self, Lot, Pin};
 use crate::report::{Flow, Report};
 
-/// Lines of the flow cache; a power of two.
-const CACHE_LINES: usize = 4096;
+/// Lines of the flow cache: a power of two between these, some for each policy.
+const CACHE_LINES: (usize, usize) = (1 << 12, 1 << 16);
+/// As many, so that few of one flow a policy share a line.
+const LINES_PER_POLICY: usize = 4;
 /// A policy without an SA is reported at most this often.
 const NO_SA_INTERVAL: Duration = Duration::from_secs(1);
 /// The same while another tunnel of the connection carries its packets.
@@ -44,11 +48,10 @@ pub(crate) struct Tunnel {
     pub(crate) spi_in: EspSpi,
 }
 
-/// Small is specific: fewer addresses, then a protocol, then fewer ports.
+/// Among selectors that cover as many addresses, small is specific: a protocol,
+/// then fewer ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
-    remote: u128,
-    local: u128,
     any_protocol: bool,
     ports: u32,
 }
@@ -60,27 +63,17 @@ impl Rank {
             u32::from(end.saturating_sub(start))
         };
         Self {
-            remote: span(&remote.addrs()),
-            local: span(&local.addrs()),
             any_protocol: local.protocol() == 0 && remote.protocol() == 0,
             ports: ports(local) + ports(remote),
         }
     }
 }
 
-fn span(range: &AddrRange) -> u128 {
-    match (range.first(), range.last()) {
-        (IpAddr::V4(a), IpAddr::V4(b)) => u128::from(b.to_bits().saturating_sub(a.to_bits())),
-        (IpAddr::V6(a), IpAddr::V6(b)) => b.to_bits().saturating_sub(a.to_bits()),
-        // A range is of one family.
-        _ => u128::MAX,
-    }
-}
-
 #[derive(Debug)]
 struct Entry {
     rank: Rank,
-    age: Reverse<u64>,
+    /// Grows with each SA that is put into use.
+    age: u64,
     local: TrafficSelector,
     remote: TrafficSelector,
     tunnel: Tunnel,
@@ -90,13 +83,16 @@ struct Entry {
 }
 
 impl Entry {
-    fn order(&self) -> (Rank, ConnectionId, Reverse<u64>) {
-        (self.rank, self.group, self.age)
-    }
-
     fn covers(&self, packet: &Packet) -> bool {
         packet.matches(slice::from_ref(&self.local), slice::from_ref(&self.remote))
     }
+}
+
+/// An SA in outbound use: its age, and where its entries are.
+#[derive(Debug)]
+struct Used {
+    age: u64,
+    pairs: Vec<(AddrRange, AddrRange)>,
 }
 
 #[derive(Debug)]
@@ -110,16 +106,6 @@ impl Configured {
     /// Which child of which group: the same in all its tunnels.
     fn group_child(&self) -> (ConnectionId, u16) {
         (self.policy.group, self.policy.child)
-    }
-
-    /// Asks for an SA; whether that is news.
-    fn want(&mut self, now: Duration, interval: Duration) -> bool {
-        let due = self.asked.is_none_or(|asked| now >= asked + interval);
-        if due {
-            self.asked = Some(now);
-            self.ask = true;
-        }
-        due
     }
 }
 
@@ -146,7 +132,7 @@ impl Key {
 
     /// Where it sits in the cache. Only spread matters: a collision costs a
     /// look-up, nothing else.
-    fn line(&self) -> usize {
+    fn line(&self, lines: usize) -> usize {
         const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
         let addr = |addr: IpAddr| match addr {
             IpAddr::V4(a) => u64::from(a.to_bits()),
@@ -163,7 +149,7 @@ impl Key {
         let hash = addr(self.src).wrapping_mul(MIX);
         let hash = (hash ^ addr(self.dst)).wrapping_mul(MIX);
         let hash = (hash ^ l4 ^ u64::from(self.protocol) << 40).wrapping_mul(MIX);
-        (hash >> 32) as usize % CACHE_LINES
+        (hash >> 32) as usize & (lines - 1)
     }
 }
 
@@ -189,12 +175,18 @@ pub(crate) enum Match {
 
 #[derive(Debug)]
 pub(crate) struct Policies {
-    entries: Vec<Entry>,
+    entries: Index<Entry>,
+    used: BTreeMap<EspSpi, Used>,
     configured: Vec<Configured>,
+    /// Into `configured`: by addresses, and those of one child of one group.
+    by_addresses: Index<usize>,
+    by_child: BTreeMap<(ConnectionId, u16), Vec<usize>>,
+    places: BTreeMap<(ConnectionId, EndpointId), (ConnectionId, Pin)>,
     cache: Box<[Option<Line>]>,
     epoch: u64,
     uses: u64,
-    asking: bool,
+    /// Policies that ask for an SA, each once.
+    asking: VecDeque<usize>,
     /// When tunnels were last looked for that are not up.
     missed_at: Duration,
     /// Endpoints whose tunnels are as good as down.
@@ -205,12 +197,16 @@ pub(crate) struct Policies {
 impl Policies {
     pub(crate) fn new() -> Self {
         Self {
-            entries: Vec::new(),
+            entries: Index::new(),
+            used: BTreeMap::new(),
             configured: Vec::new(),
-            cache: vec![None; CACHE_LINES].into_boxed_slice(),
+            by_addresses: Index::new(),
+            by_child: BTreeMap::new(),
+            places: BTreeMap::new(),
+            cache: vec![None; CACHE_LINES.0].into_boxed_slice(),
             epoch: 0,
             uses: 0,
-            asking: false,
+            asking: VecDeque::new(),
             missed_at: Duration::ZERO,
             shunned: Vec::new(),
             bug: Bug::None,
@@ -218,27 +214,32 @@ impl Policies {
     }
 
     pub(crate) fn configure(&mut self, policies: Vec<Policy>) {
+        self.by_addresses = Index::new();
+        self.by_child.clear();
+        self.places.clear();
+        for (at, policy) in policies.iter().enumerate() {
+            for (local, remote) in pairs(&policy.local_ts, &policy.remote_ts) {
+                self.by_addresses.insert(&local.addrs(), &remote.addrs(), at);
+            }
+            self.by_child.entry((policy.group, policy.child)).or_default().push(at);
+            let place = (policy.group, policy.pin);
+            self.places.entry((policy.connection, policy.endpoint)).or_insert(place);
+        }
+        // Each is in it at most once, so packets never make it grow.
+        self.asking = VecDeque::with_capacity(policies.len());
+        let (least, most) = CACHE_LINES;
+        let lines = (policies.len() * LINES_PER_POLICY).next_power_of_two().clamp(least, most);
+        if lines != self.cache.len() {
+            self.cache = vec![None; lines].into_boxed_slice();
+        }
         self.configured = policies
             .into_iter()
             .map(|policy| Configured { policy, asked: None, ask: false })
             .collect();
-        for at in 0..self.entries.len() {
-            let place = self.entries.get(at).map(|entry| self.place(entry.tunnel));
-            if let (Some(entry), Some(place)) = (self.entries.get_mut(at), place) {
-                (entry.group, entry.pin) = place;
-            }
+        for entry in self.entries.iter_mut() {
+            (entry.group, entry.pin) = place(&self.places, entry.tunnel);
         }
-        self.entries.sort_by_key(Entry::order);
         self.epoch += 1;
-    }
-
-    /// Group and pin of a tunnel. One that is configured no more is pinned by its endpoint's number.
-    fn place(&self, tunnel: Tunnel) -> (ConnectionId, Pin) {
-        let of_it = |c: &&Configured| {
-            (c.policy.connection, c.policy.endpoint) == (tunnel.connection, tunnel.endpoint)
-        };
-        let found = self.configured.iter().find(of_it).map(|c| (c.policy.group, c.policy.pin));
-        found.unwrap_or((tunnel.connection, Pin { id: tunnel.endpoint.0.into(), weight: 1 }))
     }
 
     /// Whether packets may be pinned to an endpoint's tunnels.
@@ -258,7 +259,7 @@ impl Policies {
         remote: &[TrafficSelector],
     ) {
         self.uses += 1;
-        self.insert(tunnel, Reverse(self.uses), local, remote);
+        self.insert(tunnel, self.uses, local, remote);
     }
 
     /// Replaces the selectors of an SA in outbound use; its age stays.
@@ -268,8 +269,7 @@ impl Policies {
         local: &[TrafficSelector],
         remote: &[TrafficSelector],
     ) {
-        let known = self.entries.iter().find(|e| e.tunnel.spi_in == tunnel.spi_in);
-        if let Some(age) = known.map(|e| e.age) {
+        if let Some(age) = self.used.get(&tunnel.spi_in).map(|used| used.age) {
             self.insert(tunnel, age, local, remote);
         }
     }
@@ -277,25 +277,26 @@ impl Policies {
     fn insert(
         &mut self,
         tunnel: Tunnel,
-        age: Reverse<u64>,
+        age: u64,
         local: &[TrafficSelector],
         remote: &[TrafficSelector],
     ) {
         self.remove(tunnel.spi_in);
-        let (group, pin) = self.place(tunnel);
-        for local in local {
-            for remote in remote {
-                let rank = Rank::of(local, remote);
-                let entry = Entry { rank, age, local: *local, remote: *remote, tunnel, group, pin };
-                let at = self.entries.partition_point(|e| e.order() < entry.order());
-                self.entries.insert(at, entry);
-            }
+        let (group, pin) = place(&self.places, tunnel);
+        for (local, remote) in pairs(local, remote) {
+            let rank = Rank::of(local, remote);
+            let entry = Entry { rank, age, local: *local, remote: *remote, tunnel, group, pin };
+            self.entries.insert(&local.addrs(), &remote.addrs(), entry);
         }
+        let pairs = pairs(local, remote).map(|(local, remote)| (local.addrs(), remote.addrs()));
+        self.used.insert(tunnel.spi_in, Used { age, pairs: pairs.collect() });
     }
 
     /// Takes an SA out of outbound use.
     pub(crate) fn remove(&mut self, spi_in: EspSpi) {
-        self.entries.retain(|entry| entry.tunnel.spi_in != spi_in);
+        for (local, remote) in self.used.remove(&spi_in).into_iter().flat_map(|used| used.pairs) {
+            self.entries.remove(&local, &remote, |entry| entry.tunnel.spi_in == spi_in);
+        }
         self.epoch += 1;
     }
 
@@ -310,7 +311,7 @@ impl Policies {
         chosen: Option<EndpointId>,
     ) -> Match {
         let key = Key::of(packet);
-        let at = key.line();
+        let at = key.line(self.cache.len());
         if let Some(Some(line)) = self.cache.get_mut(at)
             && line.epoch == self.epoch
             && line.key == key
@@ -350,45 +351,47 @@ impl Policies {
             let endpoint = e.tunnel.endpoint;
             e.covers(packet) && at.map_or(!self.shunned.contains(&endpoint), |at| at == endpoint)
         };
-        let first = self.entries.iter().position(fits)?;
-        let rest = self.entries.get(first..)?;
-        let (rank, group) = rest.first().map(|e| (e.rank, e.group))?;
-        let alike =
-            rest.iter().take_while(|e| (e.rank, e.group) == (rank, group)).filter(|e| fits(e));
+        let (there, (rank, group)) = self.entries.at(packet.src, packet.dst).find_map(|there| {
+            let fitting = there.clone().filter(|e| fits(e));
+            let best = fitting.map(|e| (e.rank, e.group)).min()?;
+            Some((there, best))
+        })?;
+        let alike = there.filter(|e| (e.rank, e.group) == (rank, group) && fits(e));
         let hash = pin::flow_hash(&packet.pinned_flow(bytes));
         if self.bug == Bug::PinModulo {
             let many = alike.clone().count().max(1);
             return alike.map(|e| e.tunnel).nth(hash as usize % many);
         }
-        let mut best: Option<(Lot, Tunnel)> = None;
+        let mut best: Option<(Lot, &Entry)> = None;
         for entry in alike {
-            // Older SAs of a tunnel draw what the newest drew, and do not beat it.
             let lot = match self.bug {
                 Bug::PinBySa => Pin { id: entry.tunnel.spi_in.0.into(), ..entry.pin }.draw(hash),
                 _ => entry.pin.draw(hash),
             };
-            if best.is_none_or(|(best, _)| lot.beats(&best)) {
-                best = Some((lot, entry.tunnel));
+            // All SAs of a tunnel draw alike, and the newest of them is used.
+            let wins = |(best, of): (Lot, &Entry)| {
+                lot.beats(&best) || !best.beats(&lot) && entry.age > of.age
+            };
+            if best.is_none_or(wins) {
+                best = Some((lot, entry));
             }
         }
         if self.bug == Bug::PinToTheDead {
             let all = self.configured.iter().filter(|c| c.policy.group == group);
             let lots = all.map(|c| c.policy.pin.draw(hash));
-            let beaten = |(best, _): &(Lot, Tunnel)| lots.clone().any(|lot| lot.beats(best));
-            return best.filter(|best| !beaten(best)).map(|(_, tunnel)| tunnel);
+            let beaten = |(best, _): &(Lot, &Entry)| lots.clone().any(|lot| lot.beats(best));
+            return best.filter(|best| !beaten(best)).map(|(_, entry)| entry.tunnel);
         }
-        best.map(|(_, tunnel)| tunnel)
+        best.map(|(_, entry)| entry.tunnel)
     }
 
     fn search_configured(&self, packet: &Packet, chosen: Option<EndpointId>) -> Match {
-        let matching = self
-            .configured
-            .iter()
-            .enumerate()
-            .filter(|(_, c)| packet.matches(&c.policy.local_ts, &c.policy.remote_ts));
-        let chosen = matching.clone().find(|(_, c)| Some(c.policy.endpoint) == chosen);
-        match chosen.or_else(|| matching.clone().next()) {
-            Some((at, configured)) => Match::NoSa(at, configured.policy.endpoint),
+        let there = self.by_addresses.at(packet.src, packet.dst).flatten();
+        let policies = there.filter_map(|at| Some((*at, &self.configured.get(*at)?.policy)));
+        let matching = policies.filter(|(_, p)| packet.matches(&p.local_ts, &p.remote_ts));
+        // The first as configured, but rather one at the endpoint that was chosen.
+        match matching.min_by_key(|(at, p)| (chosen.is_some_and(|id| id != p.endpoint), *at)) {
+            Some((at, policy)) => Match::NoSa(at, policy.endpoint),
             None => Match::None,
         }
     }
@@ -416,8 +419,8 @@ impl Policies {
     /// Notes that a packet wanted an SA of a configured policy, or of its like at other endpoints.
     pub(crate) fn want_sa(&mut self, at: usize, now: Duration) {
         let Some(wanted) = self.configured.get(at).map(|c| c.group_child()) else { return };
-        for configured in self.configured.iter_mut().filter(|c| c.group_child() == wanted) {
-            self.asking |= configured.want(now, NO_SA_INTERVAL);
+        for at in self.by_child.get(&wanted).into_iter().flatten() {
+            want(&mut self.configured, &mut self.asking, *at, now, NO_SA_INTERVAL);
         }
     }
 
@@ -427,39 +430,68 @@ impl Policies {
             return;
         }
         self.missed_at = now;
-        let (group, _) = self.place(tunnel);
+        let (group, _) = place(&self.places, tunnel);
         let entries = &self.entries;
         let is_up = |policy: &Policy| {
             let it = (policy.connection, policy.endpoint);
             let of_it = |e: &Entry| (e.tunnel.connection, e.tunnel.endpoint) == it;
-            entries.iter().any(|e| of_it(e) && e.covers(packet))
+            entries.at(packet.src, packet.dst).flatten().any(|e| of_it(e) && e.covers(packet))
         };
-        let missing = self.configured.iter_mut().filter(|c| {
-            c.policy.group == group
-                && packet.matches(&c.policy.local_ts, &c.policy.remote_ts)
-                && !is_up(&c.policy)
-        });
-        for configured in missing {
-            self.asking |= configured.want(now, MISSING_INTERVAL);
+        let of_group = self.by_child.range((group, 0)..=(group, u16::MAX));
+        for at in of_group.flat_map(|(_, list)| list) {
+            let missing = self.configured.get(*at).is_some_and(|c| {
+                packet.matches(&c.policy.local_ts, &c.policy.remote_ts) && !is_up(&c.policy)
+            });
+            if missing {
+                want(&mut self.configured, &mut self.asking, *at, now, MISSING_INTERVAL);
+            }
         }
     }
 
     /// Whether a policy has something to report.
     pub(crate) fn is_asking(&self) -> bool {
-        self.asking
+        !self.asking.is_empty()
     }
 
     /// The next policy that wants an SA.
     pub(crate) fn take_note(&mut self) -> Option<Report> {
-        if !self.asking {
-            return None;
-        }
-        let Some(configured) = self.configured.iter_mut().find(|c| c.ask) else {
-            self.asking = false;
-            return None;
-        };
+        let configured = self.configured.get_mut(self.asking.pop_front()?)?;
         configured.ask = false;
         let Policy { endpoint, connection, child, .. } = configured.policy;
         Some(Report::NoSa { endpoint, connection, child })
+    }
+}
+
+/// Every local selector with every remote one.
+fn pairs<'a>(
+    local: &'a [TrafficSelector],
+    remote: &'a [TrafficSelector],
+) -> impl Iterator<Item = (&'a TrafficSelector, &'a TrafficSelector)> {
+    local.iter().flat_map(move |local| remote.iter().map(move |remote| (local, remote)))
+}
+
+/// Group and pin of a tunnel. One that is configured no more is pinned by its endpoint's number.
+fn place(
+    places: &BTreeMap<(ConnectionId, EndpointId), (ConnectionId, Pin)>,
+    tunnel: Tunnel,
+) -> (ConnectionId, Pin) {
+    let known = places.get(&(tunnel.connection, tunnel.endpoint)).copied();
+    known.unwrap_or((tunnel.connection, Pin { id: tunnel.endpoint.0.into(), weight: 1 }))
+}
+
+/// Has a policy ask for an SA, if it did not lately.
+fn want(
+    configured: &mut [Configured],
+    asking: &mut VecDeque<usize>,
+    at: usize,
+    now: Duration,
+    interval: Duration,
+) {
+    let Some(configured) = configured.get_mut(at) else { return };
+    if configured.asked.is_none_or(|asked| now >= asked + interval) {
+        configured.asked = Some(now);
+        if !core::mem::replace(&mut configured.ask, true) {
+            asking.push_back(at);
+        }
     }
 }

@@ -470,29 +470,7 @@ impl Config {
     /// Every pair of networks, ours and theirs, between which nothing may pass in clear: sorted, each once.
     #[must_use]
     pub fn protected_pairs(&self) -> Vec<(Cidr, Cidr)> {
-        Self::pairs_of(&self.connections)
-    }
-
-    /// Those of one connection that no other connection protects as well; none for an unknown name.
-    #[must_use]
-    pub fn own_pairs(&self, connection: &str) -> Vec<(Cidr, Cidr)> {
-        let (own, others): (Vec<_>, Vec<_>) =
-            self.connections.iter().partition(|c| c.is_named(connection));
-        let others = Self::pairs_of(others);
-        Self::pairs_of(own).into_iter().filter(|pair| !others.contains(pair)).collect()
-    }
-
-    fn pairs_of<'a>(connections: impl IntoIterator<Item = &'a Connection>) -> Vec<(Cidr, Cidr)> {
-        let mut pairs = BTreeSet::new();
-        for child in connections.into_iter().flat_map(|c| &c.ike.children) {
-            for local in child.local_ts.iter().flat_map(|ts| ts.addrs().cidrs()) {
-                for remote in child.remote_ts.iter().flat_map(|ts| ts.addrs().cidrs()) {
-                    if local.addr().is_ipv4() == remote.addr().is_ipv4() {
-                        pairs.insert((local, remote));
-                    }
-                }
-            }
-        }
+        let pairs: BTreeSet<_> = self.connections.iter().flat_map(Connection::pairs).collect();
         pairs.into_iter().collect()
     }
 }
@@ -503,6 +481,22 @@ impl Connection {
     pub fn remote_at(&self, endpoint: EndpointId) -> Option<RemoteAddress> {
         let seats = self.endpoints.iter().zip(&self.remotes);
         seats.into_iter().find(|(id, _)| **id == endpoint).map(|(_, remote)| *remote)
+    }
+
+    /// The pairs of networks between which nothing of it may pass in clear.
+    #[must_use]
+    pub fn pairs(&self) -> BTreeSet<(Cidr, Cidr)> {
+        let mut pairs = BTreeSet::new();
+        for child in &self.ike.children {
+            for local in child.local_ts.iter().flat_map(|ts| ts.addrs().cidrs()) {
+                for remote in child.remote_ts.iter().flat_map(|ts| ts.addrs().cidrs()) {
+                    if local.addr().is_ipv4() == remote.addr().is_ipv4() {
+                        pairs.insert((local, remote));
+                    }
+                }
+            }
+        }
+        pairs
     }
 
     /// Whether a name means it, alone or among others.

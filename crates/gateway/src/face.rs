@@ -114,6 +114,8 @@ impl fmt::Debug for Output {
 pub enum Request {
     /// Everything there is to know.
     Status,
+    /// The same without the tunnels, which may be many: they are only counted.
+    Summary,
     /// Give endpoints to the other instance: one by name, or all that this instance owns.
     Failover {
         /// Name of one endpoint.
@@ -151,7 +153,7 @@ pub enum Request {
 /// What the operator gets.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
-    /// To [`Request::Status`].
+    /// To [`Request::Status`] and [`Request::Summary`].
     Status(Box<Status>),
     /// To [`Request::Failover`]: every move is complete.
     Moved(Vec<Moved>),

@@ -84,6 +84,15 @@ impl Leases {
         self.outstanding.insert(id, ceilings);
     }
 
+    /// A message with these ceilings could not leave: they may be asked for again.
+    pub(crate) fn unsaid(&mut self, ceilings: &[Ceiling]) {
+        for ceiling in ceilings {
+            if let Some(lease) = self.sas.get_mut(&EspSpi(ceiling.spi_in)) {
+                lease.asked = 0;
+            }
+        }
+    }
+
     /// The shadow holds a message: its ceilings may be used from now on.
     pub(crate) fn acked(&mut self, id: ha::SideId) -> Vec<Ceiling> {
         let ceilings = self.outstanding.remove(&id).unwrap_or_default();
@@ -154,6 +163,17 @@ mod tests {
         assert!(leases.settled());
         assert!(leases.acked(ha::SideId(1)).is_empty(), "the link it was sent on is gone");
         assert_eq!(leases.ask(SPI, HALF, 0), Some(asked));
+    }
+
+    #[test]
+    fn what_could_not_be_said_is_asked_again() {
+        let mut leases = Leases::default();
+        leases.install(SPI);
+        let asked = leases.ask(SPI, HALF, 0).unwrap();
+        leases.unsaid(&[asked]);
+        assert_eq!(leases.ask(SPI, HALF, 0), Some(asked));
+        leases.unsaid(&[Ceiling { spi_in: 7, ceiling: 1 }]);
+        assert!(leases.ask(SPI, HALF, 0).is_none(), "another's word changes nothing");
     }
 
     #[test]

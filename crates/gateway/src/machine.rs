@@ -66,7 +66,7 @@ pub struct Gateway {
     pub(crate) newest_format: u32,
     pub(crate) started: Duration,
     next_query: Duration,
-    /// The newest counters of the shards.
+    /// The newest counters of the shards, by rising SPI.
     pub(crate) snapshot: Option<Box<esp::Snapshot>>,
     /// Requests whose answer is not known yet.
     pub(crate) pending: Vec<Pending>,
@@ -325,8 +325,8 @@ impl Gateway {
     }
 
     /// Whether an endpoint that is owned here still has a tunnel whose peer must be told, or handed over.
-    pub fn has_tunnels(&self, now: Duration) -> bool {
-        self.endpoints.iter().any(|e| e.owns() && !e.ike.status(now).ike_sas.is_empty())
+    pub fn has_tunnels(&self) -> bool {
+        self.endpoints.iter().any(|e| e.owns() && e.ike.has_sas())
     }
 
     /// Stops on purpose: endpoints go to the other instance, then the link closes with a goodbye.
@@ -405,10 +405,12 @@ impl Gateway {
         tracing::debug!(%spi_in, "report about a Child SA that is gone");
     }
 
-    fn take_snapshot(&mut self, now: Duration, snapshot: Box<esp::Snapshot>) {
+    fn take_snapshot(&mut self, now: Duration, mut snapshot: Box<esp::Snapshot>) {
+        snapshot.sas.sort_unstable_by_key(|sa| sa.spi_in);
+        let old = self.snapshot.as_ref().map(|old| old.sas.as_slice()).unwrap_or_default();
         let before = |spi_in| {
-            let old = self.snapshot.as_ref().map(|old| old.sas.as_slice()).unwrap_or_default();
-            old.iter().find(|sa| sa.spi_in == spi_in).and_then(|sa| sa.last_in)
+            let at = old.binary_search_by_key(&spi_in, |sa| sa.spi_in).ok()?;
+            old.get(at)?.last_in
         };
         for sa in &snapshot.sas {
             let Some(e) = self.endpoints.get_mut(usize::from(sa.endpoint.0)) else { continue };
@@ -540,7 +542,7 @@ impl Gateway {
         match self.pair.send_side(now, e.ha_id(), ha::SideKind::Acked, bytes) {
             Some(id) => e.leases.sent(id, ceilings),
             // Solo: nobody to tell, and leases are not obeyed.
-            None => e.leases.void(),
+            None => e.leases.unsaid(&ceilings),
         }
     }
 

@@ -138,7 +138,7 @@ impl Gateway {
             let Some(e) = self.endpoints.get(usize::from(id.0)) else { continue };
             let stays = self.stays(usize::from(id.0));
             match e.part {
-                Part::Owner { .. } if stays && self.is_closed(now, usize::from(id.0)) => {
+                Part::Owner { .. } if stays && self.is_closed(usize::from(id.0)) => {
                     draining.withdrawn.push(e.name.clone());
                 }
                 Part::Owner { .. } | Part::Holding { .. } => {

@@ -66,6 +66,7 @@ impl Gateway {
                 self.outputs.push_back(Output::Shard(esp::Command::Query { token: ticket }));
                 None
             }
+            Request::Summary => Some(Answer::Status(Box::new(crate::view::summary(self, now)))),
             Request::Failover { endpoint } => self.failover(now, ticket, endpoint.as_deref()),
             Request::Drain => match self.drain(now, ticket) {
                 Ok(draining) => {
@@ -208,13 +209,7 @@ impl Gateway {
         for (id, own, index) in serving {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
-            closed += e
-                .ike
-                .status(now)
-                .ike_sas
-                .iter()
-                .filter(|sa| sa.connection.as_ref() == Some(&own))
-                .count();
+            closed += e.ike.status_of(&own, now).len();
             e.ike.terminate(&mut cx, ike::Target::Connection(id));
         }
         Answer::Down { closed: u32::try_from(closed).unwrap_or(u32::MAX) }
@@ -246,10 +241,8 @@ impl Gateway {
             let (mut cx, endpoints) = self.context(now);
             let Some(e) = endpoints.get_mut(index) else { continue };
             // Children first: an IKE SA that is being replaced takes no further exchange.
-            for sa in e.ike.status(now).ike_sas {
-                if sa.connection.as_ref() != Some(&own)
-                    || !matches!(sa.state, "established" | "rekeying")
-                {
+            for sa in e.ike.status_of(&own, now) {
+                if !matches!(sa.state, "established" | "rekeying") {
                     continue;
                 }
                 if children {
@@ -387,11 +380,9 @@ impl Gateway {
         let mut states = Vec::new();
         for endpoint in &self.config.connection(connection)?.endpoints {
             let Some(e) = self.endpoints.get(usize::from(endpoint.0)) else { continue };
-            let status = e.ike.status(now);
-            let installed: Vec<&str> = status
-                .ike_sas
+            let sas = e.ike.status_of(name, now);
+            let installed: Vec<&str> = sas
                 .iter()
-                .filter(|sa| sa.connection.as_deref() == Some(name))
                 .flat_map(|sa| &sa.children)
                 .filter(|child| child.state == "installed")
                 .map(|child| child.name.as_str())

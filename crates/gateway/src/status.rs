@@ -31,8 +31,11 @@ pub struct Status {
     pub pair: Option<PairStatus>,
     /// Sorted by name.
     pub endpoints: Vec<EndpointStatus>,
-    /// Sorted by connection, then endpoint.
+    /// Sorted by connection, then endpoint; none in a summary.
     pub tunnels: Vec<TunnelStatus>,
+    /// How many there are, also in a summary.
+    #[serde(default)]
+    pub tunnel_counts: TunnelCounts,
     /// Totals since the daemon started.
     pub counters: Counters,
 }
@@ -201,6 +204,21 @@ pub enum TunnelState {
     Established,
     /// A delete is under way.
     Closing,
+}
+
+/// How many tunnels there are, by how far they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelCounts {
+    /// See [`TunnelState::Down`].
+    pub down: u64,
+    /// See [`TunnelState::Connecting`].
+    pub connecting: u64,
+    /// See [`TunnelState::Established`].
+    pub established: u64,
+    /// See [`TunnelState::Closing`].
+    pub closing: u64,
+    /// Child SAs that carry traffic both ways.
+    pub children: u64,
 }
 
 /// One connection at one endpoint.

@@ -9,10 +9,16 @@ use crate::endpoint::{Endpoint, Part};
 use crate::machine::Gateway;
 use crate::status::{
     ChildState, ChildStatus, Contact, Counters, EndpointStatus, FlowStatus, IkeStatus, LastError,
-    LinkStatus, Mode, Nat, PairStatus, Role, Status, TunnelState, TunnelStatus,
+    LinkStatus, Mode, Nat, PairStatus, Role, Status, TunnelCounts, TunnelState, TunnelStatus,
 };
 
+/// Everything there is to know.
 pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
+    Status { tunnels: tunnels(gateway, now), ..summary(gateway, now) }
+}
+
+/// The same, with the tunnels only counted: cheap, however many there are.
+pub(crate) fn summary(gateway: &Gateway, now: Duration) -> Status {
     let config = &gateway.config;
     let pair = gateway.pair.status(now);
     let digest = config.digest();
@@ -29,7 +35,8 @@ pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
             .iter()
             .map(|e| endpoint_status(gateway, e, &pair, now))
             .collect(),
-        tunnels: tunnels(gateway, now),
+        tunnels: Vec::new(),
+        tunnel_counts: tunnel_counts(gateway),
         counters: counters(gateway),
     }
 }
@@ -172,16 +179,20 @@ pub(crate) fn flows(gateway: &Gateway, flows: &[esp::Flow]) -> Vec<FlowStatus> {
 }
 
 fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {
+    let shards = gateway.snapshot.iter().flat_map(|snapshot| &snapshot.sas);
+    let stats: Stats<'_> = shards.map(|sa| (sa.spi_in, sa)).collect();
+    // Each endpoint is asked once, not once a connection: there may be ten thousand.
+    let asked: Vec<ike::Status> = gateway.endpoints.iter().map(|e| e.ike.status(now)).collect();
+    let by_name: Vec<BTreeMap<&str, Vec<&ike::IkeStatus>>> = asked.iter().map(of_names).collect();
     let mut out = Vec::new();
     for connection in &gateway.config.connections {
         for endpoint in &connection.endpoints {
-            let Some(e) = gateway.endpoints.get(usize::from(endpoint.0)) else { continue };
+            let index = usize::from(endpoint.0);
+            let (Some(e), Some(sas)) = (gateway.endpoints.get(index), by_name.get(index)) else {
+                continue;
+            };
             let name = &connection.ike.name;
-            let ike = e.ike.status(now);
-            // The newest SA that is furthest stands for the tunnel; the children of all are listed.
-            let mut sas: Vec<&ike::IkeStatus> =
-                ike.ike_sas.iter().filter(|sa| sa.connection.as_deref() == Some(name)).collect();
-            sas.sort_by_key(|sa| (state_of(sa.state) != TunnelState::Established, sa.age));
+            let sas = sas.get(name.as_str()).map_or(&[][..], Vec::as_slice);
             let first = sas.first();
             out.push(TunnelStatus {
                 connection: name.clone(),
@@ -191,7 +202,7 @@ fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {
                 children: sas
                     .iter()
                     .flat_map(|sa| &sa.children)
-                    .map(|child| child_status(gateway, child))
+                    .map(|child| child_status(&stats, child))
                     .collect(),
                 last_error: e
                     .ike
@@ -203,6 +214,42 @@ fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {
     }
     out
 }
+
+/// The SAs of each connection; the newest that is furthest comes first and stands for the tunnel.
+fn of_names(status: &ike::Status) -> BTreeMap<&str, Vec<&ike::IkeStatus>> {
+    let mut names: BTreeMap<&str, Vec<&ike::IkeStatus>> = BTreeMap::new();
+    for sa in &status.ike_sas {
+        if let Some(name) = &sa.connection {
+            names.entry(name).or_default().push(sa);
+        }
+    }
+    for sas in names.values_mut() {
+        sas.sort_by_key(|sa| (state_of(sa.state) != TunnelState::Established, sa.age));
+    }
+    names
+}
+
+fn tunnel_counts(gateway: &Gateway) -> TunnelCounts {
+    let mut counts = TunnelCounts::default();
+    for connection in &gateway.config.connections {
+        for endpoint in &connection.endpoints {
+            let Some(e) = gateway.endpoints.get(usize::from(endpoint.0)) else { continue };
+            let ike::Progress { state, children } = e.ike.progress(&connection.ike.name);
+            let of_state = match state.map_or(TunnelState::Down, state_of) {
+                TunnelState::Down => &mut counts.down,
+                TunnelState::Connecting => &mut counts.connecting,
+                TunnelState::Established => &mut counts.established,
+                TunnelState::Closing => &mut counts.closing,
+            };
+            *of_state += 1;
+            counts.children += children as u64;
+        }
+    }
+    counts
+}
+
+/// What the shards counted, by inbound SPI.
+type Stats<'a> = BTreeMap<EspSpi, &'a esp::SaStats>;
 
 fn state_of(state: &str) -> TunnelState {
     match state {
@@ -235,8 +282,8 @@ fn ike_status(sa: &ike::IkeStatus) -> IkeStatus {
     }
 }
 
-fn child_status(gateway: &Gateway, child: &ike::ChildStatus) -> ChildStatus {
-    let stats = stats_of(gateway, child.spi_in);
+fn child_status(stats: &Stats<'_>, child: &ike::ChildStatus) -> ChildStatus {
+    let stats = stats.get(&child.spi_in);
     ChildStatus {
         name: child.name.clone(),
         spi_in: child.spi_in.to_string(),
@@ -262,10 +309,6 @@ fn child_status(gateway: &Gateway, child: &ike::ChildStatus) -> ChildStatus {
         local_ts: child.local_ts.iter().map(ToString::to_string).collect(),
         remote_ts: child.remote_ts.iter().map(ToString::to_string).collect(),
     }
-}
-
-fn stats_of(gateway: &Gateway, spi_in: EspSpi) -> Option<&esp::SaStats> {
-    gateway.snapshot.as_ref()?.sas.iter().find(|sa| sa.spi_in == spi_in)
 }
 
 fn counters(gateway: &Gateway) -> Counters {

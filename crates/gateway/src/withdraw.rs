@@ -71,9 +71,9 @@ impl Gateway {
     }
 
     /// Whether the tunnels of an endpoint that is closed are gone.
-    pub(crate) fn is_closed(&self, now: Duration, index: usize) -> bool {
+    pub(crate) fn is_closed(&self, index: usize) -> bool {
         let Some(e) = self.endpoints.get(index) else { return true };
-        e.closing.is_some_and(|closing| closing.told) && e.ike.status(now).ike_sas.is_empty()
+        e.closing.is_some_and(|closing| closing.told) && !e.ike.has_sas()
     }
 
     /// A drain was taken back: the tunnels that are ours to start come up again.

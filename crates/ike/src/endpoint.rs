@@ -6,6 +6,7 @@
 //! help an attacker more than a peer (§2.21.4 allows it).
 
 mod commands;
+mod due;
 mod replication;
 mod starting;
 mod status;
@@ -38,6 +39,8 @@ use crate::{
     table::{Registry, Table},
 };
 
+use due::DueList;
+
 /// Wait after an own failure, such as no free SPI, so that it cannot spin.
 const SNOOZE: Duration = Duration::from_secs(1);
 /// The same unauthenticated failure of one address is told once in this time.
@@ -66,13 +69,6 @@ pub struct Counters {
     pub not_owner: u64,
     /// Answered without a change of state: cookies, refusals, repeated answers.
     pub stateless: u64,
-}
-
-/// When a connection that is to be up is tried next.
-#[derive(Debug, Clone, Copy)]
-struct Due {
-    at: Duration,
-    tries: u32,
 }
 
 /// Ended SAs of a kind that are remembered: as many as can end while two owners do not hear of each other, and more.
@@ -108,7 +104,7 @@ pub struct Endpoint {
     term: Option<Term>,
     active: bool,
     quiet_until: Duration,
-    due: BTreeMap<ConnectionId, Due>,
+    due: DueList,
     /// What is known of connections beside their SAs.
     notes: Notes,
     /// What anybody can bring about that sends us a datagram, by connection: it is told here, and
@@ -149,7 +145,7 @@ impl Endpoint {
             term: None,
             active: false,
             quiet_until: Duration::ZERO,
-            due: BTreeMap::new(),
+            due: DueList::default(),
             notes: Notes::default(),
             knocked: BTreeMap::new(),
             leaving: false,

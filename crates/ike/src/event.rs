@@ -358,6 +358,15 @@ pub struct Status {
     pub half_open: usize,
 }
 
+/// How far one connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// As [`IkeStatus::state`]; none without an IKE SA.
+    pub state: Option<&'static str>,
+    /// Child SAs that send and receive.
+    pub children: usize,
+}
+
 /// One IKE SA.
 #[derive(Debug, Clone)]
 pub struct IkeStatus {

@@ -74,8 +74,8 @@ pub use config::{
 };
 pub use endpoint::{Counters, Endpoint};
 pub use event::{
-    ChildStatus, DeleteReason, Event, Failure, IkeStatus, KeyLogLine, KeyLogTable, Side, Status,
-    What,
+    ChildStatus, DeleteReason, Event, Failure, IkeStatus, KeyLogLine, KeyLogTable, Progress, Side,
+    Status, What,
 };
 pub use record::{NEWEST_FORMAT, OLDEST_FORMAT, RecordError};
 pub use wire::ike::Identity;

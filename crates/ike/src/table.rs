@@ -68,8 +68,38 @@ pub(crate) struct Table {
     inits: BTreeMap<Vec<u8>, IkeSpi>,
     by_connection: BTreeMap<String, BTreeSet<IkeSpi>>,
     by_child: BTreeMap<EspSpi, IkeSpi>,
-    half_open: BTreeMap<IpAddr, usize>,
+    half_open: Tally,
+    /// Our own unfinished initiations.
+    initiating: Tally,
     deadlines: BTreeSet<(Duration, IkeSpi)>,
+}
+
+/// IKE SAs of a kind, by the peer's address and in all.
+#[derive(Debug, Default)]
+struct Tally {
+    of: BTreeMap<IpAddr, usize>,
+    all: usize,
+}
+
+impl Tally {
+    fn of(&self, peer: IpAddr) -> usize {
+        self.of.get(&peer).copied().unwrap_or(0)
+    }
+
+    fn add(&mut self, peer: IpAddr) {
+        *self.of.entry(peer).or_default() += 1;
+        self.all += 1;
+    }
+
+    fn remove(&mut self, peer: IpAddr) {
+        if let Some(count) = self.of.get_mut(&peer) {
+            self.all -= 1;
+            *count -= 1;
+            if *count == 0 {
+                self.of.remove(&peer);
+            }
+        }
+    }
 }
 
 /// Which Child SA sends for each child of a connection.
@@ -107,7 +137,17 @@ impl Table {
 
     /// Half-open SAs from one address, and in all.
     pub(crate) fn half_open(&self, from: IpAddr) -> (usize, usize) {
-        (self.half_open.get(&from).copied().unwrap_or(0), self.half_open.values().sum())
+        (self.half_open.of(from), self.half_open.all)
+    }
+
+    /// Unfinished initiations of ours, in all.
+    pub(crate) fn initiating(&self) -> usize {
+        self.initiating.all
+    }
+
+    /// The same to one address.
+    pub(crate) fn initiating_to(&self, peer: IpAddr) -> usize {
+        self.initiating.of(peer)
     }
 
     /// The first deadline; that of a snoozed SA no earlier than it wakes.
@@ -258,13 +298,10 @@ impl Table {
             self.inits.remove(&hash);
         }
         if sa.is_half_open() {
-            let from = sa.path.remote.ip();
-            if let Some(count) = self.half_open.get_mut(&from) {
-                *count -= 1;
-                if *count == 0 {
-                    self.half_open.remove(&from);
-                }
-            }
+            self.half_open.remove(sa.path.remote.ip());
+        }
+        if sa.is_initiating() {
+            self.initiating.remove(sa.path.remote.ip());
         }
     }
 
@@ -279,7 +316,10 @@ impl Table {
             self.inits.insert(hash, spi);
         }
         if sa.is_half_open() {
-            *self.half_open.entry(sa.path.remote.ip()).or_default() += 1;
+            self.half_open.add(sa.path.remote.ip());
+        }
+        if sa.is_initiating() {
+            self.initiating.add(sa.path.remote.ip());
         }
         self.sas.insert(spi, Entry { sa, deadline: None });
     }

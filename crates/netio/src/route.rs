@@ -4,6 +4,7 @@
 //! Routes and rules carry [`PROTOCOL`], so that other daemons can redistribute them and
 //! [`Netlink::purge`] finds them again after a crash.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
@@ -92,7 +93,7 @@ impl std::fmt::Display for Prefix {
 }
 
 /// Where a route leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Target {
     /// Straight onto an interface (index), as for the TUN.
     Device(u32),
@@ -110,7 +111,7 @@ pub enum Target {
 }
 
 /// A route that is ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Route {
     /// Destination.
     pub destination: Prefix,
@@ -125,7 +126,7 @@ pub struct Route {
 }
 
 /// What a rule does with what it matches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Action {
     /// Look into this table.
     Lookup(u32),
@@ -136,7 +137,7 @@ pub enum Action {
 }
 
 /// What a rule may be about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Traffic {
     /// UDP from this port.
     UdpFrom(u16),
@@ -146,7 +147,7 @@ pub enum Traffic {
 
 /// A policy routing rule that is ours. All given selectors must match; at least one of `from`
 /// and `to` says which family the rule is of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rule {
     /// Lower is earlier; the kernel's `main` rule is 32766.
     pub priority: u32,
@@ -285,8 +286,8 @@ impl Netlink {
         rules: &[Rule],
         routes: &[Route],
     ) -> io::Result<(usize, usize)> {
-        let wanted: Vec<Rule> = rules.iter().map(Rule::in_full).collect();
-        let routes: Vec<_> =
+        let wanted: BTreeSet<Rule> = rules.iter().map(Rule::in_full).collect();
+        let routes: BTreeSet<_> =
             routes.iter().map(|route| (route.table, route.destination, route.metric)).collect();
         self.remove_where(
             // What we cannot read is not ours to judge.
@@ -308,11 +309,13 @@ impl Netlink {
             let mut at = 0;
             while let Some((message, rule)) = ours.get(at) {
                 let stays = !rule_goes(rule.as_ref());
-                let hits_another = ours.iter().take(at).any(|(_, earlier)| match (rule, earlier) {
-                    (Some(rule), Some(earlier)) => rule.deletes(earlier),
-                    _ => false,
-                });
-                if stays || hits_another {
+                let hits_another = || {
+                    ours.iter().take(at).any(|(_, earlier)| match (rule, earlier) {
+                        (Some(rule), Some(earlier)) => rule.deletes(earlier),
+                        _ => false,
+                    })
+                };
+                if stays || hits_another() {
                     if !stays {
                         tracing::warn!(
                             ?rule,

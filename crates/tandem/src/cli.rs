@@ -63,7 +63,11 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Show instance, pair, endpoints, tunnels and counters
-    Status,
+    Status {
+        /// Only count the tunnels: quick for the daemon and the eye where there are thousands
+        #[arg(long)]
+        summary: bool,
+    },
     /// Hand an endpoint, or all this instance owns, to the other instance without losing a packet
     Failover {
         /// Name of the endpoint [default: all that this instance owns]
@@ -264,8 +268,9 @@ pub fn main() -> ExitCode {
 fn run(args: Args, colour: bool) -> Result<Answer, Failure> {
     let daemon = Daemon { socket: args.socket, config: &args.config };
     match args.command {
-        Command::Status => {
-            let response = daemon.ask(Request::Status {}, QUICK)?;
+        Command::Status { summary } => {
+            let request = if summary { Request::Summary {} } else { Request::Status {} };
+            let response = daemon.ask(request, QUICK)?;
             let Response::Status { status } = &response else { return Err(unexpected(&response)) };
             Answer::new(render_status(status, colour), status)
         }

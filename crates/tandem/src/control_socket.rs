@@ -43,6 +43,8 @@ const WRITE: Duration = Duration::from_secs(10);
 pub enum Request {
     /// The state of everything.
     Status {},
+    /// The same without the tunnels, which are only counted.
+    Summary {},
     /// Planned switchover, of one endpoint or of all that this instance owns.
     Failover {
         /// Name of the endpoint; none: every endpoint this instance owns.
@@ -96,7 +98,7 @@ pub enum RekeyWhat {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "result", rename_all = "kebab-case")]
 pub enum Response {
-    /// To `status`.
+    /// To `status` and `summary`.
     Status {
         /// The document of [`gateway::status`].
         status: Box<Status>,

@@ -17,6 +17,8 @@
 //!              U: blackhole, last metric            beyond the process     while it is down
 //! ```
 //! n is the number of /0 sides: the kernel confuses such rules with others of their priority ([`Netlink::add_rule`]).
+//! LOCAL and REMOTE in rules and in table T are what the networks of all connections make up together, in few pieces
+//! (`merge`): every packet of the host passes the rules one by one. In `main` each REMOTE has a route of its own.
 //!
 //! **A REMOTE as wide as 0.0.0.0/0** means "everywhere but here". Traffic from LOCAL to a LOCAL that REMOTE covers stays
 //! outside tunnels and takes the host's own routes, all but its default route: neighbours on the LAN, the gateway's own
@@ -29,7 +31,10 @@
 //! --purge` takes away what no other connection needs, `tandem protect --remove` all of it. All rules and routes with
 //! our protocol number are one daemon's: a second one in the same network namespace is refused ([`claim`]).
 
-use std::collections::BTreeSet;
+mod keeper;
+mod merge;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 
@@ -39,6 +44,8 @@ use netio::route::{
     Action, LAST_METRIC, MAIN_TABLE, Netlink, Prefix, Route, Rule, Target, Traffic,
 };
 use wire::ts::Cidr;
+
+pub use keeper::Keeper;
 
 /// Table T: the protected networks.
 pub const TABLE: u32 = 4116;
@@ -60,15 +67,9 @@ const UPLINK: u32 = 110;
 const METRIC: u32 = 64;
 
 /// WAN interfaces of this instance, each once.
-fn wan_interfaces(config: &Config) -> Vec<String> {
-    let mut names: Vec<String> = config
-        .endpoints
-        .iter()
-        .filter_map(|e| e.wan.interface.get(usize::from(config.local))?.clone())
-        .collect();
-    names.sort();
-    names.dedup();
-    names
+fn wan_interfaces(config: &Config) -> BTreeSet<String> {
+    let here = usize::from(config.local);
+    config.endpoints.iter().filter_map(|e| e.wan.interface.get(here)?.clone()).collect()
 }
 
 /// How many sides of a rule are everywhere.
@@ -76,20 +77,31 @@ fn wide(from: &Prefix, to: &Prefix) -> u32 {
     u32::from(from.length() == 0) + u32::from(to.length() == 0)
 }
 
-fn prefixes(pairs: &[(Cidr, Cidr)]) -> Vec<(Prefix, Prefix)> {
-    let prefix = |cidr: &Cidr| Prefix::new(cidr.addr(), cidr.prefix());
-    pairs.iter().filter_map(|(local, remote)| Some((prefix(local)?, prefix(remote)?))).collect()
+type Pairs = BTreeSet<(Prefix, Prefix)>;
+
+fn prefixes(pairs: impl IntoIterator<Item = (Cidr, Cidr)>) -> Pairs {
+    let prefix = |cidr: Cidr| Prefix::new(cidr.addr(), cidr.prefix());
+    pairs
+        .into_iter()
+        .filter_map(|(local, remote)| Some((prefix(local)?, prefix(remote)?)))
+        .collect()
+}
+
+/// Those of `networks` that lie in `wide`: they follow it in their order.
+fn inside<'a>(
+    networks: &'a BTreeSet<Prefix>,
+    wide: &'a Prefix,
+) -> impl Iterator<Item = &'a Prefix> {
+    networks.range(*wide..).take_while(|network| wide.covers(network))
 }
 
 /// Which traffic of these pairs stays outside tunnels: from a local network to one that the remote side covers too.
-fn exemptions(pairs: &[(Prefix, Prefix)], all: &[(Prefix, Prefix)]) -> BTreeSet<(Prefix, Prefix)> {
+fn exemptions(pairs: &Pairs, all: &Pairs) -> Pairs {
     let locals: BTreeSet<Prefix> = all.iter().map(|(local, _)| *local).collect();
-    let covered = |remote: &Prefix| {
-        let remote = *remote;
-        locals.iter().copied().filter(move |local| *local != remote && remote.covers(local))
+    let covered = |local: Prefix, remote| {
+        inside(&locals, remote).filter(move |to| **to != local).map(move |to| (local, *to))
     };
-    let exempt =
-        pairs.iter().flat_map(|(local, remote)| covered(remote).map(move |to| (*local, to)));
+    let exempt = pairs.iter().flat_map(|(local, remote)| covered(*local, remote));
     // What a connection names itself is no exemption.
     exempt.filter(|pair| !all.contains(pair)).collect()
 }
@@ -103,93 +115,113 @@ pub fn claim() -> io::Result<std::os::unix::net::UnixListener> {
     std::os::unix::net::UnixListener::bind_addr(&name)
 }
 
-/// The rules and routes of a set of pairs of networks between which nothing may pass in clear.
-#[derive(Debug, Clone)]
-pub struct Protection {
-    rules: Vec<Rule>,
-    remotes: Vec<Prefix>,
-    /// Those of `remotes` that do not stand in `main`.
-    hidden: Vec<Prefix>,
+/// What a configuration says of networks.
+#[derive(Debug)]
+pub struct Networks {
+    /// By connection.
+    pairs: BTreeMap<String, Pairs>,
+    wans: BTreeSet<String>,
+    links: Pairs,
+    /// Addresses that this host reaches, or is reached by, outside any tunnel.
+    outside: BTreeSet<IpAddr>,
 }
 
-impl Protection {
+impl Networks {
     /// Of the whole configuration.
     #[must_use]
     pub fn of(config: &Config) -> Self {
-        Self::of_pairs(config, &config.protected_pairs(), &[])
+        let mut pairs: BTreeMap<String, Pairs> = BTreeMap::new();
+        for connection in &config.connections {
+            pairs.entry(connection.name.clone()).or_default().extend(prefixes(connection.pairs()));
+        }
+        let links = config.pair.iter().flat_map(|pair| &pair.links);
+        let ends =
+            links.map(|link| (Prefix::host(link.local.ip()), Prefix::host(link.remote.ip())));
+        Self {
+            pairs,
+            wans: wan_interfaces(config),
+            links: ends.collect(),
+            outside: outside_tunnels(config),
+        }
     }
 
-    /// What one connection has to itself: taking it away leaves every other connection protected.
+    /// What protects all connections but these.
     #[must_use]
-    pub fn of_connection(config: &Config, name: &str) -> Self {
-        let own = config.own_pairs(name);
-        let rest: Vec<(Cidr, Cidr)> =
-            config.protected_pairs().into_iter().filter(|pair| !own.contains(pair)).collect();
-        Self::of_pairs(config, &own, &rest)
-    }
+    pub fn protection(&self, without: &BTreeSet<String>) -> Protection {
+        let all: Pairs = self.pairs.values().flatten().copied().collect();
+        let stays = |(name, _): &(&String, _)| !without.contains(*name);
+        let pairs: Pairs =
+            self.pairs.iter().filter(stays).flat_map(|(_, pairs)| pairs).copied().collect();
+        // Judged by the whole configuration, so that a pair's rule is the same whatever else is protected.
+        let exempt: BTreeSet<Prefix> = exemptions(&all, &all).iter().map(|(_, to)| *to).collect();
+        let within = |to: &Prefix| exempt.iter().any(|wide| wide != to && wide.covers(to));
 
-    /// `others`: pairs that keep what they share with these.
-    fn of_pairs(config: &Config, pairs: &[(Cidr, Cidr)], others: &[(Cidr, Cidr)]) -> Self {
-        let all = prefixes(&config.protected_pairs());
-        let (pairs, others) = (prefixes(pairs), prefixes(others));
-        let wans = wan_interfaces(config);
-        let every_exemption = exemptions(&all, &all);
-        let (mut rules, mut remotes) = (Vec::new(), Vec::new());
+        let mut kinds: BTreeMap<Kind<'_>, Pairs> = BTreeMap::new();
+        let mut add = |priority, input, action, pair: (Prefix, Prefix)| {
+            let priority = priority + wide(&pair.0, &pair.1);
+            kinds.entry((priority, input, action)).or_default().insert(pair);
+        };
         for (from, to) in &pairs {
-            // Judged by the whole configuration, so that a pair's rule is the same whatever is asked about.
-            let inside =
-                every_exemption.iter().any(|(_, exempt)| exempt != to && exempt.covers(to));
-            let priority = if inside { INSIDE } else { PROTECTED };
-            rules.push(Rule {
-                priority: priority + wide(from, to),
-                from: Some(*from),
-                to: Some(*to),
-                input: None,
-                traffic: None,
-                action: Action::Lookup(TABLE),
-            });
-            rules.extend(wans.iter().map(|interface| Rule {
-                priority: FROM_WAN + wide(from, to),
-                from: Some(*to),
-                to: Some(*from),
-                input: Some(interface.clone()),
-                traffic: None,
-                action: Action::Blackhole,
-            }));
-            if !remotes.contains(to) && !others.iter().any(|(_, other)| other == to) {
-                remotes.push(*to);
+            let priority = if within(to) { INSIDE } else { PROTECTED };
+            add(priority, None, Action::Lookup(TABLE), (*from, *to));
+            for interface in &self.wans {
+                add(FROM_WAN, Some(interface.as_str()), Action::Blackhole, (*to, *from));
             }
         }
-        let kept = exemptions(&others, &all);
-        rules.extend(exemptions(&pairs, &all).difference(&kept).map(|(from, to)| Rule {
-            priority: EXEMPT + wide(from, to),
-            from: Some(*from),
-            to: Some(*to),
-            input: None,
-            traffic: None,
-            action: Action::LookupNoDefault(MAIN_TABLE),
-        }));
-        let needed_by = |pairs: &[(Prefix, Prefix)], from: &Prefix, to: &Prefix| {
-            pairs.iter().any(|(local, remote)| local.covers(from) && remote.covers(to))
-        };
-        for link in config.pair.iter().flat_map(|pair| &pair.links) {
-            let (from, to) = (Prefix::host(link.local.ip()), Prefix::host(link.remote.ip()));
-            if needed_by(&pairs, &from, &to) && !needed_by(&others, &from, &to) {
-                rules.push(Rule {
+        for pair in exemptions(&pairs, &all) {
+            add(EXEMPT, None, Action::LookupNoDefault(MAIN_TABLE), pair);
+        }
+        let mut rules = BTreeSet::new();
+        for ((priority, input, action), pairs) in kinds {
+            rules.extend(merge::pairs(pairs).into_iter().map(|(from, to)| Rule {
+                priority,
+                from: Some(from),
+                to: Some(to),
+                input: input.map(str::to_owned),
+                traffic: None,
+                action,
+            }));
+        }
+        for (from, to) in &self.links {
+            if pairs.iter().any(|(local, remote)| local.covers(from) && remote.covers(to)) {
+                rules.insert(Rule {
                     priority: OWN,
-                    from: Some(from),
-                    to: Some(to),
+                    from: Some(*from),
+                    to: Some(*to),
                     input: Some("lo".to_owned()),
                     traffic: None,
                     action: Action::Lookup(MAIN_TABLE),
                 });
             }
         }
-        let outside = outside_tunnels(config);
-        let covers_some =
-            |remote: &Prefix| outside.iter().any(|address| remote.covers(&Prefix::host(*address)));
-        let hidden = remotes.iter().copied().filter(covers_some).collect();
-        Self { rules, remotes, hidden }
+        let remotes: BTreeSet<Prefix> = pairs.iter().map(|(_, remote)| *remote).collect();
+        let meets_outside = |remote: &&Prefix| {
+            let next = self.outside.range(remote.address()..).next();
+            next.is_some_and(|address| remote.covers(&Prefix::host(*address)))
+        };
+        let shown = remotes.iter().filter(|remote| !meets_outside(remote)).copied().collect();
+        Protection { rules, remotes: merge::union(remotes), shown }
+    }
+}
+
+/// Rules that differ in nothing but their networks.
+type Kind<'a> = (u32, Option<&'a str>, Action);
+
+/// The rules and routes of a set of pairs of networks between which nothing may pass in clear.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Protection {
+    rules: BTreeSet<Rule>,
+    /// In table T, few.
+    remotes: Vec<Prefix>,
+    /// In `main`, each by itself.
+    shown: Vec<Prefix>,
+}
+
+impl Protection {
+    /// Of the whole configuration.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        Networks::of(config).protection(&BTreeSet::new())
     }
 
     /// Sets the rules and blackholes that keep protected traffic from passing in clear, daemon or no daemon.
@@ -212,15 +244,38 @@ impl Protection {
         Ok(())
     }
 
-    /// Takes away what [`Protection::set`] and [`Protection::lead_into`] set.
-    pub async fn remove(&self, netlink: &Netlink, tun: u32) -> io::Result<()> {
-        for rule in &self.rules {
+    /// Makes it hold where `there` does for certain, and perhaps `perhaps`, and nothing else: what is new comes first,
+    /// so what stays protected is so at every moment.
+    async fn replace(
+        &self,
+        there: &Self,
+        perhaps: &Self,
+        netlink: &Netlink,
+        tun: u32,
+    ) -> io::Result<()> {
+        let routes =
+            |of: &Self| -> BTreeSet<Route> { of.leads(tun).chain(of.blackholes()).collect() };
+        let wanted = routes(self);
+        for route in wanted.difference(&routes(there)) {
+            netlink.set_route(route).await?;
+        }
+        for rule in self.rules.difference(&there.rules) {
+            netlink.add_rule(rule).await?;
+        }
+        for rule in perhaps.rules.difference(&self.rules) {
             netlink.remove_rule(rule).await?;
         }
-        for route in self.leads(tun).chain(self.blackholes()) {
-            netlink.remove_route(&route).await?;
+        for route in routes(perhaps).difference(&wanted) {
+            netlink.remove_route(route).await?;
         }
         Ok(())
+    }
+
+    /// Both.
+    fn extend(&mut self, other: Self) {
+        self.rules.extend(other.rules);
+        self.remotes.extend(other.remotes);
+        self.shown.extend(other.shown);
     }
 
     fn blackholes(&self) -> impl Iterator<Item = Route> {
@@ -241,14 +296,13 @@ impl Protection {
             metric: METRIC,
             source: None,
         };
-        let shown = self.remotes.iter().filter(|remote| !self.hidden.contains(remote));
-        let shown = shown.map(move |remote| lead(remote, MAIN_TABLE));
+        let shown = self.shown.iter().map(move |remote| lead(remote, MAIN_TABLE));
         self.remotes.iter().map(move |remote| lead(remote, TABLE)).chain(shown)
     }
 }
 
 /// Addresses that this host reaches, or is reached by, outside any tunnel.
-fn outside_tunnels(config: &Config) -> Vec<IpAddr> {
+fn outside_tunnels(config: &Config) -> BTreeSet<IpAddr> {
     let wans = config.endpoints.iter().flat_map(|endpoint| {
         [Some(endpoint.wan.address), endpoint.wan.gateway].into_iter().flatten()
     });
@@ -266,7 +320,7 @@ pub async fn remove_stale(netlink: &Netlink, config: &Config) -> io::Result<(usi
     let protection = Protection::of(config);
     // A route is known by table, destination and metric: the interface does not matter.
     let mut routes: Vec<Route> = protection.leads(0).chain(protection.blackholes()).collect();
-    let mut rules = protection.rules;
+    let mut rules: Vec<Rule> = protection.rules.into_iter().collect();
     for endpoint in &config.endpoints {
         if matches!(endpoint.wan.interface.get(usize::from(config.local)), Some(Some(_))) {
             let uplink = uplink(endpoint, 0);

@@ -89,7 +89,7 @@ fn respond(request: Request) -> Response {
         Response::Error(failure.hint("one of: branch"))
     };
     match request {
-        Request::Status {} => Response::Status {
+        Request::Status {} | Request::Summary {} => Response::Status {
             status: Box::new(Status { instance: "left".into(), ..Status::default() }),
         },
         Request::Failover { endpoint } => Response::Failover {

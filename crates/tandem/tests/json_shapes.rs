@@ -121,6 +121,13 @@ fn status() -> Status {
                 ..TunnelStatus::default()
             },
         ],
+        tunnel_counts: TunnelCounts {
+            down: 0,
+            connecting: 1,
+            established: 1,
+            closing: 0,
+            children: 1,
+        },
         counters: Counters {
             packets_in: 1000,
             packets_out: 7000,
@@ -141,6 +148,12 @@ fn status_document() {
     golden("status.json", &pretty(&status()));
     let read: Status = serde_json::from_str(&pretty(&status())).unwrap();
     assert_eq!(read, status());
+}
+
+#[test]
+fn summary_table() {
+    let summary = Status { tunnels: Vec::new(), ..status() };
+    golden("summary.txt", &render_status(&summary, false));
 }
 
 #[test]
@@ -226,6 +239,7 @@ fn requests() {
     let connection = || "branch".to_owned();
     let all = [
         Request::Status {},
+        Request::Summary {},
         Request::Failover { endpoint: None },
         Request::Failover { endpoint: Some("main".into()) },
         Request::Drain {},

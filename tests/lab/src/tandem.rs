@@ -344,6 +344,8 @@ pub struct Status {
     pub endpoints: Vec<EndpointStatus>,
     /// Tunnels.
     pub tunnels: Vec<TunnelStatus>,
+    /// How many there are.
+    pub tunnel_counts: TunnelCounts,
     /// Totals.
     pub counters: Counters,
 }
@@ -380,6 +382,18 @@ pub struct EndpointStatus {
     pub mode: String,
     /// Position in the log.
     pub position: u64,
+    /// What the other instance has acknowledged of it; the owner says so.
+    pub acked_position: Option<u64>,
+}
+
+/// How many tunnels there are.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct TunnelCounts {
+    /// Those that stand.
+    pub established: u64,
+    /// Child SAs that carry traffic both ways.
+    pub children: u64,
 }
 
 /// One tunnel.

@@ -3,6 +3,8 @@
 //! Each check looks at one thing and notes every case of it, so that an operator sees all at once. A
 //! setting's path is by names, as in the file.
 
+mod overlaps;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -34,7 +36,7 @@ pub(super) fn all(parts: &Parts) -> Vec<Finding> {
     endpoint_addresses(parts, &mut notes);
     connections(parts, &mut notes);
     confusable_peers(parts, &mut notes);
-    overlaps(parts, &mut notes);
+    overlaps::find(parts, &mut notes);
     notes.0
 }
 
@@ -605,8 +607,14 @@ fn swallowed_links(parts: &Parts, child: &ChildConfig, at: &str, notes: &mut Not
 
 /// Two connections that a responder could not tell apart.
 fn confusable_peers(parts: &Parts, notes: &mut Notes) {
-    let pairs = parts.connections.iter().enumerate().flat_map(|(i, later)| {
-        parts.connections.iter().take(i).map(move |earlier| (earlier, later))
+    // Only those with the same identities can be, and mostly there are none.
+    let mut alike: BTreeMap<_, Vec<&ConnectionParts>> = BTreeMap::new();
+    let pairs = parts.connections.iter().flat_map(|later| {
+        let ids = (&later.ike.local_id, &later.ike.remote_id);
+        let earlier = alike.entry(ids).or_default();
+        let pairs: Vec<_> = earlier.iter().map(|earlier| (*earlier, later)).collect();
+        earlier.push(later);
+        pairs
     });
     for (earlier, later) in pairs {
         let (a, b) = (&earlier.ike, &later.ike);
@@ -620,10 +628,7 @@ fn confusable_peers(parts: &Parts, notes: &mut Notes) {
         };
         let shared =
             later.endpoints.iter().find(|e| earlier.endpoints.contains(e) && same_place(e));
-        if let Some(endpoint) = shared
-            && a.remote_id == b.remote_id
-            && a.local_id == b.local_id
-        {
+        if let Some(endpoint) = shared {
             notes.error(
                 path(later, "remote_id"),
                 format!(
@@ -632,37 +637,6 @@ fn confusable_peers(parts: &Parts, notes: &mut Notes) {
                 ),
                 "expected another identity, or one connection with several children",
             );
-        }
-    }
-}
-
-/// Children that lay claim to the same packets: which one carries a packet is then our choice on our side
-/// and the peer's on theirs.
-fn overlaps(parts: &Parts, notes: &mut Notes) {
-    let all: Vec<(&ConnectionParts, &ChildConfig)> =
-        parts.connections.iter().flat_map(|c| c.ike.children.iter().map(move |k| (c, k))).collect();
-    // Quadratic, and each pair is cheap; past this many children the check would delay the start.
-    if all.len() > 2000 {
-        return;
-    }
-    for (i, (connection, child)) in all.iter().enumerate() {
-        for (other_connection, other) in all.iter().take(i) {
-            let meet = |a: &[TrafficSelector], b: &[TrafficSelector]| {
-                a.iter().find_map(|x| b.iter().find_map(|y| x.intersect(y)))
-            };
-            let local = meet(&child.local_ts, &other.local_ts);
-            let remote = meet(&child.remote_ts, &other.remote_ts);
-            if let (Some(local), Some(remote)) = (local, remote) {
-                notes.warn(
-                    format!("{}.remote_ts", path(connection, &format!("children.{}", child.name))),
-                    format!(
-                        "`{}.{}` and `{}.{}` both cover traffic between {local} and {remote}",
-                        other_connection.ike.name, other.name, connection.ike.name, child.name
-                    ),
-                    "better selectors that do not overlap",
-                    "which of the two then carries a packet is not defined",
-                );
-            }
         }
     }
 }

@@ -364,7 +364,7 @@ impl Pair {
             gateway.leave(now);
             self.sides[at].settle(now);
             let gateway = &self.sides[at].gateway;
-            if now >= deadline || !(gateway.hands_on() || gateway.has_tunnels(now)) {
+            if now >= deadline || !(gateway.hands_on() || gateway.has_tunnels()) {
                 break;
             }
             self.run(Duration::from_millis(20));

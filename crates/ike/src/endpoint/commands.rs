@@ -4,10 +4,14 @@ use core::time::Duration;
 
 use wire::id::{ConnectionId, EspSpi, IkeSpi};
 
-use super::{Due, Endpoint, starting::is_live};
+use super::{
+    Endpoint,
+    due::Due,
+    starting::{address, is_live},
+};
 use crate::{
     Context, Target, child,
-    config::{RemoteAddress, Start},
+    config::Start,
     error::Error,
     established,
     event::DeleteReason,
@@ -53,7 +57,7 @@ impl Endpoint {
 
     /// A packet wants a Child SA that is not up (`start = trap`, or a lost one).
     pub fn acquire(&mut self, cx: &mut Context<'_>, id: ConnectionId, child: &str) -> bool {
-        let paused = self.due.get(&id).is_some_and(|due| due.at > cx.now);
+        let paused = self.due.get(id).is_some_and(|due| due.at > cx.now);
         if paused || cx.now < self.quiet_until {
             return false;
         }
@@ -70,10 +74,7 @@ impl Endpoint {
         }
         let Some(conn) = self.registry.by_id(id) else { return false };
         let name = conn.name.clone();
-        let remote = match conn.remote_address {
-            RemoteAddress::Ip(ip) => Some(ip),
-            RemoteAddress::Any => None,
-        };
+        let remote = address(conn.remote_address);
         if self.table.of_connection(&name).any(IkeSa::is_initiating) {
             return true;
         }
@@ -83,10 +84,11 @@ impl Endpoint {
         }
         let fresh =
             !self.doubted.contains(&id) && !self.table.of_connection(&name).any(IkeSa::in_doubt);
-        self.due
-            .entry(id)
-            .and_modify(|due| due.tries = due.tries.saturating_add(1))
-            .or_insert(Due { at: cx.now, tries: 1 });
+        let due = match self.due.get(id) {
+            Some(due) => Due { tries: due.tries.saturating_add(1), ..due },
+            None => Due { at: cx.now, tries: 1 },
+        };
+        self.due.insert(id, due, remote);
         let result = match live {
             Some(sa) => self.step(cx, |step| want_children(step, sa, &names)),
             None => self.step(cx, |step| {

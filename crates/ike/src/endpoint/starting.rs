@@ -2,11 +2,11 @@
 //! NAT keepalives.
 
 use core::{net::IpAddr, time::Duration};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use wire::id::ConnectionId;
 
-use super::{Due, Endpoint};
+use super::{Endpoint, SNOOZE, due::Due};
 use crate::{
     Context, Keepalive,
     config::{RemoteAddress, Start},
@@ -27,10 +27,10 @@ impl Endpoint {
             trying |= sa.is_initiating();
         }
         if up {
-            self.due.remove(&id);
+            self.due.remove(id);
             self.doubted.remove(&id);
         } else if wanted && !trying {
-            let tries = self.due.get(&id).map_or(0, |due| due.tries);
+            let tries = self.due.get(id).map_or(0, |due| due.tries);
             let pause = match tries {
                 0 => Duration::ZERO,
                 n => conn
@@ -39,83 +39,54 @@ impl Endpoint {
                     .saturating_mul(1 << (n - 1).min(16))
                     .min(conn.timers.retry_max),
             };
-            self.due.insert(id, Due { at: now + pause, tries });
+            let peer = address(conn.remote_address);
+            self.due.insert(id, Due { at: now + pause, tries }, peer);
         }
     }
 
-    /// Begins the connections that are due, paced (peers.md 12).
+    /// The next connection to begin, and when, unless pacing (peers.md 12) holds all back until an attempt finishes.
+    fn next_due(&self) -> Option<(Duration, ConnectionId)> {
+        let limits = &self.registry.config.limits;
+        if self.table.initiating() >= limits.initiations_total {
+            return None;
+        }
+        self.due.next(|peer| self.table.initiating_to(peer) >= limits.initiations_per_peer)
+    }
+
+    /// Begins the connections that are due, paced.
     pub(super) fn start_due(&mut self, cx: &mut Context<'_>) {
         if cx.now < self.quiet_until {
             return;
         }
-        let due: Vec<ConnectionId> =
-            self.due.iter().filter(|(_, d)| d.at <= cx.now).map(|(id, _)| *id).collect();
-        if due.is_empty() {
-            return;
-        }
-        let limits = self.registry.config.limits;
-        let mut per_peer: BTreeMap<IpAddr, usize> = BTreeMap::new();
-        for sa in self.table.iter().filter(|sa| sa.is_initiating()) {
-            *per_peer.entry(sa.path.remote.ip()).or_default() += 1;
-        }
-        let mut all: usize = per_peer.values().sum();
-        for id in due {
-            let Some(conn) = self.registry.by_id(id) else { continue };
-            let (RemoteAddress::Ip(ip), name) = (conn.remote_address, conn.name.clone()) else {
-                self.due.remove(&id);
+        // Each turn takes one from the list, or puts it off: the loop ends.
+        while let Some((_, id)) = self.next_due().filter(|(at, _)| *at <= cx.now) {
+            let Some(conn) = self.registry.by_id(id) else {
+                self.due.remove(id);
                 continue;
             };
-            let live = self.table.of_connection(&name).any(is_live);
-            let trying = self.table.of_connection(&name).any(IkeSa::is_initiating);
+            let (remote, name) = (address(conn.remote_address), conn.name.clone());
             let ours = conn.children.iter().any(|c| c.start == Start::Initiate);
             let retry_max = conn.timers.retry_max;
-            if trying && !live && ours && !self.stays_down(&name) {
-                // Under way. Were its tries forgotten, a peer that refuses it would be asked again at once.
-                self.due.entry(id).and_modify(|due| due.at = cx.now + retry_max);
-                continue;
-            }
-            if trying || live || !ours || self.stays_down(&name) {
+            let live = self.table.of_connection(&name).any(is_live);
+            let trying = self.table.of_connection(&name).any(IkeSa::is_initiating);
+            if remote.is_none() || live || !ours || self.stays_down(&name) {
                 // A pause after `acquire` failed, or a start that came true.
-                self.due.remove(&id);
+                self.due.remove(id);
                 continue;
             }
-            let of_peer = per_peer.entry(ip).or_default();
-            if all >= limits.initiations_total || *of_peer >= limits.initiations_per_peer {
-                continue;
+            if !trying {
+                self.initiate(cx, id);
             }
-            *of_peer += 1;
-            all += 1;
-            self.initiate(cx, id);
+            // Under way. Were its tries forgotten, a peer that refuses it would be asked again at once. What could not even
+            // begin must not spin.
+            let begun = self.table.of_connection(&name).any(IkeSa::is_initiating);
+            self.due.postpone(id, cx.now + if begun { retry_max } else { SNOOZE });
         }
     }
 
-    /// Whether the pacing above holds something back until another finishes.
+    /// When [`Endpoint::start_due`] has something to begin.
     pub(super) fn next_start(&self) -> Option<Duration> {
-        let limits = self.registry.config.limits;
-        let initiating: Vec<IpAddr> = self
-            .due
-            .values()
-            .next()
-            .map(|_| {
-                self.table
-                    .iter()
-                    .filter(|sa| sa.is_initiating())
-                    .map(|sa| sa.path.remote.ip())
-                    .collect()
-            })
-            .unwrap_or_default();
-        self.due
-            .iter()
-            .filter(|(id, _)| {
-                let remote = self.registry.by_id(**id).map(|c| c.remote_address);
-                let of_peer = match remote {
-                    Some(RemoteAddress::Ip(ip)) => initiating.iter().filter(|r| **r == ip).count(),
-                    _ => 0,
-                };
-                initiating.len() < limits.initiations_total && of_peer < limits.initiations_per_peer
-            })
-            .map(|(_, due)| due.at.max(self.quiet_until))
-            .min()
+        self.next_due().map(|(at, _)| at.max(self.quiet_until))
     }
 
     pub(super) fn send_keepalives(&mut self, now: Duration) {
@@ -146,6 +117,14 @@ impl Endpoint {
             .filter(|interval| !interval.is_zero())
             .min();
         self.keepalive_at = interval.map(|interval| now + interval);
+    }
+}
+
+/// Where to begin, if that is known.
+pub(super) fn address(remote: RemoteAddress) -> Option<IpAddr> {
+    match remote {
+        RemoteAddress::Ip(ip) => Some(ip),
+        RemoteAddress::Any => None,
     }
 }
 

@@ -6,7 +6,7 @@ use wire::id::EspSpi;
 
 use super::Endpoint;
 use crate::{
-    event::{ChildStatus, IkeStatus, Status},
+    event::{ChildStatus, IkeStatus, Progress, Status},
     state::{ChildState, Established, Fate, IkeSa, Phase, Task},
 };
 
@@ -18,8 +18,7 @@ impl Endpoint {
         for sa in self.table.iter() {
             if sa.is_half_open() {
                 status.half_open += 1;
-            } else if !matches!(sa.phase, Phase::Closed(_)) {
-                // A closed one only repeats its last answer.
+            } else if is_shown(sa) {
                 status.ike_sas.push(self.ike_status(sa, now));
             }
         }
@@ -27,6 +26,33 @@ impl Endpoint {
             a.connection.cmp(&b.connection).then(b.age.cmp(&a.age)).then(a.spi.cmp(&b.spi))
         });
         status
+    }
+
+    /// The IKE SAs of one connection, as in [`Endpoint::status`].
+    #[must_use]
+    pub fn status_of(&self, connection: &str, now: Duration) -> Vec<IkeStatus> {
+        let shown = self.table.of_connection(connection).filter(|sa| is_shown(sa));
+        shown.map(|sa| self.ike_status(sa, now)).collect()
+    }
+
+    /// Whether any IKE SA stands, or is being brought up by us.
+    #[must_use]
+    pub fn has_sas(&self) -> bool {
+        self.table.iter().any(is_shown)
+    }
+
+    /// How far a connection is: what [`Endpoint::status`] says of it, in short.
+    #[must_use]
+    pub fn progress(&self, connection: &str) -> Progress {
+        let shown = self.table.of_connection(connection).filter(|sa| is_shown(sa));
+        let states = shown.map(|sa| (state_of(sa), sa.since));
+        // The newest that is furthest stands for the connection.
+        let first = states
+            .max_by_key(|(state, since)| (matches!(*state, "established" | "rekeying"), *since));
+        Progress {
+            state: first.map(|(state, _)| state),
+            children: self.table.sending(connection).len(),
+        }
     }
 
     /// What last failed of a connection, and how long ago, whoever began it and whichever instance
@@ -46,20 +72,7 @@ impl Endpoint {
 
     fn ike_status(&self, sa: &IkeSa, now: Duration) -> IkeStatus {
         let conn = self.registry.of(sa);
-        let e = sa.established();
-        let state = match (&sa.phase, e) {
-            (_, None) => "connecting",
-            (_, Some(e)) => match (e.fate, e.task()) {
-                _ if e.waits() => "in doubt",
-                (Fate::Live, Some(Task::Rekey(_))) => "rekeying",
-                (Fate::Live, Some(Task::Sync(..))) => "synchronising",
-                (Fate::Live, _) => "established",
-                (Fate::Deleting(_), _) => "deleting",
-                (Fate::Replaced(_), _) => "replaced",
-                (Fate::Rival(..), _) => "rekeying",
-                (Fate::Doubtful, _) => "in doubt",
-            },
-        };
+        let (e, state) = (sa.established(), state_of(sa));
         let connection = sa.connection.clone().unwrap_or_default();
         let senders = self.table.sending(&connection);
         IkeStatus {
@@ -100,6 +113,25 @@ impl Endpoint {
                 })
                 .collect(),
         }
+    }
+}
+
+/// What a peer began does not count before it is authenticated, and a closed one only repeats its last answer.
+fn is_shown(sa: &IkeSa) -> bool {
+    !sa.is_half_open() && !matches!(sa.phase, Phase::Closed(_))
+}
+
+fn state_of(sa: &IkeSa) -> &'static str {
+    let Some(e) = sa.established() else { return "connecting" };
+    match (e.fate, e.task()) {
+        _ if e.waits() => "in doubt",
+        (Fate::Live, Some(Task::Rekey(_))) => "rekeying",
+        (Fate::Live, Some(Task::Sync(..))) => "synchronising",
+        (Fate::Live, _) => "established",
+        (Fate::Deleting(_), _) => "deleting",
+        (Fate::Replaced(_), _) => "replaced",
+        (Fate::Rival(..), _) => "rekeying",
+        (Fate::Doubtful, _) => "in doubt",
     }
 }
 

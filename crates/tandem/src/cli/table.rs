@@ -6,7 +6,7 @@
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use gateway::status::{
     ChildState, ChildStatus, Contact, EndpointStatus, FlowStatus, Mode, Nat, PairStatus, Role,
-    Status, TunnelState, TunnelStatus,
+    Status, TunnelCounts, TunnelState, TunnelStatus,
 };
 
 /// Draws the whole status; `colour` for a terminal.
@@ -14,6 +14,9 @@ use gateway::status::{
 pub fn render(status: &Status, colour: bool) -> String {
     let mut blocks = vec![head(status, colour)];
     blocks.push(endpoints(&status.endpoints, colour));
+    if status.tunnels.is_empty() {
+        blocks.push(counts(&status.tunnel_counts));
+    }
     blocks.push(tunnels(&status.tunnels, colour));
     blocks.push(children(&status.tunnels, colour));
     blocks.push(errors(&status.tunnels));
@@ -246,6 +249,22 @@ pub(super) fn state(state: TunnelState) -> &'static str {
         TunnelState::Connecting => "connecting",
         TunnelState::Established => "established",
         TunnelState::Closing => "closing",
+    }
+}
+
+/// The tunnels of a summary.
+fn counts(counts: &TunnelCounts) -> String {
+    let TunnelCounts { down, connecting, established, closing, children } = *counts;
+    let kinds = [
+        (established, state(TunnelState::Established)),
+        (connecting, state(TunnelState::Connecting)),
+        (closing, state(TunnelState::Closing)),
+        (down, state(TunnelState::Down)),
+    ];
+    let words = kinds.into_iter().filter(|(n, _)| *n > 0).map(|(n, word)| format!("{n} {word}"));
+    match words.collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => none,
+        some => format!("tunnels: {some} · Child SAs installed: {children}"),
     }
 }
 

@@ -8,6 +8,7 @@ use crate::control_socket::{Failure, Fault, Move, RekeyWhat, Request, Response, 
 pub(super) fn request(request: &Request) -> gateway::Request {
     match request {
         Request::Status {} => gateway::Request::Status,
+        Request::Summary {} => gateway::Request::Summary,
         Request::Failover { endpoint } => gateway::Request::Failover { endpoint: endpoint.clone() },
         Request::Drain {} => gateway::Request::Drain,
         Request::Undrain {} => gateway::Request::Undrain,
@@ -37,6 +38,7 @@ pub(super) fn response(
         | Request::Down { connection, .. }
         | Request::Rekey { connection, .. } => connection.clone(),
         Request::Status {}
+        | Request::Summary {}
         | Request::Failover { .. }
         | Request::Drain {}
         | Request::Undrain {}

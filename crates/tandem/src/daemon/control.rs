@@ -445,17 +445,12 @@ impl Control {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         let request = answers::request(&call.request);
-        if let Request::Up { connection } = &call.request
-            && let Some(protection) = self.parts.protections.get(configured(connection)).cloned()
-        {
+        if let Request::Up { connection } = &call.request {
             // It may have been purged: the way into the tunnel stands again before the tunnel does.
-            let (netlink, tun) = (self.parts.netlink.clone(), self.parts.tun);
+            let (keeper, connection) =
+                (self.parts.keeper.clone(), configured(connection).to_owned());
             tokio::spawn(async move {
-                let set = async {
-                    protection.set(&netlink).await?;
-                    protection.lead_into(&netlink, tun).await
-                };
-                if let Err(problem) = set.await {
+                if let Err(problem) = keeper.keep(&connection, true).await {
                     error!(%problem, "the rules and routes of a connection could not be set");
                 }
             });
@@ -478,13 +473,9 @@ impl Control {
             Some(Request::Down { connection, .. }) => connection.clone(),
             _ => String::new(),
         };
-        let protection = self.parts.protections.get(configured(&connection)).cloned();
-        let (netlink, done, tun) = (self.parts.netlink.clone(), self.done.clone(), self.parts.tun);
+        let (keeper, done) = (self.parts.keeper.clone(), self.done.clone());
         tokio::spawn(async move {
-            let outcome = match protection {
-                Some(protection) => protection.remove(&netlink, tun).await,
-                None => Ok(()),
-            };
+            let outcome = keeper.keep(configured(&connection), false).await;
             let _ = done.send(Done::Purged { ticket, outcome });
         });
     }
@@ -581,7 +572,7 @@ impl Control {
         let Some(deadline) = self.stopping else { return false };
         self.parts.gateway.leave(now);
         let _ = self.carry_out();
-        let left = !self.parts.gateway.has_tunnels(now);
+        let left = !self.parts.gateway.has_tunnels();
         let stragglers = self.parts.gateway.hands_on();
         if left && stragglers && deadline > now + STRAGGLERS {
             self.stopping = Some(now + STRAGGLERS);

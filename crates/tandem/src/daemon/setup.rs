@@ -1,6 +1,5 @@
 //! Opens everything a daemon needs. Every failure is one sentence that names the thing and says what to do.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -26,7 +25,7 @@ use crate::config_file::{Loaded, host_needs};
 use crate::control_socket::{Call, Server};
 use crate::hook::Hook;
 use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath, STEER_OVERHEAD, Started};
-use crate::routing::{self, Protection};
+use crate::routing::{self, Keeper};
 use crate::terms::TermFile;
 use crate::worker::{self, EndpointSocket, WorkerHandle};
 
@@ -74,9 +73,8 @@ pub(super) struct Parts {
     pub(super) terms: Arc<Mutex<TermFile>>,
     pub(super) hook: Hook,
     pub(super) netlink: Netlink,
-    /// What each connection has to itself, for `down --purge` and the `up` after it.
-    pub(super) protections: BTreeMap<String, Protection>,
-    pub(super) tun: u32,
+    /// For `down --purge` and the `up` after it.
+    pub(super) keeper: Keeper,
     pub(super) monitor: LinkMonitor,
     pub(super) keylog: Option<PathBuf>,
 }
@@ -115,7 +113,6 @@ pub(super) async fn open(
         format!("the TUN {:?} cannot be opened: {error}; {}", settings.tun, tun_hint(&error))
     })?;
     let tun = Arc::new(tun);
-    let tun_index = tun.index();
     let netlink = Netlink::open().map_err(|error| format!("netlink: {error}"))?;
     let mtu = match settings.mtu {
         Some(mtu) => u32::from(mtu),
@@ -129,13 +126,7 @@ pub(super) async fn open(
     }
     let routes =
         |error: io::Error| format!("routes: {error}; does this process have CAP_NET_ADMIN?");
-    let protection = Protection::of(&config);
-    protection.set(&netlink).await.map_err(routes)?;
-    netlink.anchor(tun.index()).await.map_err(routes)?;
-    protection.lead_into(&netlink, tun.index()).await.map_err(routes)?;
-    let connections = config.connections.iter().map(|connection| connection.name.clone());
-    let protections =
-        connections.map(|name| (name.clone(), Protection::of_connection(&config, &name))).collect();
+    let keeper = Keeper::start(netlink.clone(), tun.index(), &config).await.map_err(routes)?;
 
     let fences = Fences::new(config.endpoints.len());
     let mut places = Vec::new();
@@ -273,8 +264,7 @@ pub(super) async fn open(
         terms: Arc::new(Mutex::new(terms)),
         hook,
         netlink,
-        protections,
-        tun: tun_index,
+        keeper,
         monitor,
         keylog,
     })

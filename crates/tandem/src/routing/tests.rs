@@ -107,7 +107,7 @@ remote_ts = ["10.7.0.128/25"]
         let config = config(children);
         interface("eth1", "10.7.0.2/24");
         interface("lan3", "10.3.0.2/24");
-        let all = prefixes(&config.protected_pairs());
+        let all = prefixes(config.protected_pairs());
         let exempt = exemptions(&all, &all);
         assert!(exempt.iter().all(|pair| !all.contains(pair)), "{exempt:?}");
         let protection = Protection::of(&config);
@@ -117,7 +117,66 @@ remote_ts = ["10.7.0.128/25"]
         assert_eq!(way("10.7.0.2", "10.3.0.7"), None, "named, though everything covers it");
         assert_eq!(way("10.3.0.2", "10.7.0.200"), None, "named, inside an exempt network");
         assert_eq!(way("10.7.0.2", "192.0.2.1"), None, "everything");
-        protection.remove(&netlink, 0).await.unwrap();
+        let nothing = Protection::default();
+        nothing.replace(&protection, &protection, &netlink, 0).await.unwrap();
         assert_eq!(way("10.7.0.2", "10.3.0.7").as_deref(), Some("lan3"));
+    });
+}
+
+/// Three branches side by side, whose rules are one.
+const BRANCHES: &str = r#"
+[connections.branch.children.net]
+local_ts = ["10.1.0.0/24"]
+remote_ts = ["10.2.0.0/24"]
+[connections.second]
+endpoints = ["main"]
+remote_address = "198.51.100.8"
+local_id = "gw.example"
+remote_id = "second.example"
+auth = { psk_file = "second.psk" }
+[connections.second.children.net]
+local_ts = ["10.1.0.0/24"]
+remote_ts = ["10.2.1.0/24"]
+[connections.third]
+endpoints = ["main"]
+remote_address = "198.51.100.9"
+local_id = "gw.example"
+remote_id = "third.example"
+auth = { psk_file = "third.psk" }
+[connections.third.children.net]
+local_ts = ["10.1.0.0/24"]
+remote_ts = ["10.2.2.0/23"]
+"#;
+
+#[test]
+fn one_of_many_that_share_a_rule_is_purged_and_comes_back() {
+    run(|netlink| async move {
+        let config = config(BRANCHES);
+        interface("eth0", "203.0.113.2/24");
+        interface("lan", "10.1.0.2/24");
+        ip("route add default via 203.0.113.1");
+        let tun = interface("tun", "169.254.7.1/32");
+        let keeper = Keeper::start(netlink.clone(), tun, &config).await.unwrap();
+        let rules = Networks::of(&config).protection(&BTreeSet::new()).rules;
+        assert_eq!(rules.len(), 2, "one out, one in: {rules:?}");
+        let ways = || {
+            let to = |net: u8| way("10.1.0.2", &format!("10.2.{net}.7"));
+            [to(0), to(1), to(2), to(3), to(4)]
+        };
+        let of = |names: [&str; 5]| names.map(|name| Some(name.to_owned()));
+        assert_eq!(ways(), of(["tun", "tun", "tun", "tun", "eth0"]));
+        keeper.keep("second", false).await.unwrap();
+        assert_eq!(ways(), of(["tun", "eth0", "tun", "tun", "eth0"]), "that alone may pass");
+        keeper.keep("third", false).await.unwrap();
+        assert_eq!(ways(), of(["tun", "eth0", "eth0", "eth0", "eth0"]));
+        keeper.keep("second", true).await.unwrap();
+        assert_eq!(ways(), of(["tun", "tun", "eth0", "eth0", "eth0"]));
+        keeper.keep("second", true).await.unwrap();
+        keeper.keep("third", true).await.unwrap();
+        assert_eq!(ways(), of(["tun", "tun", "tun", "tun", "eth0"]));
+        // Without the TUN nothing passes.
+        ip("link del tun");
+        assert_eq!(ways(), [None, None, None, None, Some("eth0".to_owned())]);
+        assert_eq!(remove_stale(&netlink, &config).await.unwrap(), (0, 0), "all of it is wanted");
     });
 }
