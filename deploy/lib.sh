@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by deploy/demo, deploy/install, tests/run and tests/failover: what a fresh Debian 12
+# Shared by deploy/demo, deploy/install, tests/run, tests/failover and tests/bench: what a fresh Debian 12
 # machine needs before Tandem can be built and its lab can run. Sourced, never executed.
 #
 # Everything here prints to standard error, so that a script's standard output belongs to the

@@ -189,24 +189,24 @@ impl Tun {
         }
     }
 
-    /// Writes segments as one packet: `first` with its headers, of the others the payloads, at most
-    /// [`RUN`] in all. The kernel splits it where it leaves the host, if it must.
+    /// Writes segments as one packet: the headers of the whole, then the segments' payloads, at most [`RUN`]. The
+    /// kernel splits it where it leaves the host, if it must.
     /// Errors: EINVAL when the kernel refuses the shape; EOPNOTSUPP where [`Tun::takes_runs`] says no.
     pub fn write_run<'a>(
         &self,
         form: Segmented,
-        first: &'a [u8],
+        headers: &'a [u8],
         payloads: impl Iterator<Item = &'a [u8]>,
     ) -> io::Result<()> {
         let Self::Vnet(vnet) = self else {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         };
         let header = form.encode();
-        let mut parts = [IoSlice::new(&[]); RUN + 1];
+        let mut parts = [IoSlice::new(&[]); RUN + 2];
         let mut count = 1;
         let [head, rest @ ..] = &mut parts;
         *head = IoSlice::new(&header);
-        for (part, bytes) in rest.iter_mut().zip(std::iter::once(first).chain(payloads)) {
+        for (part, bytes) in rest.iter_mut().zip(std::iter::once(headers).chain(payloads)) {
             *part = IoSlice::new(bytes);
             count += 1;
         }

@@ -12,7 +12,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use esp::coalesce::Run;
+use esp::coalesce::{Merge, Run};
 use esp::segment::Segments;
 use netio::tun::{READ_LEN, Tun};
 use netio::udp::{BatchSocket, Options, SendItem};
@@ -115,14 +115,13 @@ fn stream(src: IpAddr, dst: IpAddr) -> Vec<Vec<u8>> {
 }
 
 fn write_merged(inlet: &Tun, sent: &[Vec<u8>]) {
-    let mut run = Run::start(&sent[0]).unwrap();
+    let mut run = Run::start(&sent[0], Merge::ALL).unwrap();
     for packet in &sent[1..] {
         assert!(run.add(&sent[0], packet));
     }
-    let mut first = sent[0].clone();
-    let form = run.finish(&mut first).unwrap();
-    let payloads = sent[1..].iter().map(|packet| &packet[run.header_len()..]);
-    inlet.write_run(form, &first, payloads).unwrap();
+    let head = run.head(&sent[0]).unwrap();
+    let payloads = sent.iter().map(|packet| &packet[run.header_len()..]);
+    inlet.write_run(head.form, head.bytes(), payloads).unwrap();
 }
 
 /// The next packets of a protocol that a TUN gives, split, and how many reads gave them.
@@ -174,6 +173,32 @@ fn what_stayed_in_one_piece_is_split_into_what_it_was() {
             let (got, reads) = packets(&outlet, protocol::TCP, sent.len());
             assert_eq!(got.into_iter().map(as_sent).collect::<Vec<_>>(), sent);
             assert_eq!(reads, 1);
+        }
+    });
+}
+
+#[test]
+fn the_kernel_splits_merged_datagrams_into_what_they_were() {
+    isolated(|| {
+        let (inlet, outlet) = inlet_and(Tun::open_plain("out0").unwrap());
+        assert!(inlet.takes_runs(wire::vnet::Carried::Udp), "this kernel knows USO");
+        for (src, dst) in ways() {
+            let at = |address, port| std::net::SocketAddr::new(address, port);
+            for size in [64, 1300] {
+                let sent: Vec<Vec<u8>> = (0..40_u8)
+                    .map(|n| {
+                        let payload = vec![n; if n == 39 { size / 2 } else { size }];
+                        udp_packet(at(src, 5000), at(dst, 4000), &payload).unwrap()
+                    })
+                    .collect();
+                write_merged(&inlet, &sent);
+                let (got, _) = packets(&outlet, protocol::UDP, sent.len());
+                for (got, sent) in got.into_iter().zip(&sent) {
+                    let got = as_sent(got);
+                    // Only the identification, which `as_sent` gives everybody, was zero.
+                    same_datagram(&got, sent);
+                }
+            }
         }
     });
 }

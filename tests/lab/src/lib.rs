@@ -14,10 +14,12 @@
 //! * [`stall`]: whether the machine itself stood still.
 //! * [`scene`]: a pair that serves a peer, ready to be hurt; [`trial`]: one fault, measured.
 //! * [`active`]: the same for two endpoints; [`two_pairs`]: for two pairs that face each other.
+//! * [`mod@bench`]: the data plane beside what users would pick instead.
 //! * [`report`]: the demo's page. [`interop`]: the named real-peer scenarios.
 
 pub mod active;
 pub mod baseline;
+pub mod bench;
 pub mod capture;
 pub mod charon;
 pub mod check;

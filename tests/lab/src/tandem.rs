@@ -92,7 +92,7 @@ pub struct Endpoint {
     pub home: String,
     /// Its virtual WAN address.
     pub wan: String,
-    /// Next hop on the WAN.
+    /// Next hop on the WAN; empty where all peers are on its segment.
     pub gateway: String,
     /// The interface there.
     pub uplink: String,
@@ -117,6 +117,8 @@ pub struct Config {
     pub connections: Vec<Connection>,
     /// Whether the TUN may use offloads.
     pub offload: bool,
+    /// Further lines of `[daemon]`, values in TOML.
+    pub daemon_settings: Vec<(String, String)>,
 }
 
 /// The pre-shared key of the sample connection.
@@ -167,6 +169,7 @@ impl Config {
             }],
             connections: vec![branch()],
             offload: true,
+            daemon_settings: Vec::new(),
         }
     }
 
@@ -257,6 +260,7 @@ impl Config {
         if !self.offload {
             text.push_str("offload = false\n");
         }
+        lines(&mut text, &self.daemon_settings);
         if let Some(secret) = &self.secret {
             secret_file(&dir.join("pair.key"), secret)?;
             let _ = writeln!(text, "[pair]\nsecret_file = \"{at}/pair.key\"");
@@ -271,9 +275,13 @@ impl Config {
         for endpoint in &self.endpoints {
             let Endpoint { name, home, wan, gateway, uplink, lan, settings } = endpoint;
             let _ = writeln!(text, "[endpoints.{name}]\nhome = \"{home}\"");
+            let gateway = match gateway.as_str() {
+                "" => String::new(),
+                address => format!("gateway = \"{address}\", "),
+            };
             let _ = writeln!(
                 text,
-                "wan = {{ address = \"{wan}\", gateway = \"{gateway}\", interface = \"{uplink}\" }}"
+                "wan = {{ address = \"{wan}\", {gateway}interface = \"{uplink}\" }}"
             );
             let _ = writeln!(text, "lan = {{ address = {}, interface = \"eth1\" }}", list(lan));
             lines(&mut text, settings);

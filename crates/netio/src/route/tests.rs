@@ -254,6 +254,10 @@ fn what_a_new_configuration_does_not_want_goes_and_the_rest_stays() {
             rule(102, "10.1.0.0/24", "any", Action::Lookup(1160)),
             from_wan("10.9.0.0/24", "10.1.0.0/24"),
             rule(110, "203.0.113.99/32", "any", Action::Lookup(1162)),
+            Rule {
+                traffic: Some(Traffic::Esp),
+                ..rule(94, "203.0.113.99/32", "any", Action::Lookup(1162))
+            },
         ];
         let blackhole = |to: &str| Route {
             destination: prefix(to),
@@ -275,6 +279,7 @@ fn what_a_new_configuration_does_not_want_goes_and_the_rest_stays() {
             ["rule show", "-6 rule show", "route show table all", "-6 route show table all"].map(ip)
         };
         let before = shown();
+        assert!(before[0].contains("ipproto esp"), "{}", before[0]);
         assert_eq!(netlink.remove_all_but(&wanted, &kept_routes).await.unwrap(), (0, 0));
         for rule in &stale {
             netlink.add_rule(rule).await.unwrap();

@@ -1,5 +1,6 @@
 //! The loop itself.
 
+mod deliver;
 mod raw;
 mod steered;
 
@@ -9,7 +10,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use esp::coalesce::Run;
 use esp::segment::Segments;
 use esp::{Batch, Direction, Shard, Slot, Verdict};
 use netio::clock::boottime;
@@ -19,7 +19,9 @@ use netio::wake::{Poller, QueueReceiver, Ready};
 use wire::id::EndpointId;
 use wire::ip::Ecn;
 use wire::natt::{self, Datagram};
-use wire::vnet::{Carried, Offload};
+use wire::vnet::Offload;
+
+use deliver::Delivery;
 
 use super::counters::add;
 use super::outlet::Outlet;
@@ -33,9 +35,6 @@ const FIRST_SOCKET: u64 = 2;
 const FIRST_RAW: u64 = 1 << 31;
 /// The pair links' sockets count up from here.
 const FIRST_LINK: u64 = 1 << 32;
-
-/// Bytes of the longest headers in front of a TCP payload: IPv6 without extensions, TCP with all options.
-const MOST_HEADER: usize = 40 + 60;
 
 /// While control does not take reports, the shard is asked again after this.
 const REPORT_PAUSE: Duration = Duration::from_millis(1);
@@ -72,8 +71,7 @@ struct Io {
     steered_told: Vec<Duration>,
     outlet: Outlet,
     counters: Arc<Counters>,
-    /// TCP segments that follow each other are written as one.
-    merging: bool,
+    deliver: Delivery,
 }
 
 /// Whether the thread goes on.
@@ -114,7 +112,7 @@ impl State {
             shard: Shard::new(shard),
             fences: vec![Duration::ZERO; start.fences.len()],
             io: Io {
-                merging: start.tun.takes_runs(Carried::Tcp),
+                deliver: Delivery::new(Arc::clone(&start.tun), Arc::clone(&counters)),
                 tun: start.tun,
                 words: start.fences,
                 steer: None,
@@ -325,13 +323,13 @@ impl State {
     }
 }
 
-impl Io {
-    /// Until when an endpoint may send.
-    fn valid_until(&self, endpoint: EndpointId) -> Duration {
-        let word = self.words.get(usize::from(endpoint.0));
-        word.map_or(Duration::ZERO, |word| Duration::from_nanos(word.load(Ordering::Acquire)))
-    }
+/// Until when an endpoint may send.
+fn valid_until(words: &[AtomicU64], endpoint: EndpointId) -> Duration {
+    let word = words.get(usize::from(endpoint.0));
+    word.map_or(Duration::ZERO, |word| Duration::from_nanos(word.load(Ordering::Acquire)))
+}
 
+impl Io {
     fn read_fences(&self, into: &mut [Duration]) {
         for (to, word) in into.iter_mut().zip(self.words.iter()) {
             *to = Duration::from_nanos(word.load(Ordering::Acquire));
@@ -380,7 +378,7 @@ impl Io {
         let mut late = 0_u64;
         let (mut to_send, mut sent) = (0_u64, 0_u64);
         for EndpointSocket { endpoint, socket, raw } in sockets.iter_mut() {
-            let open = now < self.valid_until(*endpoint);
+            let open = now < valid_until(&self.words, *endpoint);
             let items = batch.slots().iter().filter_map(|slot| match slot.verdict() {
                 Verdict::Send { endpoint: of, to, udp_encap: true, .. } if of == *endpoint => {
                     if !open {
@@ -398,32 +396,16 @@ impl Io {
             to_send += unwrapped.to_send;
             sent += unwrapped.sent;
         }
-        let (mut written, mut refused, mut to_steer) = (0, 0, 0);
         let now = boottime();
-        let mut rest = batch.slots_mut();
-        while !rest.is_empty() {
-            let run = self.run_at(rest);
-            let count = run.as_ref().map_or(1, Run::count);
-            let (these, others) = rest.split_at_mut(count);
-            rest = others;
-            let Some((slot, more)) = these.split_first_mut() else { break };
-            match slot.verdict() {
-                Verdict::Deliver { endpoint } if now >= self.valid_until(endpoint) => {
-                    late += count as u64;
-                }
-                Verdict::Deliver { .. } => {
-                    let taken = match run {
-                        Some(run) => self.deliver_run(&run, slot, more),
-                        None => u64::from(self.tun.write(slot.packet()).is_ok()),
-                    };
-                    written += taken;
-                    refused += count as u64 - taken;
-                }
-                Verdict::Steer { endpoint } => {
-                    to_steer += 1;
-                    self.seal_steered(now, endpoint, slot, sockets);
-                }
-                Verdict::Send { .. } | Verdict::Held | Verdict::Drop(_) | Verdict::Pending => {}
+        let words = &self.words;
+        let is_open = |endpoint| now < valid_until(words, endpoint);
+        let delivered = self.deliver.write(batch.slots(), is_open);
+        late += delivered.late;
+        let mut to_steer = 0;
+        for slot in batch.slots_mut() {
+            if let Verdict::Steer { endpoint } = slot.verdict() {
+                to_steer += 1;
+                self.seal_steered(now, endpoint, slot, sockets);
             }
         }
         if to_steer > 0 {
@@ -433,57 +415,10 @@ impl Io {
         }
         add(&counters.sent, sent);
         add(&counters.unsent, to_send - sent);
-        add(&counters.tun_written, written);
-        add(&counters.tun_refused, refused);
+        add(&counters.tun_written, delivered.written);
+        add(&counters.tun_refused, delivered.refused);
         add(&counters.late, late);
         add(&counters.late_batches, u64::from(late > 0));
-    }
-
-    /// The packets at the front of `slots` that leave for the host as one, if there are several.
-    fn run_at(&self, slots: &[Slot]) -> Option<Run> {
-        let (first, rest) = slots.split_first()?;
-        let to_host = |slot: &Slot| matches!(slot.verdict(), Verdict::Deliver { .. });
-        if !self.merging || !to_host(first) {
-            return None;
-        }
-        let mut run = Run::start(first.packet())?;
-        for slot in rest.iter().take(netio::tun::RUN - 1) {
-            // A fence is one endpoint's: what is written as one must have come through one.
-            if slot.verdict() != first.verdict() || !run.add(first.packet(), slot.packet()) {
-                break;
-            }
-        }
-        (run.count() > 1).then_some(run)
-    }
-
-    /// Writes a run as one packet, or where the kernel refuses that, one by one from then on. Gives how many
-    /// packets the kernel took.
-    fn deliver_run(&mut self, run: &Run, first: &mut Slot, more: &[Slot]) -> u64 {
-        let mut before = [0; MOST_HEADER];
-        let header_len = run.header_len();
-        if let (Some(to), Some(from)) =
-            (before.get_mut(..header_len), first.packet().get(..header_len))
-        {
-            to.copy_from_slice(from);
-        }
-        let Some(form) = run.finish(first.packet_mut()) else { return 0 };
-        let payloads = more.iter().filter_map(|slot| slot.packet().get(header_len..));
-        let Err(error) = self.tun.write_run(form, first.packet(), payloads) else {
-            add(&self.counters.tun_merged, 1);
-            return 1 + more.len() as u64;
-        };
-        if error.kind() != io::ErrorKind::InvalidInput {
-            return 0;
-        }
-        tracing::warn!(%error, ?form, "the kernel refuses merged TCP segments; written one by one from now on");
-        self.merging = false;
-        if let (Some(to), Some(from)) =
-            (first.packet_mut().get_mut(..header_len), before.get(..header_len))
-        {
-            to.copy_from_slice(from);
-        }
-        let all = std::iter::once(&*first).chain(more);
-        all.map(|slot| u64::from(self.tun.write(slot.packet()).is_ok())).sum()
     }
 }
 

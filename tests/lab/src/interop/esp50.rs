@@ -1,6 +1,5 @@
 //! ESP directly in IP, protocol 50: against a real kernel's ESP, and between two Tandems.
 
-use super::pair::tandem_gbps;
 use super::stage::{TICK, conn};
 use super::{Lab, Scenario};
 use crate::capture::{Capture, tshark};
@@ -11,7 +10,6 @@ use crate::error::{Error, Result, ensure};
 use crate::net::{self, Net};
 use crate::probe::UdpProbes;
 use crate::scene::{PATIENCE, PeerKind, Scene, Setup};
-use crate::stats::nearest_rank;
 use crate::tandem::{Config, Daemon};
 use crate::trial::{Kind, run_trial};
 use crate::uml::UmlPeer;
@@ -33,18 +31,10 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         about: "SIGKILL, return and switchover with protocol 50 between Tandems",
         play: |lab| pair(lab, PeerKind::Tandem, &[Kind::Kill, Kind::Switchover]),
     },
-    Scenario {
-        name: "esp50-throughput",
-        about: "one TCP stream between Tandems, protocol 50 against UDP",
-        play: throughput,
-    },
 ];
 
 /// Inner bytes of a packet that fills an Ethernet frame: 1,500 less IPv4 20, ESP 8, IV 8, padding 3, trailer 2, tag 16.
 const FULL: u32 = 1443;
-
-/// The least share of UDP's goodput that is left without GSO and GRO.
-const BAR: f64 = 0.4;
 
 fn never(mut config: Config) -> Config {
     config.branch().encap = "never".into();
@@ -165,24 +155,4 @@ fn pair(lab: &Lab<'_>, peer: PeerKind, kinds: &[Kind]) -> Result<String> {
         found.join(", "),
         scene.ivs.checked
     ))
-}
-
-fn throughput(lab: &Lab<'_>) -> Result<String> {
-    let (rounds, seconds) = if lab.full { (7, 5) } else { (3, 2) };
-    let [mut udp, mut bare, mut ratios] = [const { Vec::new() }; 3];
-    for _ in 0..rounds {
-        let with = tandem_gbps(lab, |_| {}, seconds)?;
-        let without = tandem_gbps(lab, |config| config.branch().encap = "never".into(), seconds)?;
-        udp.push(with);
-        bare.push(without);
-        ratios.push(without / with);
-    }
-    let [udp, bare, ratio] = [&udp, &bare, &ratios].map(|list| nearest_rank(list, 50.0));
-    let found = format!(
-        "protocol 50 {bare:.2} Gb/s, UDP {udp:.2} Gb/s: {ratio:.2} ({:.2} to {:.2} in {rounds} rounds, bar {BAR})",
-        nearest_rank(&ratios, 0.0),
-        nearest_rank(&ratios, 100.0)
-    );
-    ensure(ratio >= BAR, || found.clone())?;
-    Ok(found)
 }

@@ -119,6 +119,42 @@ fn packets_pass_both_ways_and_those_in_udp_come_in_as_well() {
     });
 }
 
+// No NAT passes protocol 50 on: where such packets come from says nothing of where UDP has to go.
+#[test]
+fn a_peer_is_not_followed_by_what_comes_without_udp() {
+    isolated(|| {
+        let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
+        let local = "127.0.0.1:4500";
+        let start = with_raw(start("tdm0", local, &fences));
+        let mut host = Host::started(start, local, true, fences);
+        let application = application("tdm0");
+        let mut peer = RawPeer::new();
+        peer.raw = EspSocket::bind("127.0.0.77".parse().unwrap(), SOCKET_BUFFER).unwrap();
+        peer.send(local, b"without");
+        assert_eq!(receive(&application), b"without");
+        let moves = |host: &mut Host| {
+            host.worker.send(WorkerCommand::Shard(Command::Query { token: 1 })).unwrap();
+            let mut moves = Vec::new();
+            loop {
+                match host.event() {
+                    WorkerEvent::Report(Report::Snapshot(_)) => break moves,
+                    WorkerEvent::Report(Report::PeerMoved { from, .. }) => moves.push(from),
+                    _ => {}
+                }
+            }
+        };
+        assert_eq!(moves(&mut host), []);
+        // While in UDP it would be.
+        let elsewhere = UdpSocket::bind("127.0.0.77:999").unwrap();
+        elsewhere.send_to(&peer.peer.seal(b"in UDP"), local).unwrap();
+        assert_eq!(receive(&application), b"in UDP");
+        let noticed = std::iter::from_fn(|| Some(host.event())).take(20).any(|event| {
+            matches!(event, WorkerEvent::Report(Report::PeerMoved { from, .. }) if from.port() == 999)
+        });
+        assert!(noticed);
+    });
+}
+
 #[test]
 fn the_fence_holds_and_a_missing_socket_is_counted() {
     isolated(|| {
