@@ -17,9 +17,10 @@ pub(crate) struct Made {
     pub(crate) hop_limit: u8,
     /// IPv6 alone.
     pub(crate) label: u16,
-    /// IPv4 alone, these three.
+    /// IPv4 alone, these two.
     pub(crate) id: u16,
     pub(crate) fragment_word: u16,
+    /// IPv4 options, or an IPv6 header with destination options.
     pub(crate) ip_options: bool,
     /// TCP alone, up to the options.
     pub(crate) seq: u32,
@@ -64,6 +65,17 @@ impl Made {
 
     pub(crate) fn udp(ipv6: bool, payload: Vec<u8>) -> Self {
         Self { udp: true, options: Vec::new(), ..Self::tcp(ipv6, 0, payload) }
+    }
+
+    /// TCP and UDP over IPv4 and IPv6: the flows 0 to 3, each with its next sequence number.
+    pub(crate) fn of_flow(flow: usize, seq: &mut u32, id: usize, length: usize) -> Self {
+        let payload = (0..length).map(|at| (at * 7 + id) as u8).collect();
+        let made = match flow {
+            0 | 1 => Made::tcp(flow == 1, *seq, payload),
+            _ => Made::udp(flow == 3, payload),
+        };
+        *seq = seq.wrapping_add(length as u32);
+        Made { id: id as u16, ..made }
     }
 
     fn addresses(&self) -> Vec<u8> {
@@ -116,9 +128,12 @@ impl Made {
         if self.ipv6 {
             let word = 6 << 28 | u32::from(self.traffic_class) << 20 | u32::from(self.label);
             packet.extend(word.to_be_bytes());
-            packet.extend((part.len() as u16).to_be_bytes());
-            packet.extend([self.protocol(), self.hop_limit]);
+            let options: &[u8] =
+                if self.ip_options { &[self.protocol(), 0, 1, 4, 0, 0, 0, 0] } else { &[] };
+            packet.extend(((options.len() + part.len()) as u16).to_be_bytes());
+            packet.extend([if self.ip_options { 60 } else { self.protocol() }, self.hop_limit]);
             packet.extend(self.addresses());
+            packet.extend(options);
         } else {
             let words: u8 = if self.ip_options { 6 } else { 5 };
             packet.extend([0x40 | words, self.traffic_class]);
@@ -141,9 +156,9 @@ impl Made {
         ip + if self.udp { 8 } else { 20 + self.options.len() }
     }
 
-    /// IPv4 alone has what makes a packet unlike others of its flow.
+    /// Whether its ports are not where they usually are, or not to be trusted.
     fn odd(&self) -> bool {
-        !self.ipv6 && (self.fragment_word & 0x3fff != 0 || self.ip_options)
+        self.ip_options || !self.ipv6 && self.fragment_word & 0x3fff != 0
     }
 
     /// Whether the order between both must be kept.
@@ -163,7 +178,8 @@ impl Made {
         let flags = if self.udp { ACK } else { self.flags };
         self.payload.len() >= least
             && (flags == ACK || flags == ACK | PSH && !leads)
-            && (self.ipv6 || self.fragment_word == 0x4000 && !self.ip_options)
+            && !self.ip_options
+            && (self.ipv6 || self.fragment_word == 0x4000)
             && !self.broken
             && !self.unsummed
     }
@@ -176,7 +192,7 @@ impl Made {
             frame.options.clear();
         }
         if self.ipv6 {
-            (frame.fragment_word, frame.ip_options) = (0, false);
+            frame.fragment_word = 0;
         } else {
             frame.label = 0;
         }

@@ -5,10 +5,10 @@
 
 use esp::coalesce::{MOST_HEADER, Merge, Plan, Planned};
 use esp::segment::Segments;
-use wire::ip::{Fragment, L4, Packet, protocol};
+use wire::ip::{Fragment, L4, Packet, Udp, protocol};
 use wire::vnet::{Carried, Offload};
 
-use super::made::{slow_sum, transport_sum};
+use super::made::{Made, slow_sum, transport_sum};
 
 /// How much was tested.
 #[derive(Debug, Default)]
@@ -92,6 +92,17 @@ fn merged(planned: &Planned<'_>, members: &[&[u8]], reached: &mut Reached) {
     members.iter().for_each(|packet| whole.extend(&packet[run.header_len()..]));
     let read = Packet::parse(&whole).unwrap();
     assert_eq!(read.total_len, whole.len());
+    // What is left for whoever splits it: the transport checksum alone, of which the pseudo-header's sum is there.
+    let (addresses, part) = parts(&whole);
+    assert!(!read.is_ipv4() || slow_sum(&whole[..20]) == 0xffff);
+    let at = head.form.carried.checksum_at();
+    let mut pseudo = vec![0, 0, 0, read.protocol];
+    pseudo.extend((part.len() as u32).to_be_bytes());
+    pseudo.extend(addresses);
+    assert_eq!(part[at..at + 2], slow_sum(&pseudo).to_be_bytes());
+    if head.form.carried == Carried::Udp {
+        assert_eq!(Udp::parse(part).unwrap().payload.len() + 8, part.len());
+    }
 
     let mut segments = Segments::new(&whole, Offload::decode(&head.form.encode())).unwrap();
     for packet in members {
@@ -106,15 +117,20 @@ fn merged(planned: &Planned<'_>, members: &[&[u8]], reached: &mut Reached) {
     reached.merged_udp += usize::from(head.form.carried == Carried::Udp);
 }
 
+/// Addresses, and what follows a bare header.
+fn parts(packet: &[u8]) -> (&[u8], &[u8]) {
+    if packet[0] >> 4 == 6 {
+        (&packet[8..40], &packet[40..])
+    } else {
+        (&packet[12..20], &packet[20..])
+    }
+}
+
 /// Both checksums are right.
 fn intact(packet: &[u8], carried: Carried) {
     let number = if carried == Carried::Tcp { 6 } else { 17 };
-    let (addresses, part) = if packet[0] >> 4 == 6 {
-        (&packet[8..40], &packet[40..])
-    } else {
-        assert_eq!(slow_sum(&packet[..20]), 0xffff);
-        (&packet[12..20], &packet[20..])
-    };
+    let (addresses, part) = parts(packet);
+    assert!(packet[0] >> 4 == 6 || slow_sum(&packet[..20]) == 0xffff);
     assert_eq!(transport_sum(addresses, number, part), 0xffff);
     assert!(carried == Carried::Tcp || part[6..8] != [0, 0]);
 }
@@ -139,34 +155,66 @@ fn comparable(packet: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// Makes both checksums of a packet right, if it is one of TCP or UDP with the lengths that it says, so that what
-/// stands in its headers is looked at at all.
+/// Makes both checksums of a packet right, if it is one of TCP or UDP, as if it were all that its lengths say, so that
+/// what stands in its headers is looked at at all.
 pub(crate) fn mend(packet: &mut [u8]) {
-    let Ok(read) = Packet::parse(packet) else { return };
-    if read.total_len != packet.len() {
-        return;
-    }
-    let (from, to) = if read.is_ipv4() { (12, 20) } else { (8, 40) };
-    if read.is_ipv4() {
-        let header = usize::from(packet[0] & 0xf) * 4;
-        packet[10..12].fill(0);
-        let sum = !slow_sum(&packet[..header]);
-        packet[10..12].copy_from_slice(&sum.to_be_bytes());
-    }
-    let at = match read.protocol {
-        protocol::TCP => 16,
-        protocol::UDP => 6,
+    let (from, to, number, at) = match packet.first().map_or(0, |first| first >> 4) {
+        4 => (12, 20, 9, usize::from(packet[0] & 0xf) * 4),
+        6 => (8, 40, 6, 40),
         _ => return,
     };
+    if at < to || packet.len() < at {
+        return;
+    }
+    if at < 40 {
+        packet[10..12].fill(0);
+        let sum = !slow_sum(&packet[..at]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
     let addresses = packet[from..to].to_vec();
-    let part = &mut packet[read.l4_offset..];
+    let number = packet[number];
+    let part = &mut packet[at..];
+    let at = if number == protocol::UDP { 6 } else { 16 };
     if part.len() < at + 2 {
         return;
     }
     part[at..at + 2].fill(0);
-    let sum = match !transport_sum(&addresses, read.protocol, part) {
+    let sum = match !transport_sum(&addresses, number, part) {
         0 => 0xffff,
         sum => sum,
     };
     part[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// Packets drawn by bytes: how many may be one at most, then five bytes for each packet.
+pub(crate) fn drawn(bytes: &[u8]) -> (Vec<(Vec<u8>, u8)>, usize) {
+    let [most, steps @ ..] = bytes else { return (Vec::new(), 1) };
+    let most = if most % 4 == 0 { usize::from(most / 4) } else { 64 };
+    let mut seqs = [u32::MAX - 1000; 4];
+    let mut packets = Vec::new();
+    for step in steps.as_chunks::<5>().0.iter().take(64) {
+        let [flow, length, at, value, how] = step.map(usize::from);
+        let length = [200, 200, 200, 150, 1400, 128, 16, at][length % 8];
+        let made = Made::of_flow(flow % 4, &mut seqs[flow % 4], packets.len(), length);
+        let port = made.port + (flow as u16 / 4 % 16).saturating_sub(8);
+        let mut packet = Made { port, ..made }.bytes();
+        let at = at.min(packet.len() - 1);
+        match how % 8 {
+            0 => packet[at] = value as u8,
+            1 => packet[at] ^= 1 << (value % 8),
+            2 => packet.truncate(at),
+            3 => packet.insert(at, value as u8),
+            _ => {}
+        }
+        if how & 8 == 0 {
+            mend(&mut packet);
+        }
+        if how & 16 == 0 || packets.is_empty() {
+            packets.push((packet, u8::from(flow >= 240)));
+        } else {
+            // It overtook the one before.
+            packets.insert(packets.len() - 1, (packet, 0));
+        }
+    }
+    (packets, most)
 }
