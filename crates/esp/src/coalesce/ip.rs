@@ -136,16 +136,14 @@ impl<'a> Flow<'a> {
         })
     }
 
-    /// Whether both may be of one flow, so that their order must be kept.
-    pub(super) fn may_be(&self, other: &Flow<'_>) -> bool {
-        match (self, other) {
-            (Flow::Other, _) | (_, Flow::Other) => false,
+    /// Whether the packet may be of the flow that a run is of, which is always known.
+    pub(super) fn may_be(&self, run: &Flow<'_>) -> bool {
+        match (self, run) {
             (Flow::One(a, ends_a), Flow::One(b, ends_b)) => a == b && ends_a == ends_b,
-            (Flow::Any(a), Flow::Any(b)) => a == b,
-            (Flow::One(_, ends), Flow::Any(addresses))
-            | (Flow::Any(addresses), Flow::One(_, ends)) => {
+            (Flow::Any(addresses), Flow::One(_, ends)) => {
                 ends.len() == addresses.len() + 4 && ends.starts_with(addresses)
             }
+            _ => false,
         }
     }
 }

@@ -68,15 +68,13 @@ impl Plan {
         self.packets.clear();
         self.groups.clear();
         let mut open: [Option<Open<'a, K>>; FLOWS] = [None; FLOWS];
-        // The next place to be given away if all are taken; they were taken in turn.
-        let mut oldest = 0;
         for (number, bytes, origin) in packets {
             let at = self.packets.len() as u32;
             self.packets.push(Packet { number, next: NONE });
             let flow = Flow::of(bytes);
             let mut joined = false;
             for place in &mut open {
-                let Some(run) = place.as_ref().filter(|run| run.flow.may_be(&flow)) else {
+                let Some(run) = place.as_ref().filter(|run| flow.may_be(&run.flow)) else {
                     continue;
                 };
                 joined |= run.origin == origin && self.join(run.group, run.first, bytes, at);
@@ -89,11 +87,9 @@ impl Plan {
             }
             let run = Run::start(bytes, merge);
             if run.is_some() && self.most > 1 {
-                let place = open.iter().position(Option::is_none).unwrap_or_else(|| {
-                    oldest = (oldest + 1) % FLOWS;
-                    oldest
-                });
-                if let Some(place) = open.get_mut(place) {
+                // A free place, or that of the oldest run.
+                let age = |place: &&mut Option<Open<'a, K>>| place.as_ref().map(|run| run.group);
+                if let Some(place) = open.iter_mut().min_by_key(age) {
                     let group = self.groups.len();
                     *place = Some(Open { flow, first: bytes, origin, group });
                 }

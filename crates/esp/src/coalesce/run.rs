@@ -86,7 +86,8 @@ impl Part {
         }
     }
 
-    /// Whether two packets of this form agree in every header byte that a split copies.
+    /// Whether two packets, the first of this form, agree in every header byte that a split copies: so also in
+    /// version, protocol and the length of their headers.
     fn same_headers(&self, a: &[u8], b: &[u8]) -> bool {
         let at = self.outer.len();
         let (Some(transport_a), Some(transport_b)) = (a.get(at..), b.get(at..)) else {
@@ -141,8 +142,6 @@ impl Run {
             (Kind::Tcp(_), Kind::Udp) | (Kind::Udp, Kind::Tcp(_)) => false,
         };
         let follows = next_in_order
-            && part.outer == self.first.outer
-            && part.header_len == self.first.header_len
             && part.payload_len <= self.first.payload_len
             && self.total + part.payload_len <= MOST_BYTES
             && self.first.same_headers(first, packet);

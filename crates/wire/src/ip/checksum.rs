@@ -196,6 +196,14 @@ mod tests {
         assert_eq!(checksum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), !0xddf2);
     }
 
+    /// The carry comes round, and 0xffff times anything stays what it is.
+    #[test]
+    fn sums_never_overflow() {
+        let most = Sum(u64::MAX);
+        assert_eq!(most.add(Sum(1)).folded(), Sum(1).folded());
+        assert_eq!(most.add(most).folded(), 0xffff);
+    }
+
     #[test]
     fn word_size_does_not_matter() {
         let bytes: Vec<u8> = (0..=255u8).cycle().map(|b| b.wrapping_mul(37)).take(1501).collect();
