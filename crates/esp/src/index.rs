@@ -169,7 +169,7 @@ mod tests {
         fn finds_what_a_walk_over_all_finds(
             pairs in proptest::collection::vec((any_range(), any_range()), 0..40),
             gone in proptest::collection::vec(any::<proptest::sample::Index>(), 0..10),
-            // A packet's addresses are of one family.
+            // A packet is of one family, whatever a pair may be.
             (src, dst) in any::<bool>().prop_flat_map(|v4| (any_address(v4), any_address(v4))),
         ) {
             let mut index = Index::new();

@@ -99,7 +99,7 @@ fn inside<'a>(
 fn exemptions(pairs: &Pairs, all: &Pairs) -> Pairs {
     let locals: BTreeSet<Prefix> = all.iter().map(|(local, _)| *local).collect();
     let covered = |local: Prefix, remote| {
-        inside(&locals, remote).filter(move |to| **to != local).map(move |to| (local, *to))
+        inside(&locals, remote).filter(move |to| *to != remote).map(move |to| (local, *to))
     };
     let exempt = pairs.iter().flat_map(|(local, remote)| covered(*local, remote));
     // What a connection names itself is no exemption.
