@@ -2,22 +2,14 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
 
+mod common;
+
 use core::net::IpAddr;
 
+use common::checks::slow_sum;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use wire::ip::{self, Sum, copy_and_sum, protocol};
-
-/// RFC 1071 §1, word by word, the carry brought round at once.
-fn slow_sum(bytes: &[u8]) -> u16 {
-    let mut sum = 0_u16;
-    for pair in bytes.chunks(2) {
-        let word = u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]);
-        let (added, carry) = sum.overflowing_add(word);
-        sum = added + u16::from(carry);
-    }
-    sum
-}
 
 /// The pseudo-header as bytes: RFC 9293 §3.1, RFC 8200 §8.1.
 fn slow_pseudo(src: IpAddr, dst: IpAddr, protocol: u8, len: usize) -> Vec<u8> {
@@ -64,6 +56,14 @@ fn rfc_1071_numbers() {
     assert_eq!(Sum::of(b).add(Sum::of(a)).folded(), 0xddf2);
     assert_eq!(Sum::of(a).add(Sum::of(b)).folded(), 0xddf2);
     assert_eq!(Sum::of(b).add_u16(0x0001).folded(), 0xddf2);
+}
+
+/// An IPv4 header (UDP, 192.168.0.1 to 192.168.0.199) whose checksum tshark calls good.
+#[test]
+fn a_header_that_tshark_calls_good() {
+    let header = common::unhex("45000073000040004011b861c0a80001c0a800c7");
+    assert_eq!(ip::checksum(&header), 0);
+    assert_eq!(ip::ipv4_header_checksum(&header), Some(0xb861));
 }
 
 /// Both zeros: nothing but zeros sums to +0, everything else that is 0 modulo 0xffff to -0.

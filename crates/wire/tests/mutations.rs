@@ -29,6 +29,7 @@ fn exercise(bytes: &[u8], reached: &mut Reached) {
     checks::selectors(bytes, reached);
     checks::packet(bytes, reached);
     checks::encapsulated(bytes);
+    checks::checksum(bytes);
 }
 
 /// The vectors, and the selector payloads inside one of them.

@@ -239,6 +239,16 @@ fn more_flows_than_places() {
     let most = FLOWS as u16;
     assert_eq!(check(&round(most, 4), 64, &mut Reached::default()).len(), FLOWS);
     check(&round(most + 1, 4), 64, &mut Reached::default());
+    // A run that has ended gives its place free: here that of the eighth flow.
+    let second = |port: u16, length| {
+        (Made { port, ..Made::tcp(false, 200, vec![port as u8; length]) }.bytes(), 0)
+    };
+    let mut packets = round(most, 1);
+    packets.push(second(most - 1, 100));
+    packets.push(round(most + 1, 1).remove(FLOWS));
+    packets.extend((0..most - 1).chain([most]).map(|port| second(port, 200)));
+    let groups = check(&packets, 64, &mut Reached::default());
+    assert!(groups.iter().all(|group| group.len() == 2), "{groups:?}");
     // The ninth flow takes the place of the first, the only one whose next packet does not find its run.
     let mut packets = round(most + 1, 2);
     let of_first = packets.remove(FLOWS + 1);

@@ -5,7 +5,7 @@
 use std::hint::black_box;
 
 use wire::ike::{Message, MessageBuilder, Sealed};
-use wire::ip::{self, Packet, Tcp, Udp};
+use wire::ip::{self, Packet, Sum, Tcp, Udp};
 use wire::natt::{self, Datagram};
 use wire::{esp, ts};
 
@@ -89,6 +89,30 @@ pub(crate) fn packet(bytes: &[u8], reached: &mut Reached) {
         assert_eq!((changed.traffic_class, changed.flow()), (!packet.traffic_class, packet.flow()));
     }
     black_box(ip::ipv4_header_checksum(bytes));
+}
+
+/// RFC 1071 §1, word by word, the carry brought round at once.
+pub(crate) fn slow_sum(bytes: &[u8]) -> u16 {
+    let mut sum = 0_u16;
+    for pair in bytes.chunks(2) {
+        let word = u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]);
+        let (added, carry) = sum.overflowing_add(word);
+        sum = added + u16::from(carry);
+    }
+    sum
+}
+
+/// The first byte says where the rest is cut in two, at an even place.
+pub(crate) fn checksum(bytes: &[u8]) {
+    let [cut, bytes @ ..] = bytes else { return };
+    let slow = slow_sum(bytes);
+    assert_eq!(Sum::of(bytes).folded(), slow);
+    assert_eq!(ip::checksum(bytes), !slow);
+    let (a, b) = bytes.split_at((usize::from(*cut) * 2).min(bytes.len() & !1));
+    assert_eq!(Sum::of(b).add(Sum::of(a)).folded(), slow);
+    let mut room = vec![0; bytes.len()];
+    assert_eq!(ip::copy_and_sum(&mut room, bytes).folded(), slow);
+    assert_eq!(room, bytes);
 }
 
 pub(crate) fn encapsulated(bytes: &[u8]) {
