@@ -58,6 +58,12 @@ fn addresses_come_quickly_and_go() {
     });
 }
 
+/// A link that came up has its own IPv6 routes some time later.
+fn without_link_routes(shown: &str) -> String {
+    let ours = |line: &&str| !line.contains("fe80::") && !line.contains("ff00::");
+    shown.lines().filter(ours).flat_map(|line| [line, "\n"]).collect()
+}
+
 #[test]
 fn blackholes_and_rules_outlive_the_tun_and_purge_removes_them() {
     run(|| async {
@@ -65,12 +71,7 @@ fn blackholes_and_rules_outlive_the_tun_and_purge_removes_them() {
         ip("address add 10.1.0.2/24 dev lan0");
         ip("route add default via 10.1.0.254");
         ip("route add 10.77.0.0/24 via 10.1.0.253");
-        // A link that came up has its IPv6 routes some time later.
-        let all_routes = || -> Vec<String> {
-            let shown = ip("route show table all");
-            let ours = |line: &&str| !line.contains("fe80::") && !line.contains("ff00::");
-            shown.lines().filter(ours).map(str::to_owned).collect()
-        };
+        let all_routes = || without_link_routes(&ip("route show table all"));
         let before = (all_routes(), ip("rule show"), ip("-6 rule show"));
         let netlink = Netlink::open().unwrap();
         let tun = Tun::open_plain("tdm0").unwrap();
@@ -276,7 +277,8 @@ fn what_a_new_configuration_does_not_want_goes_and_the_rest_stays() {
             netlink.set_route(route).await.unwrap();
         }
         let shown = || {
-            ["rule show", "-6 rule show", "route show table all", "-6 route show table all"].map(ip)
+            ["rule show", "-6 rule show", "route show table all", "-6 route show table all"]
+                .map(|what| without_link_routes(&ip(what)))
         };
         let before = shown();
         assert!(before[0].contains("ipproto esp"), "{}", before[0]);
