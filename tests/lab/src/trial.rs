@@ -142,7 +142,7 @@ impl Outcome {
     }
 
     /// The part of [`Outcome::judge`] that no slow machine excuses.
-    fn judge_safety(&self) -> Result<()> {
+    pub fn judge_safety(&self) -> Result<()> {
         ensure_zero(
             self.kind.title(),
             &[
