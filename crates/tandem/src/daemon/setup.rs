@@ -12,7 +12,7 @@ use ike::config::Encap;
 use netio::clock::boottime;
 use netio::esp::EspSocket;
 use netio::route::{LinkMonitor, Netlink};
-use netio::tun::Tun;
+use netio::tun::{Offloads, Tun};
 use netio::udp::{BatchSocket, SOCKET_BUFFER, UdpSender};
 use rand_core::{OsRng, RngCore};
 use tokio::net::UdpSocket;
@@ -318,7 +318,18 @@ fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
             warn!(%problem, "the kernel has no vnet headers for a TUN: one packet a call");
             Tun::open_plain(name)
         }
-        other => other,
+        Ok(tun) => {
+            let Offloads { tcp, udp } = tun.offloads();
+            if !(tcp && udp) {
+                tracing::info!(
+                    tcp,
+                    udp,
+                    "the kernel leaves no segmentation of this kind to a TUN: one packet a call"
+                );
+            }
+            Ok(tun)
+        }
+        Err(error) => Err(error),
     }
 }
 
