@@ -66,7 +66,11 @@ pub(crate) fn check(
 
 /// Whether both may be of one flow. What hides its ports may be of any between its addresses.
 fn one_flow((a, b): (&Packet, &Packet)) -> bool {
-    let has_flow = |packet: &Packet| matches!(packet.protocol, protocol::TCP | protocol::UDP);
+    let has_flow = |packet: &Packet| {
+        // One that ends before its ports is of no flow.
+        let cut = packet.fragment == Fragment::Whole && packet.l4 == L4::Hidden;
+        matches!(packet.protocol, protocol::TCP | protocol::UDP) && !cut
+    };
     let bare = |packet: &Packet| {
         packet.fragment == Fragment::Whole
             && packet.l4_offset == if packet.is_ipv4() { 20 } else { 40 }
