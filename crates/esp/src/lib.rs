@@ -26,7 +26,8 @@
 //! | `policy` | which SA an outbound packet belongs to |
 //! | [`pin`] | which of several tunnels a flow takes |
 //! | `endpoint` | owner, held, steering, idle |
-//! | `table`, `queue`, `ecn` | SAs by SPI; held packets; RFC 6040 |
+//! | `table`, `index` | SAs by SPI; policies by addresses |
+//! | `queue`, `ecn`, `bytes` | held packets; RFC 6040; fields of headers |
 //! | [`reason`] | why packets are dropped, and counters |
 //! | [`segment`] | splitting what the TUN gives in one piece |
 //! | [`coalesce`] | merging TCP segments that came out, before they are written |
@@ -35,6 +36,7 @@
 
 pub mod batch;
 mod bug;
+mod bytes;
 pub mod coalesce;
 pub mod command;
 mod ecn;

@@ -11,11 +11,10 @@
 //! whose sender sets it on one packet). A packet that is whole is a run of one; if its checksum was left to us, it is
 //! completed. Pure functions over borrowed bytes: no I/O, no allocation.
 
-use wire::ip::{self, IPV6_HEADER_LEN, Sum, Tcp, copy_and_sum, protocol};
+use wire::ip::{self, IPV6_HEADER_LEN, Sum, Tcp, UDP_HEADER_LEN, copy_and_sum, protocol};
 use wire::vnet::{Carried, Offload};
 
-/// Bytes of a UDP header (RFC 768).
-const UDP_HEADER_LEN: usize = 8;
+use crate::bytes::{put, word};
 
 /// How far the splitting of one packet has come. The packet itself is given to every call.
 #[derive(Clone, Copy, Debug)]
@@ -184,13 +183,4 @@ fn complete(packet: &[u8], to: &mut [u8], from: usize, at: usize) -> Option<()> 
 /// UDP's zero means that there is no checksum (RFC 768); for TCP the two are the same (RFC 1071 §1).
 fn never_zero(checksum: u16) -> u16 {
     if checksum == 0 { 0xffff } else { checksum }
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn put(bytes: &mut [u8], at: usize, value: u16) -> Option<()> {
-    *bytes.get_mut(at..)?.first_chunk_mut()? = value.to_be_bytes();
-    Some(())
 }

@@ -1,4 +1,4 @@
-//! Merging against a slow reference: what is merged and split again, by rules written down a second time
+//! Merging of neighbours against a slow reference (plans: `plan`): what is merged and split again, by rules written down a second time
 //! here, is what was there; and nothing is merged that must not be.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests fail by panicking")]
@@ -6,7 +6,7 @@
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use esp::coalesce::{FLOWS, Merge, Plan, Run};
+use esp::coalesce::{Merge, Run};
 use proptest::prelude::*;
 use wire::ip::{ipv4_header_checksum, protocol, transport_checksum, udp_packet};
 use wire::vnet::{Carried, Segmented};
@@ -134,30 +134,6 @@ fn merge(packets: &[Vec<u8>]) -> Vec<(Vec<u8>, Option<Segmented>)> {
         rest = &rest[count..];
     }
     written
-}
-
-/// The same for packets of any flows, with what the caller says of each, by a plan for runs of at most `most`.
-fn planned(packets: &[(Vec<u8>, u8)], most: usize) -> Vec<(Vec<u8>, Option<Segmented>)> {
-    let mut plan = Plan::new(packets.len(), most);
-    let numbered =
-        packets.iter().enumerate().map(|(at, (bytes, origin))| (at, &bytes[..], *origin));
-    plan.make(Merge::ALL, numbered);
-    plan.iter()
-        .map(|planned| {
-            let numbers: Vec<usize> = planned.numbers().collect();
-            assert_eq!((planned.first(), planned.count()), (numbers[0], numbers.len()));
-            assert!(numbers.len() <= most.max(1));
-            assert!(numbers.iter().all(|at| packets[*at].1 == packets[numbers[0]].1), "one origin");
-            match planned.run() {
-                Some(run) => {
-                    let members: Vec<_> = numbers.iter().map(|at| &packets[*at].0).collect();
-                    let (bytes, form) = whole(run, &members);
-                    (bytes, Some(form))
-                }
-                None => (packets[numbers[0]].0.clone(), None),
-            }
-        })
-        .collect()
 }
 
 fn split_all(written: &[(Vec<u8>, Option<Segmented>)]) -> Vec<Vec<u8>> {
@@ -407,89 +383,12 @@ proptest! {
         }
     }
 
-    /// Any flows, mixed and with faults: each flow comes out as it went in, packet by packet and in order, and what is
-    /// not known to be another flow's keeps its place to all.
-    #[test]
-    fn each_flow_comes_out_as_it_went_in(
-        drawn in prop::collection::vec((0..MIXED, 0_usize..6, 0_u8..8), 1..60),
-        flips in prop::collection::vec((0_usize..60, any::<prop::sample::Index>(), 1_u8..=255), 0..3),
-        most in prop_oneof![Just(64), 1_usize..6],
-    ) {
-        let mut mixed = Mixed::default();
-        let mut packets: Vec<(Vec<u8>, u8)> = Vec::new();
-        for (flow, what, origin) in drawn {
-            // An origin that differs is rare.
-            packets.push((mixed.next(flow, what), u8::from(origin == 0)));
-        }
-        for (at, byte, mask) in flips {
-            if let Some((packet, _)) = packets.get_mut(at) {
-                let byte = byte.index(packet.len());
-                packet[byte] ^= mask;
-            }
-        }
-        let again = split_all(&planned(&packets, most));
-        prop_assert_eq!(again.len(), packets.len());
-        let of = |packets: &[Vec<u8>]| {
-            let mut flows = std::collections::BTreeMap::<Vec<u8>, Vec<Vec<u8>>>::new();
-            for packet in packets {
-                flows.entry(ends(packet)).or_default().push(without_id(packet.clone()));
-            }
-            flows
-        };
-        let before: Vec<Vec<u8>> = packets.into_iter().map(|(bytes, _)| bytes).collect();
-        prop_assert_eq!(of(&again), of(&before));
-    }
-
     /// No bytes whatever are read beyond their end, or make a packet of another size.
     #[test]
     fn any_bytes_pass(a in prop::collection::vec(any::<u8>(), 0..120), b in prop::collection::vec(any::<u8>(), 0..120)) {
         let written = merge(&[a.clone(), b.clone()]);
         prop_assert_eq!(written.iter().map(|(whole, _)| whole.len()).sum::<usize>(), a.len() + b.len());
     }
-}
-
-/// Flows in a mixture: TCP and UDP, IPv4 and IPv6, and fragments.
-const MIXED: usize = 10;
-
-#[derive(Default)]
-struct Mixed {
-    seq: [u32; MIXED],
-}
-
-impl Mixed {
-    /// The next packet of a flow, of one of several kinds.
-    fn next(&mut self, flow: usize, kind: usize) -> Vec<u8> {
-        let ipv6 = flow % 2 == 1;
-        let length = [300, 300, 300, 120, 0, 301][kind];
-        let payload: Vec<u8> = (0..length).map(|at| (at * 3 + flow) as u8).collect();
-        if flow % 5 == 4 {
-            let [src, dst] = if ipv6 {
-                [format!("[fd02::5]:{}", 6000 + flow), "[fd01::9]:4000".to_owned()]
-            } else {
-                [format!("10.2.0.5:{}", 6000 + flow), "10.1.0.9:4000".to_owned()]
-            };
-            return udp_packet(src.parse().unwrap(), dst.parse().unwrap(), &payload).unwrap();
-        }
-        let seq = self.seq[flow];
-        self.seq[flow] = seq.wrapping_add(length as u32);
-        let mut tcp = Tcp { port: 4000 + flow as u16, ..Tcp::new(ipv6, seq, &payload) };
-        if kind == 5 {
-            tcp.flags |= PSH;
-        }
-        if flow == 8 {
-            tcp.fragment_word = 0x2000;
-        }
-        tcp.packet()
-    }
-}
-
-/// Addresses, protocol and ports: what a receiver tells flows apart by.
-fn ends(packet: &[u8]) -> Vec<u8> {
-    let (number, from) = if packet[0] >> 4 == 6 { (6, 8) } else { (9, 12) };
-    let to = if packet[0] >> 4 == 6 { 44 } else { 24 };
-    let mut ends = vec![packet[number]];
-    ends.extend(&packet[from..to.min(packet.len())]);
-    ends
 }
 
 fn datagrams(lengths: &[usize]) -> Vec<Vec<u8>> {
@@ -522,57 +421,4 @@ fn datagrams_that_a_split_would_change_stay_apart() {
     assert_eq!(spoiled(26, &[0, 0]), 2, "without a checksum");
     assert_eq!(spoiled(40, &[1]), 2, "with a wrong one");
     assert_eq!(spoiled(28, &[(300_usize % 256) as u8]), 1, "as it was");
-}
-
-/// The plan's picture.
-#[test]
-fn a_plan_keeps_the_order_within_a_flow_and_of_first_packets() {
-    let mut mixed = Mixed::default();
-    let mut draw = |flow| (mixed.next(flow, 0), 0);
-    let (a1, b1, a2, c1, b2, a3) = (draw(0), draw(1), draw(0), draw(2), draw(1), draw(0));
-    let _a4 = draw(0);
-    let (a5, b3) = (draw(0), draw(1));
-    let packets = [a1, b1, a2, c1, b2, a3, a5, b3];
-    let mut plan = Plan::new(8, 64);
-    plan.make(Merge::ALL, packets.iter().enumerate().map(|(at, (p, o))| (at, &p[..], *o)));
-    let order: Vec<Vec<usize>> = plan.iter().map(|planned| planned.numbers().collect()).collect();
-    assert_eq!(order, [vec![0, 2, 5], vec![1, 4, 7], vec![3], vec![6]]);
-    // Where TCP is not merged, each leaves by itself.
-    let none = Merge { tcp: false, udp: true };
-    plan.make(none, packets.iter().enumerate().map(|(at, (p, o))| (at, &p[..], *o)));
-    assert_eq!(plan.iter().map(|planned| planned.count()).max(), Some(1));
-}
-
-/// A fragment shows no ports, so it may be of any flow between its addresses: nothing of theirs overtakes it.
-#[test]
-fn a_fragment_is_not_overtaken() {
-    let mut mixed = Mixed::default();
-    let (a1, fragment, a2, other) =
-        (mixed.next(0, 0), mixed.next(8, 0), mixed.next(0, 0), mixed.next(1, 0));
-    let packets = [a1, other, fragment, a2].map(|bytes| (bytes, 0));
-    let order = split_all(&planned(&packets, 64));
-    assert!(order.iter().eq(packets.iter().map(|(bytes, _)| bytes)), "as they came");
-}
-
-#[test]
-fn what_came_by_another_way_is_not_merged_and_more_flows_than_places_are_still_in_order() {
-    let mut mixed = Mixed::default();
-    let packets = [(mixed.next(0, 0), 0), (mixed.next(0, 0), 1), (mixed.next(0, 0), 1)];
-    assert_eq!(planned(&packets, 64).len(), 2);
-    let many = FLOWS + 3;
-    let mut seq = vec![0_u32; many];
-    let mut packets = Vec::new();
-    for round in 0..3 {
-        for (flow, seq) in seq.iter_mut().enumerate() {
-            let tcp = Tcp { port: flow as u16, ..Tcp::new(false, *seq, &[round; 200]) };
-            *seq += 200;
-            packets.push((tcp.packet(), 0));
-        }
-    }
-    let again = split_all(&planned(&packets, 64));
-    for flow in 0..many {
-        let of_it = |packet: &&Vec<u8>| packet[22..24] == (flow as u16).to_be_bytes();
-        let rounds: Vec<u8> = again.iter().filter(of_it).map(|packet| packet[60]).collect();
-        assert_eq!(rounds, [0, 1, 2], "flow {flow}");
-    }
 }

@@ -4,6 +4,8 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use wire::ip::{self, IPV4_HEADER_LEN, IPV6_HEADER_LEN, protocol};
 
+use crate::bytes::{put, word};
+
 /// Of IPv4's flags and fragment offset: DF alone.
 const DONT_FRAGMENT: u16 = 0x4000;
 /// All of them but DF and the reserved bit: more fragments, or an offset.
@@ -146,15 +148,6 @@ impl<'a> Flow<'a> {
             _ => false,
         }
     }
-}
-
-pub(super) fn word(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-pub(super) fn put(bytes: &mut [u8], at: usize, value: u16) -> Option<()> {
-    *bytes.get_mut(at..)?.first_chunk_mut()? = value.to_be_bytes();
-    Some(())
 }
 
 /// Whether both have the same bytes there.

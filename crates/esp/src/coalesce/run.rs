@@ -3,8 +3,9 @@
 use wire::ip::{UDP_HEADER_LEN, protocol};
 use wire::vnet::{Carried, Segmented};
 
-use super::ip::{Outer, put};
+use super::ip::Outer;
 use super::{tcp, udp};
+use crate::bytes::put;
 
 /// What an IP packet can hold: its length field has 16 bits.
 const MOST_BYTES: usize = 65_535;

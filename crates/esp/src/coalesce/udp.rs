@@ -3,7 +3,8 @@
 
 use wire::ip::{UDP_HEADER_LEN, Udp};
 
-use super::ip::{put, same};
+use super::ip::same;
+use crate::bytes::put;
 
 /// Shorter ones are hardly more than headers.
 pub(super) const LEAST_PAYLOAD: usize = 16;
