@@ -279,12 +279,30 @@ impl Pair {
         left.try_into().unwrap()
     }
 
+    /// Everything; and the summary agrees with it.
     pub(crate) fn status(&mut self, at: usize) -> gateway::status::Status {
-        let ticket = self.ask(at, &Request::Status);
-        match self.sides[at].answers.remove(&ticket) {
-            Some(Answer::Status(status)) => *status,
-            other => panic!("{other:?}"),
-        }
+        use gateway::status::{ChildState, Status, TunnelCounts, TunnelState};
+        let [full, summary] = [Request::Status, Request::Summary].map(|request| {
+            let ticket = self.ask(at, &request);
+            match self.sides[at].answers.remove(&ticket) {
+                Some(Answer::Status(status)) => *status,
+                other => panic!("{other:?}"),
+            }
+        });
+        let of = |state| full.tunnels.iter().filter(|t| t.state == state).count() as u64;
+        let children = full.tunnels.iter().flat_map(|t| &t.children);
+        let installed =
+            children.filter(|c| matches!(c.state, ChildState::Installed | ChildState::Rekeying));
+        let counts = TunnelCounts {
+            down: of(TunnelState::Down),
+            connecting: of(TunnelState::Connecting),
+            established: of(TunnelState::Established),
+            closing: of(TunnelState::Closing),
+            children: installed.count() as u64,
+        };
+        assert_eq!(counts, full.tunnel_counts);
+        assert_eq!(summary, Status { tunnels: Vec::new(), ..full.clone() });
+        full
     }
 
     pub(crate) fn ask(&mut self, at: usize, request: &Request) -> u64 {
