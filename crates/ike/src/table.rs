@@ -173,6 +173,17 @@ impl Table {
         self.senders(&names).into_values().map(|(_, spi)| spi).collect()
     }
 
+    /// How many Child SAs send, of one connection.
+    pub(crate) fn count_sending(&self, connection: &str) -> usize {
+        let all =
+            || self.of_connection(connection).flat_map(IkeSa::children).filter(|c| may_send(c));
+        let beaten = |child: &Child| {
+            let rank = |c: &Child| (c.outbound, c.spi_in);
+            all().any(|other| other.name == child.name && rank(other) > rank(child))
+        };
+        all().filter(|child| !beaten(child)).count()
+    }
+
     /// Recomputes the deadline of one SA.
     pub(crate) fn rearm(&mut self, spi: IkeSpi, registry: &Registry) {
         let Some(entry) = self.sas.get_mut(&spi) else { return };
@@ -264,8 +275,7 @@ impl Table {
         let mut senders = Senders::new();
         for name in names {
             for child in self.of_connection(name).flat_map(IkeSa::children) {
-                // One that is deferred sends when the others are gone.
-                if (child.outbound == 0 && !child.is_deferred()) || child.is_retired() {
+                if !may_send(child) {
                     continue;
                 }
                 let best = senders.entry((name.clone(), child.name.clone())).or_default();
@@ -328,6 +338,11 @@ impl Table {
     pub(crate) fn esp_spis(&self) -> impl Iterator<Item = EspSpi> + '_ {
         self.by_child.keys().copied()
     }
+}
+
+/// Whether it sends unless another of its name comes first. One that is deferred sends when the others are gone.
+fn may_send(child: &Child) -> bool {
+    (child.outbound > 0 || child.is_deferred()) && !child.is_retired()
 }
 
 /// The hash that a repeated IKE_SA_INIT request has.

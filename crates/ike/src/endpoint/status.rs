@@ -51,7 +51,7 @@ impl Endpoint {
             .max_by_key(|(state, since)| (matches!(*state, "established" | "rekeying"), *since));
         Progress {
             state: first.map(|(state, _)| state),
-            children: self.table.sending(connection).len(),
+            children: self.table.count_sending(connection),
         }
     }
 
