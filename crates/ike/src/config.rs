@@ -89,6 +89,15 @@ pub enum RemoteAddress {
 }
 
 impl RemoteAddress {
+    /// The address, if it is one.
+    #[must_use]
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self {
+            Self::Ip(ip) => Some(*ip),
+            Self::Any => None,
+        }
+    }
+
     /// Whether a peer at `ip` may be this one.
     #[must_use]
     pub fn matches(&self, ip: IpAddr) -> bool {

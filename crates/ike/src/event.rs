@@ -352,6 +352,24 @@ impl fmt::Display for Selectors<'_> {
     }
 }
 
+/// Most of a kind that a message names.
+const NAMED: usize = 8;
+
+/// The first few different ones, for a message: a stranger's mistake must not cost a line as long as the configuration.
+pub(crate) fn some_of(all: impl Iterator<Item = String>, between: &str) -> String {
+    let mut named: Vec<String> = Vec::new();
+    for one in all {
+        if named.len() == NAMED {
+            named.push("…".to_owned());
+            break;
+        }
+        if !named.contains(&one) {
+            named.push(one);
+        }
+    }
+    named.join(between)
+}
+
 /// All IKE SAs of an endpoint, for `tandem status`.
 #[derive(Debug, Clone, Default)]
 pub struct Status {

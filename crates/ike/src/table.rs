@@ -7,7 +7,10 @@
 use core::{net::IpAddr, time::Duration};
 use std::collections::{BTreeMap, BTreeSet};
 
-use wire::id::{ConnectionId, EspSpi, IkeSpi, Term};
+use wire::{
+    id::{ConnectionId, EspSpi, IkeSpi, Term},
+    ike::Identity,
+};
 
 use crate::{
     ChildOp, ChildSa,
@@ -18,13 +21,17 @@ use crate::{
     state::{Child, IkeSa, Path, Phase},
 };
 
-/// The configuration, with connections found by name and by id.
+/// The configuration, with connections found by whatever names them: there may be ten thousand, and a message of a
+/// stranger must not make us look at each.
 #[derive(Debug)]
 pub(crate) struct Registry {
     pub(crate) config: EndpointConfig,
     by_name: BTreeMap<String, usize>,
     by_id: BTreeMap<ConnectionId, usize>,
     by_note: BTreeMap<IkeSpi, usize>,
+    /// By the peer's address; none is `any`.
+    by_remote: BTreeMap<Option<IpAddr>, Vec<usize>>,
+    by_remote_id: BTreeMap<Identity, Vec<usize>>,
 }
 
 impl Registry {
@@ -34,7 +41,12 @@ impl Registry {
         let by_id = config.connections.iter().enumerate().map(|(n, c)| (c.id, n)).collect();
         let note = |(n, c): (usize, &ConnectionConfig)| (note_key(&c.name), n);
         let by_note = config.connections.iter().enumerate().map(note).collect();
-        Self { config, by_name, by_id, by_note }
+        let (mut by_remote, mut by_remote_id) = (BTreeMap::new(), BTreeMap::new());
+        for (n, c) in config.connections.iter().enumerate() {
+            by_remote.entry(c.remote_address.ip()).or_insert_with(Vec::new).push(n);
+            by_remote_id.entry(c.remote_id.clone()).or_insert_with(Vec::new).push(n);
+        }
+        Self { config, by_name, by_id, by_note, by_remote, by_remote_id }
     }
 
     pub(crate) fn named(&self, name: &str) -> Option<&ConnectionConfig> {
@@ -48,6 +60,26 @@ impl Registry {
     /// The connection whose note has this key.
     pub(crate) fn noted(&self, key: IkeSpi) -> Option<&ConnectionConfig> {
         self.by_note.get(&key).and_then(|n| self.config.connections.get(*n))
+    }
+
+    /// Connections that a peer at `remote` may mean, the most exact first.
+    pub(crate) fn candidates(
+        &self,
+        local: IpAddr,
+        remote: IpAddr,
+    ) -> impl Iterator<Item = &ConnectionConfig> + Clone {
+        let lists = [Some(remote), None].into_iter().filter_map(|at| self.by_remote.get(&at));
+        let all = lists.flatten().filter_map(|n| self.config.connections.get(*n));
+        all.filter(move |c| c.local_address == local)
+    }
+
+    /// Connections with a peer of this name.
+    pub(crate) fn with_peer<'a>(
+        &'a self,
+        remote_id: &Identity,
+    ) -> impl Iterator<Item = &'a ConnectionConfig> {
+        let list = self.by_remote_id.get(remote_id);
+        list.into_iter().flatten().filter_map(|n| self.config.connections.get(*n))
     }
 
     pub(crate) fn of(&self, sa: &IkeSa) -> Option<&ConnectionConfig> {

@@ -1,7 +1,7 @@
 //! What an endpoint begins by itself: connections that are to be up, paced, and
 //! NAT keepalives.
 
-use core::{net::IpAddr, time::Duration};
+use core::time::Duration;
 use std::collections::BTreeSet;
 
 use wire::id::ConnectionId;
@@ -39,7 +39,7 @@ impl Endpoint {
                     .saturating_mul(1 << (n - 1).min(16))
                     .min(conn.timers.retry_max),
             };
-            let peer = address(conn.remote_address);
+            let peer = conn.remote_address.ip();
             self.due.insert(id, Due { at: now + pause, tries }, peer);
         }
     }
@@ -64,7 +64,7 @@ impl Endpoint {
                 self.due.remove(id);
                 continue;
             };
-            let (remote, name) = (address(conn.remote_address), conn.name.clone());
+            let (remote, name) = (conn.remote_address.ip(), conn.name.clone());
             let ours = conn.children.iter().any(|c| c.start == Start::Initiate);
             let retry_max = conn.timers.retry_max;
             let live = self.table.of_connection(&name).any(is_live);
@@ -117,14 +117,6 @@ impl Endpoint {
             .filter(|interval| !interval.is_zero())
             .min();
         self.keepalive_at = interval.map(|interval| now + interval);
-    }
-}
-
-/// Where to begin, if that is known.
-pub(super) fn address(remote: RemoteAddress) -> Option<IpAddr> {
-    match remote {
-        RemoteAddress::Ip(ip) => Some(ip),
-        RemoteAddress::Any => None,
     }
 }
 
