@@ -379,6 +379,17 @@ pub struct Status {
     pub half_open: usize,
 }
 
+/// Whose a Child SA is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChildName<'a> {
+    /// Its connection, once known.
+    pub connection: Option<&'a str>,
+    /// Its name in the configuration.
+    pub child: &'a str,
+    /// Our outbound SPI.
+    pub spi_out: EspSpi,
+}
+
 /// How far one connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {

@@ -205,15 +205,19 @@ impl Table {
         self.senders(&names).into_values().map(|(_, spi)| spi).collect()
     }
 
-    /// How many Child SAs send, of one connection.
-    pub(crate) fn count_sending(&self, connection: &str) -> usize {
-        let all =
-            || self.of_connection(connection).flat_map(IkeSa::children).filter(|c| may_send(c));
+    /// The IKE SAs of each connection that has some.
+    pub(crate) fn connections(&self) -> impl Iterator<Item = impl Iterator<Item = &IkeSa> + Clone> {
+        self.by_connection.values().map(|spis| spis.iter().filter_map(|spi| self.get(*spi)))
+    }
+
+    /// How many Child SAs send, of those of one connection.
+    pub(crate) fn count_sending<'a>(sas: impl Iterator<Item = &'a IkeSa> + Clone) -> usize {
+        let all = sas.flat_map(IkeSa::children).filter(|child| may_send(child));
         let beaten = |child: &Child| {
             let rank = |c: &Child| (c.outbound, c.spi_in);
-            all().any(|other| other.name == child.name && rank(other) > rank(child))
+            all.clone().any(|other| other.name == child.name && rank(other) > rank(child))
         };
-        all().filter(|child| !beaten(child)).count()
+        all.clone().filter(|child| !beaten(child)).count()
     }
 
     /// Recomputes the deadline of one SA.
