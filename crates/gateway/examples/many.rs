@@ -290,9 +290,13 @@ fn main() {
     }
     world.print("establishment");
 
-    for (request, what) in [(Request::Status, "status"), (Request::Summary, "summary")] {
-        let now = world.now;
-        world.sides[0].summary(&mut world.times, &request, what, now);
+    let now = world.now;
+    world.sides[0].summary(&mut world.times, &Request::Summary, "summary", now);
+    world.sides[0].step(&mut world.times, "status", now, |g| {
+        g.handle_request(now, 1, &Request::Status);
+    });
+    while world.sides[0].answers.pop().is_none() {
+        world.tick();
     }
     for _ in 0..3000 {
         world.tick();

@@ -63,6 +63,15 @@ pub struct ConnectionConfig {
     pub initial_contact: bool,
 }
 
+impl ConnectionConfig {
+    /// Whether we bring it up, unasked.
+    #[must_use]
+    pub fn is_begun_by_us(&self) -> bool {
+        self.children.iter().any(|c| c.start == Start::Initiate)
+            && self.remote_address != RemoteAddress::Any
+    }
+}
+
 /// One Child SA of a connection.
 #[derive(Debug, Clone)]
 pub struct ChildConfig {

@@ -122,14 +122,21 @@ impl Endpoint {
         self.used.clear();
         self.snoozed.clear();
         let now = cx.now;
-        let spis: Vec<IkeSpi> = self.table.iter().map(|sa| sa.spi).collect();
+        // The peer may have been heard by the old owner since the record.
+        self.table.adjust_all(&self.registry, |sa| {
+            if let Phase::Established(e) = &mut sa.phase {
+                e.heard = Stamp::at(now);
+            }
+        });
+        let ivs = &self.ivs;
+        let concerns = |sa: &&IkeSa| {
+            doubt == Doubt::InDoubt
+                || sa.in_doubt()
+                || sa.outstanding().is_some()
+                || sa.established().is_some_and(|e| !ivs.is_for(e.term))
+        };
+        let spis: Vec<IkeSpi> = self.table.iter().filter(concerns).map(|sa| sa.spi).collect();
         for spi in spis {
-            // The peer may have been heard by the old owner since the record.
-            self.table.adjust(spi, &self.registry, |sa| {
-                if let Phase::Established(e) = &mut sa.phase {
-                    e.heard = Stamp::at(now);
-                }
-            });
             let Some(sa) = self.table.get(spi).cloned() else { continue };
             // It could not even say that it ends: whoever is to be up begins anew.
             if sa.established().is_some_and(|e| !self.ivs.is_for(e.term)) {
@@ -145,8 +152,9 @@ impl Endpoint {
             }
         }
         self.resolve_doubts(cx);
-        let names: Vec<String> =
-            self.registry.config.connections.iter().map(|c| c.name.clone()).collect();
+        // Nothing is due so far, so those that are not ours to begin need no look.
+        let ours = self.registry.config.connections.iter().filter(|c| c.is_begun_by_us());
+        let names: Vec<String> = ours.map(|c| c.name.clone()).collect();
         for name in names {
             self.review(now, &name);
         }

@@ -9,7 +9,7 @@ use wire::id::ConnectionId;
 use super::{Endpoint, SNOOZE, due::Due};
 use crate::{
     Context, Keepalive,
-    config::{RemoteAddress, Start},
+    config::Start,
     state::{Fate, IkeSa},
 };
 
@@ -18,9 +18,7 @@ impl Endpoint {
     pub(super) fn review(&mut self, now: Duration, name: &str) {
         let Some(conn) = self.registry.named(name) else { return };
         let id = conn.id;
-        let wanted = conn.children.iter().any(|c| c.start == Start::Initiate)
-            && conn.remote_address != RemoteAddress::Any
-            && !self.stays_down(name);
+        let wanted = conn.is_begun_by_us() && !self.stays_down(name);
         let (mut up, mut trying) = (false, false);
         for sa in self.table.of_connection(name) {
             up |= is_live(sa);
