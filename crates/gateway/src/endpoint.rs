@@ -12,10 +12,11 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use core::net::SocketAddr;
-use wire::id::{EndpointId, Term};
+use wire::id::{EndpointId, IkeSpi, Term};
 
 use crate::held::Held;
 use crate::leases::Leases;
+use crate::parts::Applying;
 use crate::withdraw::Closing;
 
 /// IKE datagrams that wait out a switchover; more are dropped (peers retransmit).
@@ -93,6 +94,10 @@ pub(crate) struct Endpoint {
     pub(crate) in_use: bool,
     /// How far it is closed, where its addresses stay.
     pub(crate) closing: Option<Closing>,
+    /// What the owner said and is not applied in full.
+    pub(crate) applying: VecDeque<Applying>,
+    /// Records that are to be written anew, while that is under way.
+    pub(crate) rewriting: Option<VecDeque<IkeSpi>>,
 }
 
 impl Endpoint {
@@ -115,6 +120,8 @@ impl Endpoint {
             others: false,
             in_use: true,
             closing: None,
+            applying: VecDeque::new(),
+            rewriting: None,
         }
     }
 

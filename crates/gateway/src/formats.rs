@@ -27,6 +27,7 @@ use wire::id::IkeSpi;
 use crate::bug::Bug;
 use crate::endpoint::Endpoint;
 use crate::machine::Gateway;
+use crate::parts::PART;
 
 /// The releases whose formats this build speaks.
 pub const FORMATS: std::ops::RangeInclusive<u32> = ha::codec::OLDEST..=ha::codec::RELEASE;
@@ -56,44 +57,75 @@ impl Gateway {
 
     /// `ha` is about to send all that an owner holds.
     pub(crate) fn rewrite(&mut self, now: Duration, endpoint: ha::EndpointId, exact: bool) {
-        if !exact {
-            self.write_anew(now, endpoint);
+        if exact {
+            self.pair.rewritten(now, endpoint);
+            return;
         }
-        self.pair.rewritten(now, endpoint);
+        let index = usize::from(endpoint.0);
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        e.rewriting = Some(e.ike.record_keys().into());
+        self.go_on_rewriting(now, index);
     }
 
-    /// Puts every record anew.
-    pub(crate) fn write_anew(&mut self, now: Duration, endpoint: ha::EndpointId) {
-        let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0)) else { return };
-        let records = e.ike.snapshot(now);
-        let said: BTreeSet<u64> = records.iter().map(|(key, _)| key.0).collect();
-        let known = self.pair.values(endpoint).map(|(key, _)| key);
-        let deletes = known.filter(|key| !said.contains(key)).collect();
-        let mut puts = Vec::new();
-        let mut size = 0;
-        for (IkeSpi(key), value) in records {
-            if size > 0 && size + value.len() > SLICE {
-                size = 0;
-                write(&mut self.pair, now, e, std::mem::take(&mut puts), Vec::new());
+    /// The next records. What changes meanwhile is written in the settled format by itself.
+    pub(crate) fn go_on_rewriting(&mut self, now: Duration, index: usize) {
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        let Some(left) = &mut e.rewriting else { return };
+        let part: Vec<IkeSpi> = left.drain(..left.len().min(PART)).collect();
+        let done = left.is_empty();
+        let puts = part.into_iter().filter_map(|key| Some((key.0, e.ike.record(key, now)?)));
+        write(&mut self.pair, now, e, puts.collect());
+        if done {
+            e.rewriting = None;
+            self.forget_unsaid(now, index);
+            if let Some(e) = self.endpoints.get(index) {
+                self.pair.rewritten(now, e.ha_id());
             }
-            size += value.len();
-            puts.push((key, value));
         }
-        write(&mut self.pair, now, e, puts, deletes);
+    }
+
+    /// Puts every record anew, now.
+    pub(crate) fn write_anew(&mut self, now: Duration, endpoint: ha::EndpointId) {
+        let index = usize::from(endpoint.0);
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        let puts = e.ike.snapshot(now).into_iter().map(|(key, value)| (key.0, value));
+        write(&mut self.pair, now, e, puts.collect());
+        self.forget_unsaid(now, index);
+    }
+
+    /// Deletes from the log what has no record in this format.
+    fn forget_unsaid(&mut self, now: Duration, index: usize) {
+        let Some(e) = self.endpoints.get_mut(index) else { return };
+        let said: BTreeSet<u64> = match e.ike.format_has_notes() {
+            true => e.ike.record_keys().into_iter().map(|key| key.0).collect(),
+            false => e.ike.sa_keys().map(|key| key.0).collect(),
+        };
+        let known = self.pair.values(e.ha_id()).map(|(key, _)| key);
+        let deletes: Vec<u64> = known.filter(|key| !said.contains(key)).collect();
+        write_batch(&mut self.pair, now, e, ha::Batch { puts: Vec::new(), deletes });
     }
 }
 
-fn write(
-    pair: &mut ha::Pair,
-    now: Duration,
-    e: &mut Endpoint,
-    puts: Vec<(u64, ha::Value)>,
-    deletes: Vec<u64>,
-) {
-    if puts.is_empty() && deletes.is_empty() {
+/// In batches of bounded size.
+fn write(pair: &mut ha::Pair, now: Duration, e: &mut Endpoint, puts: Vec<(u64, ha::Value)>) {
+    let (mut batch, mut size) = (Vec::new(), 0);
+    for (key, value) in puts {
+        if size > 0 && size + value.len() > SLICE {
+            size = 0;
+            let puts = std::mem::take(&mut batch);
+            write_batch(pair, now, e, ha::Batch { puts, deletes: Vec::new() });
+        }
+        size += value.len();
+        batch.push((key, value));
+    }
+    write_batch(pair, now, e, ha::Batch { puts: batch, deletes: Vec::new() });
+}
+
+fn write_batch(pair: &mut ha::Pair, now: Duration, e: &mut Endpoint, batch: ha::Batch) {
+    if batch.puts.is_empty() && batch.deletes.is_empty() {
         return;
     }
-    match pair.rewrite(now, e.ha_id(), ha::Batch { puts, deletes }) {
+    match pair.rewrite(now, e.ha_id(), batch) {
         Ok(Some(position)) => e.position = position.0,
         Ok(None) => {}
         // What was put before stays in its old format, and the other says so if it cannot read it.

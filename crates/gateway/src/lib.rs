@@ -27,6 +27,7 @@ mod leases;
 mod machine;
 mod pair_config;
 mod pair_events;
+mod parts;
 pub mod peer_message;
 mod planned;
 mod requests;

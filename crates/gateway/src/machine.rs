@@ -66,6 +66,8 @@ pub struct Gateway {
     pub(crate) newest_format: u32,
     pub(crate) started: Duration,
     next_query: Duration,
+    /// When the last turn was.
+    turned_at: Duration,
     /// The newest counters of the shards, by rising SPI.
     pub(crate) snapshot: Option<Box<esp::Snapshot>>,
     /// Requests whose answer is not known yet.
@@ -133,6 +135,7 @@ impl Gateway {
             newest_format: newest,
             started: now,
             next_query: now,
+            turned_at: now,
             snapshot: None,
             pending: Vec::new(),
             counters: Counts::default(),
@@ -154,6 +157,9 @@ impl Gateway {
 
     /// When [`Gateway::handle_turn`] must be called at the latest.
     pub fn poll_timeout(&self) -> Duration {
+        if self.is_busy() {
+            return self.turned_at;
+        }
         let mut next = self.pair.poll_timeout().min(self.next_query);
         let deadlines = self.pending.iter().filter_map(Pending::deadline);
         if let Some(deadline) = deadlines.chain(self.soon.front().map(|soon| soon.0)).min() {
@@ -257,6 +263,7 @@ impl Gateway {
     /// The control loop has drained its sockets: timers run, the fence moves. Call it after every batch of inputs
     /// and at the latest when [`Gateway::poll_timeout`] passes.
     pub fn handle_turn(&mut self, now: Duration) {
+        self.turned_at = now;
         self.pair.handle_turn(now);
         self.pump(now);
         for index in 0..self.endpoints.len() {
@@ -276,6 +283,7 @@ impl Gateway {
             }
         }
         self.use_soon(now, None);
+        self.go_on(now);
         // What IKE decided in this turn is in the log before an endpoint is offered: an offer ends the log.
         self.pump(now);
         self.plan(now);

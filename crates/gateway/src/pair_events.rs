@@ -117,6 +117,7 @@ impl Gateway {
     }
 
     fn own(&mut self, now: Duration, own: ha::Own) {
+        self.finish_applying(now, usize::from(own.endpoint.0));
         let rtt = self.pair.status(now).rtt.unwrap_or_default();
         let Some(e) = self.endpoints.get_mut(usize::from(own.endpoint.0)) else { return };
         let endpoint = e.id;
@@ -253,6 +254,7 @@ impl Gateway {
         }
         e.leases.void();
         e.owes_counters = counters_wanted;
+        e.rewriting = None;
         let ha_id = e.ha_id();
         if counters_wanted {
             self.write_anew(now, ha_id);
@@ -295,44 +297,6 @@ impl Gateway {
                 ha::EndpointId(endpoint.0),
                 ha::Opaque(peer_message::encode(&payload)),
             );
-        }
-    }
-
-    fn apply(
-        &mut self,
-        now: Duration,
-        endpoint: ha::EndpointId,
-        id: ha::ApplyId,
-        position: ha::Position,
-        batch: ha::Batch,
-    ) {
-        let index = usize::from(endpoint.0);
-        let Some(e) = self.endpoints.get_mut(index) else { return };
-        let mut puts: Vec<_> =
-            batch.puts.into_iter().map(|(key, value)| (IkeSpi(key), value)).collect();
-        let deletes: Vec<_> = batch.deletes.into_iter().map(IkeSpi).collect();
-        if let Some((_, value)) = puts.first_mut()
-            && let Some(left) = self.spoil.checked_sub(1)
-        {
-            self.spoil = left;
-            let half = value.len() / 2;
-            value.truncate(half);
-        }
-        match e.ike.apply(now, &puts, &deletes) {
-            Ok(ops) => {
-                e.position = position.0;
-                e.committed = position.0;
-                self.install_shadow(now, index, ops);
-                // The shards' queue is ordered, so an `Own` that follows finds these SAs: they count as installed.
-                self.pair.applied(now, endpoint, id);
-            }
-            Err(_) if self.bug == Bug::BadRecordAcked => self.pair.applied(now, endpoint, id),
-            // Nothing of it was applied. `ha` asks for a snapshot; until one is whole and usable, what was here before is
-            // all that this shadow has.
-            Err(error) => {
-                tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used");
-                self.pair.unusable(now, endpoint, id);
-            }
         }
     }
 

@@ -13,6 +13,7 @@ use crate::face::{Answer, Moved, Output, Refusal, Request, TunnelUp};
 use crate::machine::Gateway;
 use crate::planned::Draining;
 use crate::status::TunnelState;
+use crate::view::Showing;
 
 /// `up` is answered at the latest after this long.
 const UP_PATIENCE: Duration = Duration::from_secs(60);
@@ -20,8 +21,8 @@ const UP_PATIENCE: Duration = Duration::from_secs(60);
 /// A request without an answer so far.
 #[derive(Debug)]
 pub(crate) enum Pending {
-    /// Waits for the shards' counters.
-    Status { ticket: u64 },
+    /// Waits for the shards' counters, then for its rows.
+    Status(Showing),
     /// Waits for the other instance.
     Failover { ticket: u64, began: Duration, waiting: Vec<EndpointId>, done: Vec<Moved> },
     /// Waits for the other instance to have taken all.
@@ -36,7 +37,7 @@ impl Pending {
         match self {
             Self::Up { began, .. } => Some(*began + UP_PATIENCE),
             Self::Drain(draining) => Some(draining.deadline()),
-            Self::Status { .. } | Self::Failover { .. } => None,
+            Self::Status(_) | Self::Failover { .. } => None,
         }
     }
 
@@ -62,7 +63,7 @@ impl Gateway {
     pub fn handle_request(&mut self, now: Duration, ticket: u64, request: &Request) {
         let answer = match request {
             Request::Status => {
-                self.pending.push(Pending::Status { ticket });
+                self.pending.push(Pending::Status(Showing::new(ticket)));
                 self.outputs.push_back(Output::Shard(esp::Command::Query { token: ticket }));
                 None
             }
@@ -263,12 +264,10 @@ impl Gateway {
     pub(crate) fn settle_requests(&mut self, now: Duration) {
         for pending in std::mem::take(&mut self.pending) {
             let (ticket, answer) = match pending {
-                Pending::Status { ticket } => match &self.snapshot {
-                    Some(snapshot) if snapshot.token == ticket => {
-                        (ticket, Answer::Status(Box::new(crate::view::status(self, now))))
-                    }
-                    _ => {
-                        self.pending.push(Pending::Status { ticket });
+                Pending::Status(mut showing) => match showing.settle(self, now) {
+                    Some(status) => (showing.ticket, Answer::Status(Box::new(status))),
+                    None => {
+                        self.pending.push(Pending::Status(showing));
                         continue;
                     }
                 },

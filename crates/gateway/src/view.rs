@@ -1,20 +1,72 @@
 //! `tandem status`: what the machines know, in the stable shape of [`crate::status`].
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use wire::id::EspSpi;
 
 use crate::endpoint::{Endpoint, Part};
 use crate::machine::Gateway;
+use crate::parts::PART;
+use crate::requests::Pending;
 use crate::status::{
     ChildState, ChildStatus, Contact, Counters, EndpointStatus, FlowStatus, IkeStatus, LastError,
     LinkStatus, Mode, Nat, PairStatus, Role, Status, TunnelCounts, TunnelState, TunnelStatus,
 };
 
-/// Everything there is to know.
-pub(crate) fn status(gateway: &Gateway, now: Duration) -> Status {
-    Status { tunnels: tunnels(gateway, now), ..summary(gateway, now) }
+/// A `tandem status` that is not answered yet: its rows are written in parts.
+#[derive(Debug)]
+pub(crate) struct Showing {
+    pub(crate) ticket: u64,
+    /// The shards' counters are there.
+    counted: bool,
+    rows: Vec<TunnelStatus>,
+    /// Connections that have their rows.
+    connections: usize,
+}
+
+impl Showing {
+    pub(crate) fn new(ticket: u64) -> Self {
+        Self { ticket, counted: false, rows: Vec::new(), connections: 0 }
+    }
+
+    /// The whole status, once all rows are written; the first part of them is as soon as it can be.
+    pub(crate) fn settle(&mut self, gateway: &Gateway, now: Duration) -> Option<Status> {
+        let news = gateway.snapshot.as_ref().is_some_and(|s| s.token == self.ticket);
+        if news && !self.counted {
+            self.counted = true;
+            self.go_on(gateway, now);
+        }
+        let done = self.counted && self.connections >= gateway.config.connections.len();
+        done.then(|| Status { tunnels: std::mem::take(&mut self.rows), ..summary(gateway, now) })
+    }
+
+    fn go_on(&mut self, gateway: &Gateway, now: Duration) {
+        let left = gateway.config.connections.get(self.connections..).unwrap_or_default();
+        for connection in left.iter().take(PART) {
+            self.rows.extend(tunnels(gateway, connection, now));
+            self.connections += 1;
+        }
+    }
+}
+
+impl Gateway {
+    /// Whether rows are still to be written.
+    pub(crate) fn is_showing(&self) -> bool {
+        self.pending.iter().any(|p| matches!(p, Pending::Status(Showing { counted: true, .. })))
+    }
+
+    /// The next of them.
+    pub(crate) fn go_on_showing(&mut self, now: Duration) {
+        let mut pending = std::mem::take(&mut self.pending);
+        for pending in &mut pending {
+            if let Pending::Status(showing) = pending
+                && showing.counted
+            {
+                showing.go_on(self, now);
+            }
+        }
+        self.pending = pending;
+    }
 }
 
 /// The same, with the tunnels only counted: cheap, however many there are.
@@ -136,22 +188,14 @@ fn endpoint_status(
 
 /// What the shards know of flows, by names.
 pub(crate) fn flows(gateway: &Gateway, flows: &[esp::Flow]) -> Vec<FlowStatus> {
-    let now = Duration::ZERO;
-    let mut children = BTreeMap::new();
-    for e in &gateway.endpoints {
-        for sa in e.ike.status(now).ike_sas {
-            for child in &sa.children {
-                let connection = sa.connection.clone().unwrap_or_default();
-                children.insert(child.spi_in, (connection, child.name.clone(), child.spi_out));
-            }
-        }
-    }
     let mut out: Vec<FlowStatus> = flows
         .iter()
         .map(|flow| {
-            let child = children.get(&flow.spi_in).cloned();
-            let (connection, child, spi_out) = child.map_or((None, None, None), |(a, b, c)| {
-                (Some(a), Some(b), Some(format!("{:08x}", c.0)))
+            let child = gateway.endpoints.iter().find_map(|e| e.ike.child(flow.spi_in));
+            let (connection, child, spi_out) = child.map_or((None, None, None), |child| {
+                let ike::ChildName { connection, child, spi_out } = child;
+                let name = |name: &str| Some(name.to_owned());
+                (connection.and_then(name), name(child), Some(format!("{:08x}", spi_out.0)))
             });
             let e = gateway.endpoints.get(usize::from(flow.endpoint.0));
             FlowStatus {
@@ -169,87 +213,63 @@ pub(crate) fn flows(gateway: &Gateway, flows: &[esp::Flow]) -> Vec<FlowStatus> {
             }
         })
         .collect();
-    out.sort_by(|a, b| {
-        let key = |f: &FlowStatus| {
-            (f.source.clone(), f.destination.clone(), f.protocol, f.source_port, f.destination_port)
-        };
-        key(a).cmp(&key(b))
+    out.sort_by_cached_key(|f| {
+        (f.source.clone(), f.destination.clone(), f.protocol, f.source_port, f.destination_port)
     });
     out
 }
 
-fn tunnels(gateway: &Gateway, now: Duration) -> Vec<TunnelStatus> {
-    let shards = gateway.snapshot.iter().flat_map(|snapshot| &snapshot.sas);
-    let stats: Stats<'_> = shards.map(|sa| (sa.spi_in, sa)).collect();
-    // Each endpoint is asked once, not once a connection: there may be ten thousand.
-    let asked: Vec<ike::Status> = gateway.endpoints.iter().map(|e| e.ike.status(now)).collect();
-    let by_name: Vec<BTreeMap<&str, Vec<&ike::IkeStatus>>> = asked.iter().map(of_names).collect();
-    let mut out = Vec::new();
-    for connection in &gateway.config.connections {
-        for endpoint in &connection.endpoints {
-            let index = usize::from(endpoint.0);
-            let (Some(e), Some(sas)) = (gateway.endpoints.get(index), by_name.get(index)) else {
-                continue;
-            };
-            let name = &connection.ike.name;
-            let sas = sas.get(name.as_str()).map_or(&[][..], Vec::as_slice);
-            let first = sas.first();
-            out.push(TunnelStatus {
-                connection: name.clone(),
-                endpoint: e.name.clone(),
-                state: first.map_or(TunnelState::Down, |sa| state_of(sa.state)),
-                ike: first.map(|sa| ike_status(sa)),
-                children: sas
-                    .iter()
-                    .flat_map(|sa| &sa.children)
-                    .map(|child| child_status(&stats, child))
-                    .collect(),
-                last_error: e
-                    .ike
-                    .last_failure(name, now)
-                    .map(|(text, age)| LastError { text: text.to_owned(), age_s: age.as_secs() }),
-                taken_down: e.ike.is_held(name),
-            });
-        }
-    }
-    out
-}
-
-/// The SAs of each connection; the newest that is furthest comes first and stands for the tunnel.
-fn of_names(status: &ike::Status) -> BTreeMap<&str, Vec<&ike::IkeStatus>> {
-    let mut names: BTreeMap<&str, Vec<&ike::IkeStatus>> = BTreeMap::new();
-    for sa in &status.ike_sas {
-        if let Some(name) = &sa.connection {
-            names.entry(name).or_default().push(sa);
-        }
-    }
-    for sas in names.values_mut() {
-        sas.sort_by_key(|sa| (state_of(sa.state) != TunnelState::Established, sa.age));
-    }
-    names
+/// The tunnels of one connection.
+fn tunnels(
+    gateway: &Gateway,
+    connection: &crate::config::Connection,
+    now: Duration,
+) -> impl Iterator<Item = TunnelStatus> {
+    let name = &connection.ike.name;
+    connection.endpoints.iter().filter_map(move |endpoint| {
+        let e = gateway.endpoints.get(usize::from(endpoint.0))?;
+        // The newest SA that is furthest stands for the tunnel; the children of all are listed.
+        let mut sas = e.ike.status_of(name, now);
+        sas.sort_by_key(|sa| (state_of(sa.state) != TunnelState::Established, sa.age, sa.spi));
+        let first = sas.first();
+        Some(TunnelStatus {
+            connection: name.clone(),
+            endpoint: e.name.clone(),
+            state: first.map_or(TunnelState::Down, |sa| state_of(sa.state)),
+            ike: first.map(ike_status),
+            children: sas
+                .iter()
+                .flat_map(|sa| &sa.children)
+                .map(|child| child_status(gateway, child))
+                .collect(),
+            last_error: e
+                .ike
+                .last_failure(name, now)
+                .map(|(text, age)| LastError { text: text.to_owned(), age_s: age.as_secs() }),
+            taken_down: e.ike.is_held(name),
+        })
+    })
 }
 
 fn tunnel_counts(gateway: &Gateway) -> TunnelCounts {
     let mut counts = TunnelCounts::default();
-    for connection in &gateway.config.connections {
-        for endpoint in &connection.endpoints {
-            let Some(e) = gateway.endpoints.get(usize::from(endpoint.0)) else { continue };
-            let ike::Progress { state, children } = e.ike.progress(&connection.ike.name);
+    let seats = gateway.config.connections.iter().flat_map(|c| &c.endpoints);
+    counts.down = seats.count() as u64;
+    for e in &gateway.endpoints {
+        for ike::Progress { state, children } in e.ike.progress() {
             let of_state = match state.map_or(TunnelState::Down, state_of) {
-                TunnelState::Down => &mut counts.down,
+                TunnelState::Down => continue,
                 TunnelState::Connecting => &mut counts.connecting,
                 TunnelState::Established => &mut counts.established,
                 TunnelState::Closing => &mut counts.closing,
             };
             *of_state += 1;
+            counts.down = counts.down.saturating_sub(1);
             counts.children += children as u64;
         }
     }
     counts
 }
-
-/// What the shards counted, by inbound SPI.
-type Stats<'a> = BTreeMap<EspSpi, &'a esp::SaStats>;
 
 fn state_of(state: &str) -> TunnelState {
     match state {
@@ -282,8 +302,8 @@ fn ike_status(sa: &ike::IkeStatus) -> IkeStatus {
     }
 }
 
-fn child_status(stats: &Stats<'_>, child: &ike::ChildStatus) -> ChildStatus {
-    let stats = stats.get(&child.spi_in);
+fn child_status(gateway: &Gateway, child: &ike::ChildStatus) -> ChildStatus {
+    let stats = stats_of(gateway, child.spi_in);
     ChildStatus {
         name: child.name.clone(),
         spi_in: child.spi_in.to_string(),
@@ -309,6 +329,11 @@ fn child_status(stats: &Stats<'_>, child: &ike::ChildStatus) -> ChildStatus {
         local_ts: child.local_ts.iter().map(ToString::to_string).collect(),
         remote_ts: child.remote_ts.iter().map(ToString::to_string).collect(),
     }
+}
+
+fn stats_of(gateway: &Gateway, spi_in: EspSpi) -> Option<&esp::SaStats> {
+    let sas = &gateway.snapshot.as_ref()?.sas;
+    sas.get(sas.binary_search_by_key(&spi_in, |sa| sa.spi_in).ok()?)
 }
 
 fn counters(gateway: &Gateway) -> Counters {

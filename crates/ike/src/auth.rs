@@ -19,8 +19,7 @@ use crate::{
     config::ConnectionConfig,
     error::{Error, Refusal},
     established,
-    event::{DeleteReason, Event, Failure, Side, What},
-    init,
+    event::{DeleteReason, Event, Failure, Side, What, some_of},
     keys::{AuthKeys, IkeKeys, Signed},
     nat,
     record::Bytes,
@@ -179,20 +178,26 @@ fn accept(
     let (their_id, asked_id) = (id_i.identity(), payloads.id_r().map(|id| id.identity()));
     let peer = sa.path.remote;
 
-    let candidates = init::candidates(step, sa.path.local.ip(), peer.ip());
-    let fits = |c: &&&ConnectionConfig| {
-        c.remote_id == their_id && asked_id.as_ref().is_none_or(|id| *id == c.local_id)
+    let (here, there) = (sa.path.local.ip(), peer.ip());
+    let fits = |c: &&ConnectionConfig| {
+        c.local_address == here
+            && c.remote_address.matches(there)
+            && asked_id.as_ref().is_none_or(|id| *id == c.local_id)
     };
+    // The most exact first.
+    let fitting = step.registry.with_peer(&their_id).filter(fits);
+    let fitting = fitting.min_by_key(|c| c.remote_address.ip().is_none());
     let suite = crate::proposal::IkeSuite {
         aead: state.keys.aead,
         prf: state.keys.prf,
         group: state.group,
     };
-    let Some(conn) = candidates.iter().find(fits).copied() else {
-        let pairs: Vec<String> = candidates
-            .iter()
-            .map(|c| format!("remote_id {} with local_id {} ({})", c.remote_id, c.local_id, c.name))
-            .collect();
+    let Some(conn) = fitting else {
+        let known = step.registry.candidates(here, there);
+        let pairs = known.map(|c| {
+            format!("remote_id {} with local_id {} ({})", c.remote_id, c.local_id, c.name)
+        });
+        let pairs = some_of(pairs, " or ");
         let asked = asked_id.map_or_else(String::new, |id| format!(", asking for IDr {id}"));
         step.event(Event::Failed(Failure {
             connection: None,
@@ -202,7 +207,7 @@ fn accept(
             began: Side::Peer,
             sender: Side::Peer,
             sent: format!("IDi {their_id}{asked}"),
-            expected: pairs.join(" or "),
+            expected: pairs,
         }));
         return Err(failed());
     };
@@ -311,8 +316,8 @@ fn accept(
 /// RFC 7296 §2.4, peers.md 7: INITIAL_CONTACT ends every other IKE SA between
 /// the same identities at this endpoint, without a word to the peer.
 fn forget_others(step: &mut Step<'_, '_>, conn: &ConnectionConfig, sa: &IkeSa) {
-    let same = |c: &&ConnectionConfig| c.remote_id == conn.remote_id && c.local_id == conn.local_id;
-    let names = step.registry.config.connections.iter().filter(same).map(|c| &c.name);
+    let same = step.registry.with_peer(&conn.remote_id).filter(|c| c.local_id == conn.local_id);
+    let names = same.map(|c| &c.name);
     let old: Vec<(String, wire::id::IkeSpi)> = names
         .flat_map(|name| {
             let others = step.of_connection(name);

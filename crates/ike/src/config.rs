@@ -63,6 +63,15 @@ pub struct ConnectionConfig {
     pub initial_contact: bool,
 }
 
+impl ConnectionConfig {
+    /// Whether we bring it up, unasked.
+    #[must_use]
+    pub fn is_begun_by_us(&self) -> bool {
+        self.children.iter().any(|c| c.start == Start::Initiate)
+            && self.remote_address != RemoteAddress::Any
+    }
+}
+
 /// One Child SA of a connection.
 #[derive(Debug, Clone)]
 pub struct ChildConfig {
@@ -89,6 +98,15 @@ pub enum RemoteAddress {
 }
 
 impl RemoteAddress {
+    /// The address, if it is one.
+    #[must_use]
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self {
+            Self::Ip(ip) => Some(*ip),
+            Self::Any => None,
+        }
+    }
+
     /// Whether a peer at `ip` may be this one.
     #[must_use]
     pub fn matches(&self, ip: IpAddr) -> bool {

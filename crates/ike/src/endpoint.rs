@@ -5,6 +5,7 @@
 //! unknown SPI is dropped in silence: INVALID_IKE_SPI would be unprotected and
 //! help an attacker more than a peer (§2.21.4 allows it).
 
+mod applying;
 mod commands;
 mod due;
 mod replication;
@@ -39,6 +40,7 @@ use crate::{
     table::{Registry, Table},
 };
 
+pub use applying::{Application, Applied};
 use due::DueList;
 
 /// Wait after an own failure, such as no free SPI, so that it cannot spin.

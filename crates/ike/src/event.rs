@@ -349,6 +349,24 @@ impl fmt::Display for Selectors<'_> {
     }
 }
 
+/// Most of a kind that a message names.
+const NAMED: usize = 8;
+
+/// The first few different ones, for a message: a stranger's mistake must not cost a line as long as the configuration.
+pub(crate) fn some_of(all: impl Iterator<Item = String>, between: &str) -> String {
+    let mut named: Vec<String> = Vec::new();
+    for one in all {
+        if named.len() == NAMED {
+            named.push("…".to_owned());
+            break;
+        }
+        if !named.contains(&one) {
+            named.push(one);
+        }
+    }
+    named.join(between)
+}
+
 /// All IKE SAs of an endpoint, for `tandem status`.
 #[derive(Debug, Clone, Default)]
 pub struct Status {
@@ -356,6 +374,17 @@ pub struct Status {
     pub ike_sas: Vec<IkeStatus>,
     /// Half-open SAs that peers began.
     pub half_open: usize,
+}
+
+/// Whose a Child SA is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChildName<'a> {
+    /// Its connection, once known.
+    pub connection: Option<&'a str>,
+    /// Its name in the configuration.
+    pub child: &'a str,
+    /// Our outbound SPI.
+    pub spi_out: EspSpi,
 }
 
 /// How far one connection is.

@@ -28,10 +28,10 @@ use wire::{
 
 use crate::{
     auth,
-    config::{ConnectionConfig, RemoteAddress},
+    config::ConnectionConfig,
     cookie::{Claim, Cookies},
     error::Error,
-    event::{Event, Failure, Side, What},
+    event::{Event, Failure, Side, What, some_of},
     keys::{Exchange, Key, Skeyseed},
     nat,
     proposal::{self, IkeProposal, choose_ike, offers},
@@ -78,24 +78,24 @@ pub(crate) fn answer(
         return Err(Error::Limit);
     }
 
-    let candidates = candidates(step, to.ip(), from.ip());
-    if candidates.is_empty() {
-        let known: Vec<String> =
-            step.registry.config.connections.iter().map(|c| c.remote_address.to_string()).collect();
+    let candidates = step.registry.candidates(to.ip(), from.ip());
+    let first = candidates.clone().next();
+    if first.is_none() {
+        let all = step.registry.config.connections.iter();
+        let known = some_of(all.map(|c| c.remote_address.to_string()), " or ");
         let sent = format!("IKE_SA_INIT to {} from {}", to.ip(), from.ip());
-        let expected = format!("remote_address {}", known.join(" or "));
-        step.event(unfit(&candidates, from, What::Address, sent, expected));
+        let expected = format!("remote_address {known}");
+        step.event(unfit(first, from, What::Address, sent, expected));
         return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
     }
     let theirs = offers(proposals, ProtocolId::IKE);
     let sent = Group::from_transform_id(ke.group.0);
-    let choice = candidates.iter().find_map(|c| choose_ike(&c.ike_proposals, &theirs, sent));
+    let choice = candidates.clone().find_map(|c| choose_ike(&c.ike_proposals, &theirs, sent));
     let Some((offer, suite)) = choice else {
-        let ours: Vec<String> =
-            candidates.iter().flat_map(|c| &c.ike_proposals).map(IkeProposal::to_string).collect();
+        let ours = candidates.flat_map(|c| &c.ike_proposals).map(IkeProposal::to_string);
         let sent = format!("ike_proposals {}", proposal::describe(proposals));
-        let expected = format!("any of {}", ours.join(", "));
-        step.event(unfit(&candidates, from, What::IkeProposal, sent, expected));
+        let expected = format!("any of {}", some_of(ours, ", "));
+        step.event(unfit(first, from, What::IkeProposal, sent, expected));
         return refuse(step, datagram, &header, from, to, NotifyType::NO_PROPOSAL_CHOSEN, &[]);
     };
     if sent != Some(suite.group) {
@@ -105,7 +105,7 @@ pub(crate) fn answer(
     }
 
     // Until IKE_AUTH names the connection, the best candidate decides.
-    let encap = candidates.first().map_or(crate::Encap::Auto, |c| c.encap);
+    let encap = first.map_or(crate::Encap::Auto, |c| c.encap);
     let detected = nat::detect(payloads, header.initiator_spi, header.responder_spi, from, to);
 
     let eph = Ephemeral::generate(suite.group, step.cx.rng);
@@ -166,30 +166,15 @@ pub(crate) fn answer(
 
 /// A peer's IKE_SA_INIT fits none of the connections that it may mean.
 fn unfit(
-    candidates: &[&ConnectionConfig],
+    first: Option<&ConnectionConfig>,
     peer: SocketAddr,
     what: What,
     sent: String,
     expected: String,
 ) -> Event {
-    let connection = candidates.first().map(|c| c.name.clone());
+    let connection = first.map(|c| c.name.clone());
     let (began, sender) = (Side::Peer, Side::Peer);
     Event::Failed(Failure { connection, child: None, peer, what, began, sender, sent, expected })
-}
-
-/// Connections that a peer at `remote` may mean, the most exact first.
-pub(crate) fn candidates<'a>(
-    step: &Step<'a, '_>,
-    local: IpAddr,
-    remote: IpAddr,
-) -> Vec<&'a ConnectionConfig> {
-    let all = &step.registry.config.connections;
-    let mut found: Vec<&ConnectionConfig> = all
-        .iter()
-        .filter(|c| c.local_address == local && c.remote_address.matches(remote))
-        .collect();
-    found.sort_by_key(|c| c.remote_address == RemoteAddress::Any);
-    found
 }
 
 /// An answer in clear that keeps no state and is never longer than the request

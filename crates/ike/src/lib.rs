@@ -72,10 +72,10 @@ pub use config::{
     ChildConfig, ConnectionConfig, Encap, EndpointConfig, Limits, RemoteAddress, Retransmit, Start,
     Timers,
 };
-pub use endpoint::{Counters, Endpoint};
+pub use endpoint::{Application, Applied, Counters, Endpoint};
 pub use event::{
-    ChildStatus, DeleteReason, Event, Failure, IkeStatus, KeyLogLine, KeyLogTable, Progress, Side,
-    Status, What,
+    ChildName, ChildStatus, DeleteReason, Event, Failure, IkeStatus, KeyLogLine, KeyLogTable,
+    Progress, Side, Status, What,
 };
 pub use record::{NEWEST_FORMAT, OLDEST_FORMAT, RecordError};
 pub use wire::ike::Identity;

@@ -7,7 +7,10 @@
 use core::{net::IpAddr, time::Duration};
 use std::collections::{BTreeMap, BTreeSet};
 
-use wire::id::{ConnectionId, EspSpi, IkeSpi, Term};
+use wire::{
+    id::{ConnectionId, EspSpi, IkeSpi, Term},
+    ike::Identity,
+};
 
 use crate::{
     ChildOp, ChildSa,
@@ -18,13 +21,17 @@ use crate::{
     state::{Child, IkeSa, Path, Phase},
 };
 
-/// The configuration, with connections found by name and by id.
+/// The configuration, with connections found by whatever names them: there may be ten thousand, and a message of a
+/// stranger must not make us look at each.
 #[derive(Debug)]
 pub(crate) struct Registry {
     pub(crate) config: EndpointConfig,
     by_name: BTreeMap<String, usize>,
     by_id: BTreeMap<ConnectionId, usize>,
     by_note: BTreeMap<IkeSpi, usize>,
+    /// By the peer's address; none is `any`.
+    by_remote: BTreeMap<Option<IpAddr>, Vec<usize>>,
+    by_remote_id: BTreeMap<Identity, Vec<usize>>,
 }
 
 impl Registry {
@@ -34,7 +41,12 @@ impl Registry {
         let by_id = config.connections.iter().enumerate().map(|(n, c)| (c.id, n)).collect();
         let note = |(n, c): (usize, &ConnectionConfig)| (note_key(&c.name), n);
         let by_note = config.connections.iter().enumerate().map(note).collect();
-        Self { config, by_name, by_id, by_note }
+        let (mut by_remote, mut by_remote_id) = (BTreeMap::new(), BTreeMap::new());
+        for (n, c) in config.connections.iter().enumerate() {
+            by_remote.entry(c.remote_address.ip()).or_insert_with(Vec::new).push(n);
+            by_remote_id.entry(c.remote_id.clone()).or_insert_with(Vec::new).push(n);
+        }
+        Self { config, by_name, by_id, by_note, by_remote, by_remote_id }
     }
 
     pub(crate) fn named(&self, name: &str) -> Option<&ConnectionConfig> {
@@ -48,6 +60,26 @@ impl Registry {
     /// The connection whose note has this key.
     pub(crate) fn noted(&self, key: IkeSpi) -> Option<&ConnectionConfig> {
         self.by_note.get(&key).and_then(|n| self.config.connections.get(*n))
+    }
+
+    /// Connections that a peer at `remote` may mean, the most exact first.
+    pub(crate) fn candidates(
+        &self,
+        local: IpAddr,
+        remote: IpAddr,
+    ) -> impl Iterator<Item = &ConnectionConfig> + Clone {
+        let lists = [Some(remote), None].into_iter().filter_map(|at| self.by_remote.get(&at));
+        let all = lists.flatten().filter_map(|n| self.config.connections.get(*n));
+        all.filter(move |c| c.local_address == local)
+    }
+
+    /// Connections with a peer of this name.
+    pub(crate) fn with_peer<'a>(
+        &'a self,
+        remote_id: &Identity,
+    ) -> impl Iterator<Item = &'a ConnectionConfig> {
+        let list = self.by_remote_id.get(remote_id);
+        list.into_iter().flatten().filter_map(|n| self.config.connections.get(*n))
     }
 
     pub(crate) fn of(&self, sa: &IkeSa) -> Option<&ConnectionConfig> {
@@ -173,6 +205,21 @@ impl Table {
         self.senders(&names).into_values().map(|(_, spi)| spi).collect()
     }
 
+    /// The IKE SAs of each connection that has some.
+    pub(crate) fn connections(&self) -> impl Iterator<Item = impl Iterator<Item = &IkeSa> + Clone> {
+        self.by_connection.values().map(|spis| spis.iter().filter_map(|spi| self.get(*spi)))
+    }
+
+    /// How many Child SAs send, of those of one connection.
+    pub(crate) fn count_sending<'a>(sas: impl Iterator<Item = &'a IkeSa> + Clone) -> usize {
+        let all = sas.flat_map(IkeSa::children).filter(|child| may_send(child));
+        let beaten = |child: &Child| {
+            let rank = |c: &Child| (c.outbound, c.spi_in);
+            all.clone().any(|other| other.name == child.name && rank(other) > rank(child))
+        };
+        all.clone().filter(|child| !beaten(child)).count()
+    }
+
     /// Recomputes the deadline of one SA.
     pub(crate) fn rearm(&mut self, spi: IkeSpi, registry: &Registry) {
         let Some(entry) = self.sas.get_mut(&spi) else { return };
@@ -184,6 +231,17 @@ impl Table {
         if let Some(new) = entry.deadline {
             self.deadlines.insert((new, spi));
         }
+    }
+
+    /// [`Table::adjust`] for all of them at once: much less work than for one after the other.
+    pub(crate) fn adjust_all(&mut self, registry: &Registry, mut f: impl FnMut(&mut IkeSa)) {
+        for entry in self.sas.values_mut() {
+            f(&mut entry.sa);
+            let conn = registry.of(&entry.sa);
+            entry.deadline = retransmit::deadline(&entry.sa, conn, &registry.config.limits);
+        }
+        let armed = self.sas.iter().filter_map(|(spi, entry)| Some((entry.deadline?, *spi)));
+        self.deadlines = armed.collect();
     }
 
     /// Replaces values (`None` deletes) and says what the data plane must do
@@ -264,8 +322,7 @@ impl Table {
         let mut senders = Senders::new();
         for name in names {
             for child in self.of_connection(name).flat_map(IkeSa::children) {
-                // One that is deferred sends when the others are gone.
-                if (child.outbound == 0 && !child.is_deferred()) || child.is_retired() {
+                if !may_send(child) {
                     continue;
                 }
                 let best = senders.entry((name.clone(), child.name.clone())).or_default();
@@ -328,6 +385,11 @@ impl Table {
     pub(crate) fn esp_spis(&self) -> impl Iterator<Item = EspSpi> + '_ {
         self.by_child.keys().copied()
     }
+}
+
+/// Whether it sends unless another of its name comes first. One that is deferred sends when the others are gone.
+fn may_send(child: &Child) -> bool {
+    (child.outbound > 0 || child.is_deferred()) && !child.is_retired()
 }
 
 /// The hash that a repeated IKE_SA_INIT request has.

@@ -359,7 +359,19 @@ async fn serve(
             ),
             Ok(request) => answer(request, calls).await,
         };
-        send(stream.get_mut(), &response, WRITE).await?;
+        let line = written(response).await?;
+        send_line(stream.get_mut(), &line, WRITE).await?;
+    }
+}
+
+/// A response as a line. The state of ten thousand tunnels takes its time, in which the control loop has more urgent
+/// things to do.
+async fn written(response: Response) -> io::Result<Vec<u8>> {
+    match response {
+        Response::Status { .. } | Response::Flows { .. } => {
+            tokio::task::spawn_blocking(move || line_of(&response)).await?
+        }
+        short => line_of(&short),
     }
 }
 
@@ -402,9 +414,17 @@ async fn send<T: Serialize>(
     value: &T,
     patience: Duration,
 ) -> io::Result<()> {
+    send_line(stream, &line_of(value)?, patience).await
+}
+
+fn line_of<T: Serialize>(value: &T) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
-    tokio::time::timeout(patience, stream.write_all(&line))
+    Ok(line)
+}
+
+async fn send_line(stream: &mut UnixStream, line: &[u8], patience: Duration) -> io::Result<()> {
+    tokio::time::timeout(patience, stream.write_all(line))
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }

@@ -4,11 +4,7 @@ use core::time::Duration;
 
 use wire::id::{ConnectionId, EspSpi, IkeSpi};
 
-use super::{
-    Endpoint,
-    due::Due,
-    starting::{address, is_live},
-};
+use super::{Endpoint, due::Due, starting::is_live};
 use crate::{
     Context, Target, child,
     config::Start,
@@ -74,7 +70,7 @@ impl Endpoint {
         }
         let Some(conn) = self.registry.by_id(id) else { return false };
         let name = conn.name.clone();
-        let remote = address(conn.remote_address);
+        let remote = conn.remote_address.ip();
         if self.table.of_connection(&name).any(IkeSa::is_initiating) {
             return true;
         }

@@ -25,31 +25,6 @@ struct Decoded {
 }
 
 impl Endpoint {
-    /// Applies the records of the owner, in order, each whole. Gives what the
-    /// workers must hold, ready to run. Nothing changes on an error.
-    ///
-    /// # Errors
-    /// See [`RecordError`]; [`RecordError::Owner`] while we own the endpoint.
-    pub fn apply(
-        &mut self,
-        now: Duration,
-        puts: &[(IkeSpi, Zeroizing<Vec<u8>>)],
-        deletes: &[IkeSpi],
-    ) -> Result<Vec<ChildOp>, RecordError> {
-        if self.active {
-            return Err(RecordError::Owner);
-        }
-        let Decoded { sas, notes } = self.decode_all(now, puts)?;
-        let mut changes: BTreeMap<IkeSpi, Option<IkeSa>> =
-            deletes.iter().map(|spi| (*spi, None)).collect();
-        changes.extend(sas.into_iter().map(|(spi, sa)| (spi, Some(sa))));
-        for connection in deletes.iter().filter_map(|key| self.registry.noted(*key)) {
-            self.notes.remove(&connection.name);
-        }
-        notes.into_iter().for_each(|note| self.notes.set(note));
-        Ok(self.table.commit(&self.registry, changes))
-    }
-
     /// Forgets every SA (before a snapshot is applied). Gives what the workers
     /// must forget.
     ///
@@ -74,6 +49,34 @@ impl Endpoint {
         });
         let sas = self.table.iter().map(|sa| (sa.spi, record::encode(sa, format, now)));
         sas.chain(notes).collect()
+    }
+
+    /// The keys of [`Endpoint::snapshot`].
+    #[must_use]
+    pub fn record_keys(&self) -> Vec<IkeSpi> {
+        let notes = self.notes.iter().map(|note| record::note_key(&note.connection));
+        self.table.iter().map(|sa| sa.spi).chain(notes).collect()
+    }
+
+    /// Those of IKE SAs alone.
+    pub fn sa_keys(&self) -> impl Iterator<Item = IkeSpi> + '_ {
+        self.table.iter().map(|sa| sa.spi)
+    }
+
+    /// Whether notes have records in the format that is written now.
+    #[must_use]
+    pub fn format_has_notes(&self) -> bool {
+        self.format >= record::NOTES_FORMAT
+    }
+
+    /// One record of [`Endpoint::snapshot`]; `None` if there is none by this key.
+    #[must_use]
+    pub fn record(&self, key: IkeSpi, now: Duration) -> Option<Zeroizing<Vec<u8>>> {
+        if let Some(sa) = self.table.get(key) {
+            return Some(record::encode(sa, self.format, now));
+        }
+        let connection = self.registry.noted(key)?;
+        self.notes.record(&connection.name, self.format, now)?.1
     }
 
     /// All it takes to fill empty workers.
@@ -119,14 +122,21 @@ impl Endpoint {
         self.used.clear();
         self.snoozed.clear();
         let now = cx.now;
-        let spis: Vec<IkeSpi> = self.table.iter().map(|sa| sa.spi).collect();
+        // The peer may have been heard by the old owner since the record.
+        self.table.adjust_all(&self.registry, |sa| {
+            if let Phase::Established(e) = &mut sa.phase {
+                e.heard = Stamp::at(now);
+            }
+        });
+        let ivs = &self.ivs;
+        let concerns = |sa: &&IkeSa| {
+            doubt == Doubt::InDoubt
+                || sa.in_doubt()
+                || sa.outstanding().is_some()
+                || sa.established().is_some_and(|e| !ivs.is_for(e.term))
+        };
+        let spis: Vec<IkeSpi> = self.table.iter().filter(concerns).map(|sa| sa.spi).collect();
         for spi in spis {
-            // The peer may have been heard by the old owner since the record.
-            self.table.adjust(spi, &self.registry, |sa| {
-                if let Phase::Established(e) = &mut sa.phase {
-                    e.heard = Stamp::at(now);
-                }
-            });
             let Some(sa) = self.table.get(spi).cloned() else { continue };
             // It could not even say that it ends: whoever is to be up begins anew.
             if sa.established().is_some_and(|e| !self.ivs.is_for(e.term)) {
@@ -142,8 +152,9 @@ impl Endpoint {
             }
         }
         self.resolve_doubts(cx);
-        let names: Vec<String> =
-            self.registry.config.connections.iter().map(|c| c.name.clone()).collect();
+        // Nothing is due so far, so those that are not ours to begin need no look.
+        let ours = self.registry.config.connections.iter().filter(|c| c.is_begun_by_us());
+        let names: Vec<String> = ours.map(|c| c.name.clone()).collect();
         for name in names {
             self.review(now, &name);
         }
@@ -304,25 +315,11 @@ impl Endpoint {
     ) -> Result<Decoded, RecordError> {
         let mut all = Decoded::default();
         for (key, bytes) in puts {
-            match record::decode(bytes, self.newest_format, now)? {
+            match self.decode(now, *key, bytes)? {
                 Record::Sa(sa) => {
-                    if sa.spi != *key {
-                        return Err(RecordError::Key);
-                    }
-                    if sa.connection.is_some() && self.registry.of(&sa).is_none() {
-                        return Err(RecordError::Connection);
-                    }
                     all.sas.insert(*key, *sa);
                 }
-                Record::Note(note) => {
-                    if record::note_key(&note.connection) != *key {
-                        return Err(RecordError::Key);
-                    }
-                    if self.registry.noted(*key).is_none() {
-                        return Err(RecordError::Connection);
-                    }
-                    all.notes.push(note);
-                }
+                Record::Note(note) => all.notes.push(note),
             }
         }
         Ok(all)

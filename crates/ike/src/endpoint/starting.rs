@@ -1,7 +1,7 @@
 //! What an endpoint begins by itself: connections that are to be up, paced, and
 //! NAT keepalives.
 
-use core::{net::IpAddr, time::Duration};
+use core::time::Duration;
 use std::collections::BTreeSet;
 
 use wire::id::ConnectionId;
@@ -9,7 +9,7 @@ use wire::id::ConnectionId;
 use super::{Endpoint, SNOOZE, due::Due};
 use crate::{
     Context, Keepalive,
-    config::{RemoteAddress, Start},
+    config::Start,
     state::{Fate, IkeSa},
 };
 
@@ -18,9 +18,7 @@ impl Endpoint {
     pub(super) fn review(&mut self, now: Duration, name: &str) {
         let Some(conn) = self.registry.named(name) else { return };
         let id = conn.id;
-        let wanted = conn.children.iter().any(|c| c.start == Start::Initiate)
-            && conn.remote_address != RemoteAddress::Any
-            && !self.stays_down(name);
+        let wanted = conn.is_begun_by_us() && !self.stays_down(name);
         let (mut up, mut trying) = (false, false);
         for sa in self.table.of_connection(name) {
             up |= is_live(sa);
@@ -39,7 +37,7 @@ impl Endpoint {
                     .saturating_mul(1 << (n - 1).min(16))
                     .min(conn.timers.retry_max),
             };
-            let peer = address(conn.remote_address);
+            let peer = conn.remote_address.ip();
             self.due.insert(id, Due { at: now + pause, tries }, peer);
         }
     }
@@ -64,7 +62,7 @@ impl Endpoint {
                 self.due.remove(id);
                 continue;
             };
-            let (remote, name) = (address(conn.remote_address), conn.name.clone());
+            let (remote, name) = (conn.remote_address.ip(), conn.name.clone());
             let ours = conn.children.iter().any(|c| c.start == Start::Initiate);
             let retry_max = conn.timers.retry_max;
             let live = self.table.of_connection(&name).any(is_live);
@@ -117,14 +115,6 @@ impl Endpoint {
             .filter(|interval| !interval.is_zero())
             .min();
         self.keepalive_at = interval.map(|interval| now + interval);
-    }
-}
-
-/// Where to begin, if that is known.
-pub(super) fn address(remote: RemoteAddress) -> Option<IpAddr> {
-    match remote {
-        RemoteAddress::Ip(ip) => Some(ip),
-        RemoteAddress::Any => None,
     }
 }
 

@@ -6,8 +6,9 @@ use wire::id::EspSpi;
 
 use super::Endpoint;
 use crate::{
-    event::{ChildStatus, IkeStatus, Progress, Status},
+    event::{ChildName, ChildStatus, IkeStatus, Progress, Status},
     state::{ChildState, Established, Fate, IkeSa, Phase, Task},
+    table::Table,
 };
 
 impl Endpoint {
@@ -41,18 +42,26 @@ impl Endpoint {
         self.table.iter().any(is_shown)
     }
 
-    /// How far a connection is: what [`Endpoint::status`] says of it, in short.
+    /// How far each connection is that has an IKE SA: what [`Endpoint::status`] says, in short.
+    pub fn progress(&self) -> impl Iterator<Item = Progress> + '_ {
+        self.table.connections().map(|sas| {
+            let shown = sas.clone().filter(|sa| is_shown(sa));
+            let states = shown.map(|sa| (state_of(sa), sa.since));
+            // The newest that is furthest stands for the connection.
+            let first = states.max_by_key(|(state, since)| {
+                (matches!(*state, "established" | "rekeying"), *since)
+            });
+            Progress { state: first.map(|(state, _)| state), children: Table::count_sending(sas) }
+        })
+    }
+
+    /// Whose a Child SA is.
     #[must_use]
-    pub fn progress(&self, connection: &str) -> Progress {
-        let shown = self.table.of_connection(connection).filter(|sa| is_shown(sa));
-        let states = shown.map(|sa| (state_of(sa), sa.since));
-        // The newest that is furthest stands for the connection.
-        let first = states
-            .max_by_key(|(state, since)| (matches!(*state, "established" | "rekeying"), *since));
-        Progress {
-            state: first.map(|(state, _)| state),
-            children: self.table.sending(connection).len(),
-        }
+    pub fn child(&self, spi_in: EspSpi) -> Option<ChildName<'_>> {
+        let sa = self.table.of_child(spi_in)?;
+        let child = sa.children().iter().find(|child| child.spi_in == spi_in)?;
+        let (connection, spi_out) = (sa.connection.as_deref(), child.spi_out);
+        Some(ChildName { connection, child: &child.name, spi_out })
     }
 
     /// What last failed of a connection, and how long ago, whoever began it and whichever instance

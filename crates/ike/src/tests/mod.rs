@@ -11,6 +11,7 @@ mod golden;
 mod lifetimes;
 mod mismatch;
 mod notes;
+mod parts;
 mod puppet;
 mod takeover;
 

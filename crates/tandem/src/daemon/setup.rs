@@ -250,6 +250,7 @@ pub(super) async fn open(
         hold_format,
     };
     let gateway = Gateway::new(start, boottime()).map_err(|error| error.to_string())?;
+    netio::memory::give_back();
     Ok(Parts {
         _claim: claim,
         gateway,

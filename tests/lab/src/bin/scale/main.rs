@@ -116,13 +116,21 @@ fn measure(wanted: &Wanted) -> Result<bool> {
 
 fn all_rounds(wanted: &Wanted, run: &Run, bins: &Bins) -> Result<report::Document> {
     let times = rounds::Times::of(wanted.quick);
+    let bare = rounds::bare(run, bins)?;
     let mut done = Vec::new();
     for tunnels in &wanted.tunnels {
-        done.push(rounds::round(run, bins, *tunnels, peers::Kind::Tandem, &times)?);
+        done.push(rounds::round(run, bins, *tunnels, peers::Kind::Tandem, &times, &bare)?);
         run.clear_namespaces();
     }
     if wanted.strongswan > 0 {
-        done.push(rounds::round(run, bins, wanted.strongswan, peers::Kind::Strongswan, &times)?);
+        done.push(rounds::round(
+            run,
+            bins,
+            wanted.strongswan,
+            peers::Kind::Strongswan,
+            &times,
+            &bare,
+        )?);
         run.clear_namespaces();
     }
     Ok(report::Document::of(done))

@@ -75,9 +75,12 @@ pub(crate) struct Round {
     /// From the start of both instances to `synced`.
     pub(crate) start_s: f64,
     pub(crate) establishment: Establishment,
-    /// Resident memory per tunnel, above the daemon with its configuration and no tunnel.
+    /// Resident memory per tunnel, above a daemon with one connection and no tunnel: with its configuration.
     pub(crate) owner_kib_each: f64,
     pub(crate) shadow_kib_each: f64,
+    /// The same above the daemon with the same configuration and no tunnel.
+    pub(crate) owner_kib_up: f64,
+    pub(crate) shadow_kib_up: f64,
     pub(crate) owner_before: Memory,
     pub(crate) owner_after: Memory,
     pub(crate) shadow_before: Memory,

@@ -51,6 +51,24 @@ fn say(tunnels: u32, text: &str) {
     eprintln!("{tunnels} tunnels: {text}");
 }
 
+/// What an instance with one connection and no tunnel takes.
+pub(crate) fn bare(run: &Run, bins: &Bins) -> Result<Memory> {
+    let net = Net::build(run)?;
+    let pair = config::pair(1);
+    let mut instances = [
+        Daemon::prepare(run, bins, &net.left, "left", &pair)?,
+        Daemon::prepare(run, bins, &net.right, "right", &pair)?,
+    ];
+    for instance in &mut instances {
+        instance.spawn()?;
+    }
+    let owner = wait_synced(&mut instances)?;
+    std::thread::sleep(SETTLE);
+    let memory = Memory::of(instances[owner].pid()?)?;
+    run.clear_namespaces();
+    Ok(memory)
+}
+
 /// The whole of it.
 pub(crate) fn round(
     run: &Run,
@@ -58,6 +76,7 @@ pub(crate) fn round(
     tunnels: u32,
     kind: Kind,
     times: &Times,
+    bare: &Memory,
 ) -> Result<Round> {
     let net = Net::build(run)?;
     net.rhost.ip(&format!("route add local {} dev lo\n", config::BEHIND))?;
@@ -87,13 +106,12 @@ pub(crate) fn round(
     say(
         tunnels,
         &format!(
-            "memory: owner {:.1} to {:.1} MiB, {:.2} KiB each; shadow {:.1} to {:.1} MiB, {:.2} KiB each",
+            "memory: bare {:.1} MiB; owner {:.1} to {:.1} MiB; shadow {:.1} to {:.1} MiB",
+            mib(bare.rss),
             mib(before[owner].rss),
             mib(after[owner].rss),
-            of_owner.kib_each(tunnels),
             mib(before[1 - owner].rss),
             mib(after[1 - owner].rss),
-            of_shadow.kib_each(tunnels)
         ),
     );
 
@@ -123,8 +141,10 @@ pub(crate) fn round(
         peer: kind.name(),
         start_s,
         establishment,
-        owner_kib_each: of_owner.kib_each(tunnels),
-        shadow_kib_each: of_shadow.kib_each(tunnels),
+        owner_kib_each: after[owner].since(*bare).kib_each(tunnels),
+        shadow_kib_each: after[1 - owner].since(*bare).kib_each(tunnels),
+        owner_kib_up: of_owner.kib_each(tunnels),
+        shadow_kib_up: of_shadow.kib_each(tunnels),
         owner_before: before[owner],
         owner_after: after[owner],
         shadow_before: before[1 - owner],
