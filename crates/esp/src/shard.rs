@@ -31,7 +31,8 @@ pub struct Config {
     pub queue_len: usize,
     /// Size of one queued slot in bytes; that of the batches' slots.
     pub slot_len: usize,
-    /// Window tops are reported at most this often.
+    /// Window tops are reported this long after the first of them moved: not at once, since control, which has the
+    /// higher priority, would then run ahead of whoever waits for the packet.
     pub window_interval: Duration,
 }
 
@@ -67,7 +68,8 @@ pub struct Shard {
     moved: Vec<EspSpi>,
     /// SAs that were removed, the latest last: healing from a split can bring one back, and it must not repeat numbers.
     ended: VecDeque<Ended>,
-    tops_at: Duration,
+    /// When the first of them moved.
+    moved_at: Duration,
 }
 
 impl Shard {
@@ -86,7 +88,7 @@ impl Shard {
             noted: Vec::new(),
             moved: Vec::new(),
             ended: VecDeque::new(),
-            tops_at: Duration::ZERO,
+            moved_at: Duration::ZERO,
         }
     }
 
@@ -145,7 +147,7 @@ impl Shard {
         {
             return Some(Duration::ZERO);
         }
-        let tops = (!self.moved.is_empty()).then(|| self.tops_at + self.config.window_interval);
+        let tops = (!self.moved.is_empty()).then(|| self.moved_at + self.config.window_interval);
         self.endpoints.iter().filter_map(Endpoint::release_at).chain(tops).min()
     }
 
@@ -273,7 +275,7 @@ impl Shard {
     }
 
     /// The next thing the control thread should know, if any. Window tops come
-    /// at most every [`Config::window_interval`].
+    /// [`Config::window_interval`] after the first of them moved.
     pub fn poll_report(&mut self, now: Duration) -> Option<Report> {
         if let Some(answer) = self.answers.pop_front() {
             return Some(answer);
@@ -299,7 +301,7 @@ impl Shard {
     }
 
     fn poll_tops(&mut self, now: Duration) -> Option<Report> {
-        if self.moved.is_empty() || now < self.tops_at + self.config.window_interval {
+        if self.moved.is_empty() || now < self.moved_at + self.config.window_interval {
             return None;
         }
         let mut tops = Tops::new();
@@ -313,7 +315,6 @@ impl Shard {
             }
             self.moved.pop();
         }
-        self.tops_at = now;
         Some(Report::Windows(tops))
     }
 
@@ -569,6 +570,9 @@ impl Shard {
         let opened = sa.open(slot, now);
         // Also when the packet is dropped after its tag was verified.
         if sa.top() != top {
+            if self.moved.is_empty() {
+                self.moved_at = now;
+            }
             move_top(sa, &mut self.moved);
         }
         note(sa, &mut self.noted);

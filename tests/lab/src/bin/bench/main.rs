@@ -20,14 +20,14 @@
 mod document;
 mod rounds;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use lab::Error;
 use lab::bench::contender::{Contender, Programs};
 use lab::bench::{ratios, report};
 use lab::error::write_file;
 use lab::run::Run;
 use lab::tandem::Bins;
-use rounds::{Failure, Found, Lengths};
+use rounds::{Failure, Found, Group, Lengths};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,6 +44,9 @@ struct Args {
     /// Only these contenders: names with commas between them
     #[arg(long, value_delimiter = ',', value_parser = Contender::parse)]
     only: Vec<Contender>,
+    /// Only these cells (the bars that need others are missed)
+    #[arg(long, value_delimiter = ',', value_enum)]
+    cells: Vec<Group>,
     /// Print one JSON document on standard output; the table goes to standard error
     #[arg(long)]
     json: bool,
@@ -92,7 +95,12 @@ fn measure(args: &Args) -> lab::Result<bool> {
     if args.keep_files {
         run.keep_files();
     }
-    let found = rounds::play(&run, &programs, &contenders, rounds, &lengths, args.fixed_mbps)?;
+    let groups = match args.cells.as_slice() {
+        [] => Group::value_variants(),
+        some => some,
+    };
+    let found =
+        rounds::play(&run, &programs, &contenders, rounds, &lengths, args.fixed_mbps, groups)?;
     if !found.failures.is_empty() {
         run.keep_files();
     }

@@ -67,6 +67,23 @@ const STEPS: u32 = 12;
 /// IPv4 and TCP headers with timestamps.
 const HEADERS: u32 = 52;
 
+/// Cells that are measured together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Group {
+    /// One stream out at full rate, with its CPU time.
+    Tcp1,
+    /// One stream back, and eight.
+    Tcp,
+    /// CPU time at the fixed rate.
+    Fixed,
+    /// Packets a second.
+    Udp,
+    /// Small requests.
+    Latency,
+    /// One stream with the wire's segmentation off.
+    WireOff,
+}
+
 /// One cell of one round.
 #[derive(Serialize)]
 pub(crate) struct Record {
@@ -123,9 +140,10 @@ struct Stage<'a> {
     probe: PathBuf,
     lengths: &'a Lengths,
     fixed_mbps: u64,
+    groups: &'a [Group],
 }
 
-/// Plays all rounds.
+/// Plays all rounds, and in them these groups of cells.
 pub(crate) fn play(
     run: &Run,
     programs: &Programs,
@@ -133,14 +151,16 @@ pub(crate) fn play(
     rounds: u32,
     lengths: &Lengths,
     fixed_mbps: u64,
+    groups: &[Group],
 ) -> Result<Found> {
     let own = std::env::current_exe().doing("find the benchmark's own program")?;
     let probe = own.with_file_name("bench-probe");
     ensure(probe.exists(), || format!("there is no {}", probe.display()))?;
-    let stage = Stage { run, programs, probe, lengths, fixed_mbps };
+    let stage = Stage { run, programs, probe, lengths, fixed_mbps, groups };
     let started = clock::now();
     let mut found = Found::default();
-    for contender in contenders.iter().filter(|contender| contender.is_full()) {
+    let searched = contenders.iter().filter(|it| it.is_full() && stage.wants(Group::Udp));
+    for contender in searched {
         eprintln!("{}  search  {}", seconds(started), contender.name());
         stage
             .turn(*contender, 0, &mut found, |scene, found| stage.search(*contender, scene, found));
@@ -258,6 +278,10 @@ impl Stage<'_> {
         Ok(())
     }
 
+    fn wants(&self, group: Group) -> bool {
+        self.groups.contains(&group)
+    }
+
     fn measure(&self, scene: &Scene, turn: &mut Turn<'_>) -> Result<()> {
         let mut traffic = Traffic::start(self.run, &self.probe, scene)?;
         let plan = |streams: usize, way: Way| TcpPlan {
@@ -267,11 +291,13 @@ impl Stage<'_> {
             warm_up: self.lengths.warm_up,
             time: self.lengths.tcp,
         };
-        let tcp1 = traffic.tcp(&plan(1, Way::Out))?;
-        turn.note_tcp(Cell::Tcp1, tcp1.gbps(), &tcp1);
-        turn.note(Cell::CpuFull, tcp1.cpu_s_per_gb(), Value::Null);
-        if turn.contender.is_tandem() {
-            self.against_aead(scene, &tcp1, turn)?;
+        if self.wants(Group::Tcp1) {
+            let tcp1 = traffic.tcp(&plan(1, Way::Out))?;
+            turn.note_tcp(Cell::Tcp1, tcp1.gbps(), &tcp1);
+            turn.note(Cell::CpuFull, tcp1.cpu_s_per_gb(), Value::Null);
+            if turn.contender.is_tandem() {
+                self.against_aead(scene, &tcp1, turn)?;
+            }
         }
         if !turn.contender.is_full() {
             return Ok(());
@@ -281,26 +307,41 @@ impl Stage<'_> {
             (Cell::Tcp8, 8, Way::Out),
             (Cell::Tcp8Back, 8, Way::Back),
         ] {
-            let found = traffic.tcp(&plan(streams, way))?;
-            turn.note_tcp(cell, found.gbps(), &found);
+            if self.wants(Group::Tcp) {
+                let found = traffic.tcp(&plan(streams, way))?;
+                turn.note_tcp(cell, found.gbps(), &found);
+            }
         }
+        if self.wants(Group::Fixed) {
+            self.fixed(&mut traffic, &plan(1, Way::Out), turn)?;
+        }
+        if self.wants(Group::Udp) {
+            self.udp(&mut traffic, turn)?;
+        }
+        if self.wants(Group::Latency) {
+            let trips = traffic.requests(self.lengths.requests, PAUSE)?;
+            let micros: Vec<f64> = trips.nanos.iter().map(|nanos| *nanos as f64 / 1e3).collect();
+            let count = json!({"answered": micros.len(), "lost": trips.lost});
+            turn.note(Cell::LatencyP50, stats::nearest_rank(&micros, 50.0), count);
+            turn.note(Cell::LatencyP99, stats::nearest_rank(&micros, 99.0), Value::Null);
+        }
+        if self.wants(Group::WireOff) {
+            scene.net.segmentation_on_wire(false)?;
+            let off = traffic.tcp(&plan(1, Way::Out))?;
+            turn.note_tcp(Cell::Tcp1WireOff, off.gbps(), &off);
+        }
+        Ok(())
+    }
+
+    /// CPU time at the fixed rate.
+    fn fixed(&self, traffic: &mut Traffic<'_>, plan: &TcpPlan, turn: &mut Turn<'_>) -> Result<()> {
         let rate = self.fixed_mbps * 1_000_000 / 8;
-        let fixed =
-            traffic.tcp(&TcpPlan { rate, time: self.lengths.fixed, ..plan(1, Way::Out) })?;
+        let fixed = traffic.tcp(&TcpPlan { rate, time: self.lengths.fixed, ..*plan })?;
         let carried = fixed.gbps() * 1000.0 / self.fixed_mbps as f64;
         ensure(carried > 0.95, || {
             format!("only {:.0} % of {} Mb/s were carried", carried * 100.0, self.fixed_mbps)
         })?;
         turn.note_tcp(Cell::CpuFixed, fixed.cpu_s_per_gb(), &fixed);
-        self.udp(&mut traffic, turn)?;
-        let trips = traffic.requests(self.lengths.requests, PAUSE)?;
-        let micros: Vec<f64> = trips.nanos.iter().map(|nanos| *nanos as f64 / 1e3).collect();
-        let count = json!({"answered": micros.len(), "lost": trips.lost});
-        turn.note(Cell::LatencyP50, stats::nearest_rank(&micros, 50.0), count);
-        turn.note(Cell::LatencyP99, stats::nearest_rank(&micros, 99.0), Value::Null);
-        scene.net.segmentation_on_wire(false)?;
-        let off = traffic.tcp(&plan(1, Way::Out))?;
-        turn.note_tcp(Cell::Tcp1WireOff, off.gbps(), &off);
         Ok(())
     }
 
