@@ -38,7 +38,7 @@ pub(crate) use batcher::Batcher;
 pub use shared::{SharedPort, path_mtu};
 
 /// Most datagrams in one system call.
-pub const BATCH: usize = 64;
+pub const BATCH: usize = 192;
 
 /// Socket buffers asked for, in bytes (dataplane.md).
 pub const SOCKET_BUFFER: usize = 7 << 20;

@@ -39,6 +39,12 @@ const FIRST_LINK: u64 = 1 << 32;
 /// While control does not take reports, the shard is asked again after this.
 const REPORT_PAUSE: Duration = Duration::from_millis(1);
 
+/// What lately took less than this to come is looked for as long before the thread sleeps.
+const LOOK: Duration = Duration::from_micros(40);
+
+/// Pauses count as this at most, so that a busy time is noticed soon after a quiet one.
+const LONG_PAUSE: Duration = Duration::from_micros(200);
+
 /// Everything a worker owns.
 pub(super) struct State {
     shard: Shard,
@@ -46,9 +52,13 @@ pub(super) struct State {
     sockets: Vec<EndpointSocket>,
     commands: QueueReceiver<WorkerCommand>,
     poller: Poller,
+    /// How long it lately took until something was there, smoothed.
+    pause: Duration,
     batch: Batch,
     /// What one read of the TUN gives.
     read: Box<[u8]>,
+    /// The most packets that a read gave so far.
+    most_read: usize,
     /// What control passed on: steered datagrams that came to its socket.
     strays: VecDeque<(u8, Vec<u8>)>,
     /// Where the first packet of the next batch waits, when steered packets change their direction.
@@ -107,6 +117,7 @@ impl State {
         Ok(Self {
             batch: Batch::new(BATCH, shard.slot_len),
             read: vec![0; netio::tun::READ_LEN].into_boxed_slice(),
+            most_read: 1,
             spare: Slot::new(shard.slot_len),
             strays: VecDeque::new(),
             shard: Shard::new(shard),
@@ -124,6 +135,7 @@ impl State {
             sockets: start.sockets,
             commands,
             poller,
+            pause: LONG_PAUSE,
             metas: Box::new([RecvMeta::EMPTY; BATCH]),
             kept: None,
         })
@@ -138,8 +150,7 @@ impl State {
             }
             self.flush();
             self.report();
-            let timeout = self.timeout();
-            self.poller.wait(&mut ready, timeout)?;
+            self.wait(&mut ready)?;
             for token in ready.tokens() {
                 // What control decided meanwhile comes before the next packets.
                 if self.obey() == Flow::Stop {
@@ -163,6 +174,34 @@ impl State {
                 return Ok(());
             }
         }
+    }
+
+    /// Until something is ready or due. Where the next is likely near, it is looked for before sleeping, while other
+    /// threads may go first: to wake a thread on another processor costs more, and longer.
+    fn wait(&mut self, ready: &mut Ready) -> io::Result<()> {
+        let timeout = self.timeout();
+        let begun = boottime();
+        let mut now = begun;
+        let mut found = false;
+        if self.pause < LOOK {
+            let until = begun + timeout.map_or(LOOK, |timeout| timeout.min(LOOK));
+            loop {
+                self.poller.wait(ready, Some(Duration::ZERO))?;
+                now = boottime();
+                found = ready.tokens().next().is_some();
+                if found || now >= until {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+        }
+        if !found {
+            self.poller
+                .wait(ready, timeout.map(|timeout| (begun + timeout).saturating_sub(now)))?;
+            now = boottime();
+        }
+        self.pause = (self.pause * 3 + now.saturating_sub(begun).min(LONG_PAUSE)) / 4;
+        Ok(())
     }
 
     fn timeout(&self) -> Option<Duration> {
@@ -244,18 +283,16 @@ impl State {
         }
     }
 
-    /// Reads until the batch is full or nothing is left, or until a read gave several packets in one piece, which are
-    /// then the end of the batch.
+    /// Reads until nothing is left, or until the batch has no room for what one read may give. So the ends of several reads
+    /// that do not fill a send of their own go together.
     fn read_tun(&mut self) -> io::Result<()> {
-        while !self.batch.is_full()
+        while self.batch.len() + self.most_read <= self.batch.capacity()
             && let Some((length, offload)) = self.io.tun.read(&mut self.read)?
         {
             let count = self.split(length, offload);
-            add(&self.io.counters.tun_read, count);
-            if count > 1 {
-                add(&self.io.counters.tun_split, 1);
-                break;
-            }
+            self.most_read = self.most_read.max(count).min(self.batch.capacity());
+            add(&self.io.counters.tun_read, count as u64);
+            add(&self.io.counters.tun_split, u64::from(count > 1));
         }
         if !self.batch.is_empty() {
             self.judge(Direction::Outbound);
@@ -264,7 +301,7 @@ impl State {
     }
 
     /// Puts what was read into the batch, by the packet; gives their number.
-    fn split(&mut self, length: usize, offload: Offload) -> u64 {
+    fn split(&mut self, length: usize, offload: Offload) -> usize {
         let read = |whole: &[u8]| Segments::new(whole.get(..length)?, offload);
         let Some(mut segments) = read(&self.read) else {
             add(&self.io.counters.tun_malformed, 1);
