@@ -116,6 +116,18 @@ impl Poller {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(raw) }))
     }
 
+    /// Whether a descriptor that was added is waited for. Its errors always are.
+    pub fn listen(&self, file: &impl AsFd, token: u64, on: bool) -> io::Result<()> {
+        let events = if on { libc::EPOLLIN as u32 } else { 0 };
+        let mut event = libc::epoll_event { events, u64: token };
+        let raw = file.as_fd().as_raw_fd();
+        // SAFETY: a valid event that the kernel copies; the descriptor is open because borrowed.
+        check(unsafe {
+            libc::epoll_ctl(self.0.as_raw_fd(), libc::EPOLL_CTL_MOD, raw, &raw mut event)
+        })?;
+        Ok(())
+    }
+
     /// Adds a descriptor. It leaves the set by itself when closed.
     pub fn add(&self, file: &impl AsFd, token: u64) -> io::Result<()> {
         let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: token };

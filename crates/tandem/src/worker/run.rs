@@ -1,6 +1,7 @@
 //! The loop itself.
 
 mod deliver;
+mod moderation;
 mod raw;
 mod steered;
 
@@ -22,6 +23,7 @@ use wire::natt::{self, Datagram};
 use wire::vnet::Offload;
 
 use deliver::Delivery;
+use moderation::Paces;
 
 use super::counters::add;
 use super::outlet::Outlet;
@@ -50,6 +52,7 @@ pub(super) struct State {
     shard: Shard,
     io: Io,
     sockets: Vec<EndpointSocket>,
+    paces: Paces,
     commands: QueueReceiver<WorkerCommand>,
     poller: Poller,
     /// How long it lately took until something was there, smoothed.
@@ -132,6 +135,7 @@ impl State {
                 outlet,
                 counters,
             },
+            paces: Paces::new(start.sockets.len()),
             sockets: start.sockets,
             commands,
             poller,
@@ -166,10 +170,11 @@ impl State {
                             return Ok(());
                         }
                     }
-                    raw @ FIRST_RAW.. => self.read_raw((raw - FIRST_RAW) as usize),
-                    socket => while self.read_socket((socket - FIRST_SOCKET) as usize) {},
+                    raw @ FIRST_RAW.. => self.read_raw_paced((raw - FIRST_RAW) as usize)?,
+                    socket => self.read_paced((socket - FIRST_SOCKET) as usize)?,
                 }
             }
+            self.read_polled()?;
             if self.take_strays() == Flow::Stop {
                 return Ok(());
             }
@@ -205,7 +210,8 @@ impl State {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let wait = self.shard.next_wakeup().map(|at| at.saturating_sub(boottime()));
+        let due = self.shard.next_wakeup().into_iter().chain(self.paces.due()).min();
+        let wait = due.map(|at| at.saturating_sub(boottime()));
         match self.kept {
             None => wait,
             // Control does not take reports: do not spin over the shard's next one.
@@ -325,10 +331,10 @@ impl State {
         count
     }
 
-    /// One batch; true when the socket holds more that it has received already.
-    fn read_socket(&mut self, at: usize) -> bool {
+    /// One batch: how many datagrams, and whether the socket holds more that it has received already.
+    fn read_socket(&mut self, at: usize) -> (usize, bool) {
         let Some(EndpointSocket { endpoint, socket, .. }) = self.sockets.get_mut(at) else {
-            return false;
+            return (0, false);
         };
         let endpoint = *endpoint;
         let errors = socket.receive_errors();
@@ -356,7 +362,7 @@ impl State {
             add(&self.io.counters.esp_received, kept as u64);
             self.judge(Direction::Inbound);
         }
-        self.sockets.get(at).is_some_and(|socket| socket.socket.has_more())
+        (got, self.sockets.get(at).is_some_and(|socket| socket.socket.has_more()))
     }
 }
 

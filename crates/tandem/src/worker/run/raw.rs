@@ -11,10 +11,10 @@ use super::super::counters::add;
 use super::State;
 
 impl State {
-    /// One batch. The descriptor stays readable while there is more.
-    pub(super) fn read_raw(&mut self, at: usize) {
+    /// One batch; how many packets. The descriptor stays readable while there is more.
+    pub(super) fn read_raw(&mut self, at: usize) -> usize {
         let Some(EndpointSocket { raw: Some(socket), .. }) = self.sockets.get_mut(at) else {
-            return;
+            return 0;
         };
         let errors = socket.receive_errors();
         let slots = self.batch.unused();
@@ -42,6 +42,7 @@ impl State {
             add(&counters.esp_received, kept as u64);
             self.judge(Direction::Inbound);
         }
+        got
     }
 }
 
