@@ -8,8 +8,9 @@
 //! Where things are: [`clock`] time and timers · [`tun`] the interface that carries inner packets
 //! and virtual addresses · [`udp`] batched datagrams · [`esp`] protocol 50 likewise · [`arp`] who
 //! answers for a virtual address · [`route`] netlink · [`wake`] epoll, eventfd and the command
-//! queue · [`host`] what on the host would break us · [`sched`] priority and privileges · [`memory`]
-//! what is free again · [`netns`] namespaces for tests and labs.
+//! queue · [`host`] what on the host would break us · [`idle`] how deep it sleeps · [`sched`]
+//! priority and privileges · [`memory`] what is free again · [`netns`] namespaces for tests and
+//! labs.
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
 pub mod arp;
@@ -17,6 +18,7 @@ pub mod clock;
 pub mod descriptor;
 pub mod esp;
 pub mod host;
+pub mod idle;
 pub mod memory;
 pub mod netns;
 pub mod route;

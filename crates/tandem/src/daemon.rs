@@ -21,6 +21,7 @@ mod answers;
 mod control;
 mod fences;
 mod keylog;
+mod latency;
 mod setup;
 
 use std::path::PathBuf;

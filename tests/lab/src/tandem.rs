@@ -257,7 +257,9 @@ impl Config {
         let at = dir.display();
         let mut text =
             format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
-        if !self.offload {
+        // For runs of all scenarios without offloads.
+        let off = std::env::var_os("LAB_OFFLOAD").is_some_and(|value| value == "off");
+        if !self.offload || off {
             text.push_str("offload = false\n");
         }
         lines(&mut text, &self.daemon_settings);

@@ -91,6 +91,7 @@ fn daemon(table: Table<'_>) -> DaemonSettings {
         // RFC 8200 §5: an interface that carries IPv6 has at least 1280.
         mtu: table.number("mtu", "bytes", 1280..=9000).and_then(|n| u16::try_from(n.value).ok()),
         offload: table.switch("offload", defaults.offload),
+        low_latency: table.switch("low_latency", defaults.low_latency),
         notify: path("notify"),
     };
     table.done();

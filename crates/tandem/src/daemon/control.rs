@@ -123,6 +123,13 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
         }
         watchdog.ping(now);
         let mut deadline = control.parts.gateway.poll_timeout();
+        if let Some(latency) = &mut control.parts.low_latency {
+            let worker = &control.parts.worker;
+            deadline = deadline.min(latency.look(now, || {
+                let carried = worker.counters();
+                carried.tun_read + carried.esp_received
+            }));
+        }
         if let Some(stopping) = control.stopping {
             deadline = deadline.min(stopping.max(now + Duration::from_millis(20)));
         }

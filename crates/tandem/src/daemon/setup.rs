@@ -10,6 +10,7 @@ use gateway::{Gateway, Start};
 use ike::config::Encap;
 use netio::clock::boottime;
 use netio::esp::EspSocket;
+use netio::idle::IdleStates;
 use netio::route::{LinkMonitor, Netlink};
 use netio::tun::{Offloads, Tun};
 use netio::udp::{BatchSocket, SOCKET_BUFFER, UdpSender};
@@ -21,6 +22,7 @@ use wire::id::Term;
 
 use super::addresses::{Addresses, Order};
 use super::fences::Fences;
+use super::latency::LowLatency;
 use crate::config_file::{Loaded, host_needs};
 use crate::control_socket::{Call, Server};
 use crate::hook::Hook;
@@ -77,6 +79,7 @@ pub(super) struct Parts {
     pub(super) keeper: Keeper,
     pub(super) monitor: LinkMonitor,
     pub(super) keylog: Option<PathBuf>,
+    pub(super) low_latency: Option<LowLatency>,
 }
 
 /// Opens everything.
@@ -215,6 +218,13 @@ pub(super) async fn open(
     let monitor = LinkMonitor::open().map_err(|error| format!("netlink monitor: {error}"))?;
     let hook = Hook::start(settings.notify.clone(), config.instance_name(config.local).to_owned());
 
+    let low_latency = settings.low_latency.then(IdleStates::open).and_then(|opened| {
+        let failed = |error: &io::Error| {
+            warn!(%error, "low_latency: /dev/cpu_dma_latency cannot be opened; goes on without");
+        };
+        opened.inspect_err(failed).ok().map(LowLatency::new)
+    });
+
     // Privileges belong to threads: give them up before the worker starts, so that it starts without them.
     let priority = netio::sched::raise_thread_priority();
     netio::sched::drop_privileges()
@@ -268,6 +278,7 @@ pub(super) async fn open(
         keeper,
         monitor,
         keylog,
+        low_latency,
     })
 }
 

@@ -41,11 +41,13 @@ pub enum Contender {
     Chacha,
     /// Tandem with two workers.
     TwoWorkers,
+    /// Tandem with `low_latency = true`.
+    LowLatency,
 }
 
 impl Contender {
     /// All.
-    pub const ALL: [Contender; 11] = [
+    pub const ALL: [Contender; 12] = [
         Contender::Plain,
         Contender::Tandem,
         Contender::Libipsec,
@@ -57,6 +59,7 @@ impl Contender {
         Contender::Esp50,
         Contender::Chacha,
         Contender::TwoWorkers,
+        Contender::LowLatency,
     ];
 
     /// Its name on the command line and in the document.
@@ -73,6 +76,7 @@ impl Contender {
             Contender::Esp50 => "tandem-esp50",
             Contender::Chacha => "tandem-chacha20",
             Contender::TwoWorkers => "tandem-2-workers",
+            Contender::LowLatency => "tandem-low-latency",
         }
     }
 
@@ -90,6 +94,7 @@ impl Contender {
             Contender::Esp50 => "Tandem, encap = \"never\" (protocol 50)",
             Contender::Chacha => "Tandem, ChaCha20-Poly1305",
             Contender::TwoWorkers => "Tandem, workers = 2",
+            Contender::LowLatency => "Tandem, low_latency = true (small requests only)",
         }
     }
 
@@ -336,6 +341,9 @@ fn configs(contender: Contender) -> (Config, Config) {
                 }
             }
             Contender::TwoWorkers => config.daemon_settings.push(("workers".into(), "2".into())),
+            Contender::LowLatency => {
+                config.daemon_settings.push(("low_latency".into(), "true".into()));
+            }
             _ => {}
         }
     }

@@ -66,7 +66,7 @@ impl Ratio {
 }
 
 /// The keys of the document's `ratios`, in order.
-pub const KEYS: [&str; 13] = [
+pub const KEYS: [&str; 14] = [
     "tcp1_vs_wireguard_go",
     "tcp1_vs_libipsec",
     "tcp1_vs_gotatun",
@@ -80,6 +80,7 @@ pub const KEYS: [&str; 13] = [
     "esp50_vs_udp",
     "cpu_vs_aead",
     "latency_added_us",
+    "latency_added_low_latency_us",
 ];
 
 /// One round's cells.
@@ -109,6 +110,10 @@ impl Round<'_> {
         divide(self.of(Tandem, cell)? - plain, self.of(other, cell)? - plain)
     }
 
+    fn latency_added(&self, one: Contender) -> Option<f64> {
+        Some(self.of(one, Cell::LatencyP50)? - self.of(Plain, Cell::LatencyP50)?)
+    }
+
     fn ratio(&self, key: &str) -> Option<f64> {
         let best = [Libipsec, WireguardGo, Gotatun];
         match key {
@@ -125,9 +130,8 @@ impl Round<'_> {
             "ha_on_vs_off" => self.over(Cell::Tcp1, Tandem, HaOff),
             "esp50_vs_udp" => self.over(Cell::Tcp1, Esp50, Tandem),
             "cpu_vs_aead" => self.of(Tandem, Cell::CpuVsAead),
-            "latency_added_us" => {
-                Some(self.of(Tandem, Cell::LatencyP50)? - self.of(Plain, Cell::LatencyP50)?)
-            }
+            "latency_added_us" => self.latency_added(Tandem),
+            "latency_added_low_latency_us" => self.latency_added(LowLatency),
             _ => None,
         }
     }
@@ -177,7 +181,7 @@ impl Want {
 }
 
 /// The bars, each for a key.
-pub const BARS: [(&str, &str, Want); 13] = [
+pub const BARS: [(&str, &str, Want); 14] = [
     (
         "tcp1_vs_wireguard_go",
         "TCP, one stream, against wireguard-go",
@@ -219,6 +223,7 @@ pub const BARS: [(&str, &str, Want); 13] = [
     ("ha_on_vs_off", "HA on against off, goodput", Want::AtLeast(0.97, None)),
     ("esp50_vs_udp", "protocol 50 against UDP encapsulation", Want::AtLeast(0.4, None)),
     ("latency_added_us", "small requests, p50 added over plain routing, µs", Want::AtMost(60.0)),
+    ("latency_added_low_latency_us", "the same with low_latency = true", Want::AtMost(60.0)),
 ];
 
 /// One bar's outcome.

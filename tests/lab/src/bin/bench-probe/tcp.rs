@@ -67,9 +67,13 @@ fn fill(mut stream: TcpStream, rate: u64) -> std::io::Result<()> {
         // What is due, but after a stall not all that was missed.
         let due = (clock::now() - started).as_secs_f64() * rate as f64;
         let missing = (due as u64).saturating_sub(sent);
-        let length = missing.min(CHUNK as u64);
-        stream.write_all(&data[..length as usize])?;
-        sent += length.max(missing.saturating_sub(4 * CHUNK as u64));
+        sent += missing;
+        let mut left = missing.min(4 * CHUNK as u64);
+        while left > 0 {
+            let length = left.min(CHUNK as u64);
+            stream.write_all(&data[..length as usize])?;
+            left -= length;
+        }
         std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -28,6 +28,8 @@ struct Machine {
     cpu: String,
     cores: usize,
     kernel: String,
+    /// TCP congestion control of the clients.
+    congestion: String,
 }
 
 #[derive(Serialize)]
@@ -39,7 +41,7 @@ struct Entry<'a> {
 }
 
 impl Machine {
-    fn here() -> Machine {
+    fn here(congestion: Option<&str>) -> Machine {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cpuinfo = read("/proc/cpuinfo");
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
@@ -49,6 +51,10 @@ impl Machine {
                 .to_owned(),
             cores: cores(),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            congestion: congestion.map_or_else(
+                || read("/proc/sys/net/ipv4/tcp_congestion_control").trim().to_owned(),
+                str::to_owned,
+            ),
         }
     }
 }
@@ -59,10 +65,10 @@ pub(crate) fn cores() -> usize {
 }
 
 /// One line on where the figures come from.
-pub(crate) fn note(rounds: u32) -> String {
-    let Machine { cpu, cores, kernel } = Machine::here();
+pub(crate) fn note(rounds: u32, congestion: Option<&str>) -> String {
+    let Machine { cpu, cores, kernel, congestion } = Machine::here(congestion);
     format!(
-        "Medians of {rounds} rounds; client, two gateways and client share {cores} cores ({cpu}, Linux {kernel})"
+        "Medians of {rounds} rounds; client, two gateways and client share {cores} cores ({cpu}, Linux {kernel}, TCP {congestion})"
     )
 }
 
@@ -72,6 +78,7 @@ pub(crate) fn document<'a>(
     contenders: &[Contender],
     found: &'a Found,
     bars: &'a [Row],
+    congestion: Option<&str>,
 ) -> Document<'a> {
     let ratio = |key: &'static str| (key, ratios::ratio(&found.cells, rounds, key));
     let ranges: BTreeMap<_, _> = KEYS
@@ -86,7 +93,7 @@ pub(crate) fn document<'a>(
         skipped: found.skipped.get(contender).map(String::as_str),
     };
     Document {
-        machine: Machine::here(),
+        machine: Machine::here(congestion),
         quick,
         rounds,
         seconds: found.seconds,
@@ -114,7 +121,7 @@ mod tests {
         found.skipped.insert(Contender::Esp50, "refused".into());
         let bars = ratios::judge(&found.cells, 1);
         let all = Contender::ALL;
-        let value = serde_json::to_value(document(true, 1, &all, &found, &bars)).unwrap();
+        let value = serde_json::to_value(document(true, 1, &all, &found, &bars, None)).unwrap();
         let of = value["ratios"].as_object().unwrap();
         assert_eq!(of.len(), KEYS.len());
         assert_eq!(of["tcp1_vs_plain"], 0.5);

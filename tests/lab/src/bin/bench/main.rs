@@ -27,7 +27,7 @@ use lab::bench::{ratios, report};
 use lab::error::write_file;
 use lab::run::Run;
 use lab::tandem::Bins;
-use rounds::{Failure, Found, Group, Lengths};
+use rounds::{Failure, Found, Group, Lengths, Wishes};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,9 +56,12 @@ struct Args {
     /// Write the chart (SVG) to this file
     #[arg(long)]
     chart: Option<PathBuf>,
-    /// The rate at which CPU time is compared, Mb/s of TCP payload: one that every contender carries
-    #[arg(long, default_value_t = 200)]
+    /// The rate at which CPU time is compared, Mb/s of TCP payload; who does not carry it is not compared
+    #[arg(long, default_value_t = 1000)]
     fixed_mbps: u64,
+    /// The clients' TCP congestion control [default: the machine's]
+    #[arg(long)]
+    congestion: Option<String>,
     /// Where tandemd and tandem are [default: beside this program]
     #[arg(long)]
     bin_dir: Option<PathBuf>,
@@ -99,14 +102,15 @@ fn measure(args: &Args) -> lab::Result<bool> {
         [] => Group::value_variants(),
         some => some,
     };
-    let found =
-        rounds::play(&run, &programs, &contenders, rounds, &lengths, args.fixed_mbps, groups)?;
+    let congestion = args.congestion.as_deref();
+    let wishes = Wishes { lengths: &lengths, fixed_mbps: args.fixed_mbps, groups, congestion };
+    let found = rounds::play(&run, &programs, &contenders, rounds, &wishes)?;
     if !found.failures.is_empty() {
         run.keep_files();
     }
     let rows = ratios::judge(&found.cells, rounds);
-    let document = document::document(args.quick, rounds, &contenders, &found, &rows);
-    let note = document::note(rounds);
+    let document = document::document(args.quick, rounds, &contenders, &found, &rows, congestion);
+    let note = document::note(rounds, congestion);
     if let Some(path) = &args.chart {
         write_file(path, report::chart(&found.cells, &contenders, &note))?;
         eprintln!("wrote {}", path.display());
