@@ -590,7 +590,17 @@ impl Gateway {
             if let ike::ChildOp::Remove { spi_in } = &op {
                 self.soon.retain(|(_, _, soon)| soon != spi_in);
             }
+            let installed = match &op {
+                ike::ChildOp::Install(child) => Some(child.spi_in),
+                _ => None,
+            };
             install(&mut self.outputs, &mut self.spis, e, op, &mut later);
+            // What was accepted before is never accepted again, also if that was said before the record came.
+            if let Some(spi_in) = installed
+                && let top @ 1.. = e.leases.top(spi_in)
+            {
+                self.outputs.push_back(Output::Shard(esp::Command::Window { spi_in, top }));
+            }
         }
         let due = match self.bug {
             Bug::ShadowNeverUses => Duration::MAX,

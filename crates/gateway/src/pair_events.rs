@@ -314,6 +314,8 @@ impl Gateway {
             Some(Side::Tops(list)) => {
                 for said in list {
                     let spi_in = EspSpi(said.spi_in);
+                    // Also for an SA that is not in the shards yet.
+                    e.leases.heard_top(spi_in, said.top);
                     self.outputs
                         .push_back(Output::Shard(esp::Command::Window { spi_in, top: said.top }));
                 }
