@@ -357,7 +357,11 @@ impl Gateway {
                     .push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on }));
             }
             ha::Mode::Synced => {
-                tracing::info!(endpoint = e.name, "the other instance can take over at any moment")
+                tracing::info!(endpoint = e.name, "the other instance can take over at any moment");
+                // With it the shards say all window tops: those of idle SAs may have been lost with a stream.
+                let on = self.bug != Bug::LeasesIgnored;
+                self.outputs
+                    .push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on }));
             }
         }
     }

@@ -455,6 +455,21 @@ impl Pair {
         batch.slots().iter().map(Slot::verdict).collect()
     }
 
+    /// The pair's stream ends with all that is under way, and stands anew.
+    pub(crate) fn break_stream(&mut self) {
+        // What the shards are about to report leaves into the old one.
+        self.now += Duration::from_millis(5);
+        let now = self.now;
+        for side in &mut self.sides {
+            side.settle(now);
+            side.sent.clear();
+            side.gateway.handle_stream_down(now, false);
+            side.settle(now);
+            side.gateway.handle_stream_up(now, 0);
+            side.settle(now);
+        }
+    }
+
     /// SIGKILL: the stream ends without a goodbye, and the pair port is closed.
     pub(crate) fn kill(&mut self, at: usize) {
         let now = self.now;
