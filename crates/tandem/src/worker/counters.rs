@@ -67,6 +67,8 @@ counters! {
     steer_refused,
     /// Packets that the other instance handed to us.
     steered_in,
+    /// Datagrams of the pair link that were for control, whose queue was full.
+    stray_dropped,
 }
 
 /// Adds to a counter that only this thread writes.
@@ -90,6 +92,7 @@ impl Snapshot {
             ("ike_queue_full", self.ike_dropped),
             ("steer_lost", self.steer_lost),
             ("steer_refused", self.steer_refused),
+            ("stray_dropped", self.stray_dropped),
             ("receive_errors", self.receive_errors),
         ]
         .into_iter()
