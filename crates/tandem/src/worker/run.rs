@@ -103,7 +103,11 @@ impl State {
         for (socket, token) in links.zip(FIRST_LINK..) {
             poller.add(socket, token)?;
         }
-        let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
+        let shard = esp::Config {
+            endpoints: start.endpoints,
+            slot_len: esp::slot_len(start.mtu),
+            ..esp::Config::default()
+        };
         Ok(Self {
             batch: Batch::new(BATCH, shard.slot_len),
             read: vec![0; netio::tun::READ_LEN].into_boxed_slice(),
