@@ -61,6 +61,17 @@ impl Segments {
         Some(Self { form, total: packet.len(), done: 0, count: 0 })
     }
 
+    /// How many packets it stands for.
+    #[must_use]
+    pub fn packets(&self) -> usize {
+        match self.form {
+            Form::Whole(_) => 1,
+            Form::Split { header_len, segment_len, .. } => {
+                self.total.saturating_sub(header_len).div_ceil(segment_len.max(1))
+            }
+        }
+    }
+
     /// Whether all of it was written.
     #[must_use]
     pub fn is_done(&self) -> bool {

@@ -167,7 +167,9 @@ proptest! {
             segment_len,
             transport_at: sent.transport_at(),
         };
-        let got = split(&sent.unfinished(), offload).unwrap();
+        let whole = sent.unfinished();
+        let got = split(&whole, offload).unwrap();
+        prop_assert_eq!(Segments::new(&whole, offload).unwrap().packets(), got.len());
         let wanted: Vec<Vec<u8>> = sent.parts(segment_len).iter().map(Sent::finished).collect();
         prop_assert_eq!(&got, &wanted);
         let (src, dst) = sent.addresses();

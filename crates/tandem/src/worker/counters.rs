@@ -29,7 +29,8 @@ counters! {
     tun_read,
     /// Reads of the TUN that gave several of these as one.
     tun_split,
-    /// Reads of the TUN that were not what their header said.
+    /// Packets read from the TUN, after splitting, that were not what their header said, or fitted no slot. A read that
+    /// could not be split at all is one.
     tun_malformed,
     /// Packets written to the TUN.
     tun_written,
