@@ -26,6 +26,22 @@ pub const TAILROOM: usize = 32;
 /// Default size of one slot in bytes, headroom and tailroom included.
 pub const SLOT_LEN: usize = 2048;
 
+/// Size of a slot for inner packets of up to `mtu` bytes: such a packet fits as
+/// read, and as it is received from a peer that pads as much as it can (RFC 4303
+/// §2.4), behind an IPv4 header with all options. [`SLOT_LEN`] up to an
+/// Ethernet's MTU; 9,472 bytes for 9,000.
+#[must_use]
+pub const fn slot_len(mtu: usize) -> usize {
+    const IP_HEADER: usize = 60;
+    const PADDING: usize = 255;
+    const CACHE_LINE: usize = 64;
+    let received = IP_HEADER + wire::esp::OVERHEAD + PADDING + mtu;
+    let least = (HEADROOM + received + TAILROOM).next_multiple_of(CACHE_LINE);
+    if least > SLOT_LEN { least } else { SLOT_LEN }
+}
+
+const _: () = assert!(slot_len(1500) == SLOT_LEN && slot_len(9000) == 9472);
+
 /// Which way a packet goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {

@@ -53,7 +53,7 @@ pub mod segment;
 pub mod shard;
 mod table;
 
-pub use batch::{Batch, Direction, HEADROOM, SLOT_LEN, Slot, Steered, TAILROOM, Verdict};
+pub use batch::{Batch, Direction, HEADROOM, SLOT_LEN, Slot, Steered, TAILROOM, Verdict, slot_len};
 #[cfg(feature = "bugs")]
 pub use bug::Bug;
 pub use command::{

@@ -290,11 +290,14 @@ impl Policies {
         }
         let pairs = pairs(local, remote).map(|(local, remote)| (local.addrs(), remote.addrs()));
         self.used.insert(tunnel.spi_in, Used { age, pairs: pairs.collect() });
+        self.epoch += 1;
     }
 
     /// Takes an SA out of outbound use.
     pub(crate) fn remove(&mut self, spi_in: EspSpi) {
-        for (local, remote) in self.used.remove(&spi_in).into_iter().flat_map(|used| used.pairs) {
+        // Many were never in use, of a shadow above all: the flows of others need not be looked up again.
+        let Some(used) = self.used.remove(&spi_in) else { return };
+        for (local, remote) in used.pairs {
             self.entries.remove(&local, &remote, |entry| entry.tunnel.spi_in == spi_in);
         }
         self.epoch += 1;

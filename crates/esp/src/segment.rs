@@ -11,7 +11,7 @@
 //! whose sender sets it on one packet). A packet that is whole is a run of one; if its checksum was left to us, it is
 //! completed. Pure functions over borrowed bytes: no I/O, no allocation.
 
-use wire::ip::{self, IPV6_HEADER_LEN, Sum, Tcp, UDP_HEADER_LEN, copy_and_sum, protocol};
+use wire::ip::{self, IPV6_HEADER_LEN, Sum, Tcp, UDP_HEADER_LEN, copy_and_sum};
 use wire::vnet::{Carried, Offload};
 
 use crate::bytes::{put, word};
@@ -38,7 +38,7 @@ enum Form {
         transport_at: usize,
         header_len: usize,
         segment_len: usize,
-        /// Of both addresses and the protocol number.
+        /// Of the pseudo-header, all but the length.
         pseudo: Sum,
     },
 }
@@ -59,6 +59,17 @@ impl Segments {
             Offload::Unknown => return None,
         };
         Some(Self { form, total: packet.len(), done: 0, count: 0 })
+    }
+
+    /// How many packets it stands for.
+    #[must_use]
+    pub fn packets(&self) -> usize {
+        match self.form {
+            Form::Whole(_) => 1,
+            Form::Split { header_len, segment_len, .. } => {
+                self.total.saturating_sub(header_len).div_ceil(segment_len.max(1))
+            }
+        }
     }
 
     /// Whether all of it was written.
@@ -157,17 +168,20 @@ fn split_form(
         _ => return None,
     };
     let transport = packet.get(transport_at..)?;
-    let (number, transport_len) = match carried {
-        Carried::Tcp => (protocol::TCP, usize::from(transport.get(12)? >> 4) * 4),
-        Carried::Udp => (protocol::UDP, UDP_HEADER_LEN),
+    let transport_len = match carried {
+        Carried::Tcp => usize::from(transport.get(12)? >> 4) * 4,
+        Carried::Udp => UDP_HEADER_LEN,
     };
     let header_len = transport_at + transport_len;
     let least = if carried == Carried::Tcp { ip::TCP_HEADER_LEN } else { UDP_HEADER_LEN };
     if transport_len < least || segment_len == 0 || packet.len() <= header_len {
         return None;
     }
-    let addresses = if ipv6 { packet.get(8..40)? } else { packet.get(12..20)? };
-    let pseudo = Sum::of(addresses).add_u16(number.into());
+    // Whoever left the checksum to us has put the sum of the pseudo-header in its place, which is right also where the
+    // destination in the header is not yet the last one (RFC 8200 §8.1, a routing header). Its length is the whole's,
+    // taken off by adding the complement (RFC 1624 §3).
+    let whole_len = u16::try_from(transport.len()).ok()?;
+    let pseudo = Sum::ZERO.add_u16(word(transport, carried.checksum_at())?).add_u16(!whole_len);
     Some(Form::Split { carried, ipv6, transport_at, header_len, segment_len, pseudo })
 }
 

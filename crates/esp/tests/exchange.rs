@@ -666,3 +666,27 @@ fn a_query_tells_what_each_sa_did() {
     assert_eq!((r.packets_in, r.bytes_in, r.last_in, r.top), (3, 96, Some(ms(9)), 3));
     assert_eq!((left.stats.sealed, right.stats.opened), (3, 3));
 }
+
+// An instance that is owner here and shadow there installs SAs all the time: the cache of flows outlives that.
+#[test]
+fn an_sa_that_was_never_in_use_leaves_the_flows_of_others_alone() {
+    let (mut left, ..) = pair(AeadAlg::Aes128Gcm16);
+    sealed(&mut left, ms(1), &numbered(1));
+    let shown = |left: &mut Shard| {
+        left.apply(Command::Flows { token: 1, now: ms(2) }).unwrap();
+        let mut reports = core::iter::from_fn(|| left.poll_report(ms(2)));
+        reports.find_map(|report| match report {
+            Report::Flows { flows, .. } => Some(flows.len()),
+            _ => None,
+        })
+    };
+    assert_eq!(shown(&mut left), Some(1));
+    let (other, _) = sas(AeadAlg::Aes128Gcm16, 1);
+    left.apply(Command::Install(Box::new(copy(&other)))).unwrap();
+    assert_eq!(shown(&mut left), Some(1));
+    left.apply(Command::Remove { spi_in: other.spi_in }).unwrap();
+    assert_eq!(shown(&mut left), Some(1));
+    // Put into use, it may be what those packets belong to now.
+    install(&mut left, &other);
+    assert_eq!(shown(&mut left), Some(0));
+}

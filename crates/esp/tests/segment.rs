@@ -167,7 +167,9 @@ proptest! {
             segment_len,
             transport_at: sent.transport_at(),
         };
-        let got = split(&sent.unfinished(), offload).unwrap();
+        let whole = sent.unfinished();
+        let got = split(&whole, offload).unwrap();
+        prop_assert_eq!(Segments::new(&whole, offload).unwrap().packets(), got.len());
         let wanted: Vec<Vec<u8>> = sent.parts(segment_len).iter().map(Sent::finished).collect();
         prop_assert_eq!(&got, &wanted);
         let (src, dst) = sent.addresses();
@@ -214,6 +216,42 @@ proptest! {
                 steps += 1;
                 prop_assert!(steps <= bytes.len() + 1, "it ends");
             }
+        }
+    }
+}
+
+/// RFC 8200 §8.1: with a routing header, the checksum's destination is the last one, not the header's.
+#[test]
+fn a_routing_header_does_not_mislead() {
+    for carried in [Carried::Tcp, Carried::Udp] {
+        let sent = Sent {
+            carried,
+            ipv6: true,
+            traffic_class: 0,
+            id: 0,
+            ip_options: 0,
+            seq: 7,
+            flags: 0x10,
+            tcp_options: 3,
+            payload: (0..3001_u16).map(|n| n as u8).collect(),
+        };
+        let (src, last) = sent.addresses();
+        let next: core::net::Ipv6Addr = "fd03::1".parse().unwrap();
+        let mut packet = sent.unfinished();
+        let IpAddr::V6(address) = last else { unreachable!() };
+        // One segment is left (RFC 8754 §2).
+        let mut routing = vec![sent.protocol(), 2, 4, 1, 0, 0, 0, 0];
+        routing.extend(address.octets());
+        let len = u16::from_be_bytes([packet[4], packet[5]]) + routing.len() as u16;
+        packet[4..6].copy_from_slice(&len.to_be_bytes());
+        packet[6] = 43;
+        packet[24..40].copy_from_slice(&next.octets());
+        packet.splice(40..40, routing);
+        let offload = Offload::Segments { carried, segment_len: 1000, transport_at: 64 };
+        let parts = split(&packet, offload).unwrap();
+        assert_eq!(parts.len(), 4);
+        for part in parts {
+            assert!(transport_checksum_ok(src, last, sent.protocol(), &part[64..]));
         }
     }
 }

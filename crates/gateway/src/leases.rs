@@ -10,6 +10,9 @@
 //!
 //! A ceiling never goes down, and means "first number not to be used". When an owner comes to depend on a shadow
 //! again (syncing), every ceiling it holds is said anew, and the shard asks for more where it has outrun its own.
+//!
+//! A shadow also keeps the window tops that it heard: they too may overtake the record that brings their SA, and an SA
+//! that stays idle has its top said once.
 
 use std::collections::BTreeMap;
 
@@ -23,6 +26,8 @@ struct Lease {
     ceiling: u64,
     /// On its way to the shadow.
     asked: u64,
+    /// Shadow: the highest window top heard from the owner.
+    top: u32,
 }
 
 /// Leases by our inbound SPI, and what is on its way.
@@ -46,9 +51,20 @@ impl Leases {
 
     /// The ceiling is at least this (heard from the owner, granted, or taken over). Returns it.
     pub(crate) fn raise(&mut self, spi_in: EspSpi, ceiling: u64) -> u64 {
-        let lease = self.sas.entry(spi_in).or_insert(Lease { ceiling, asked: 0 });
+        let lease = self.sas.entry(spi_in).or_insert(Lease { ceiling, asked: 0, top: 0 });
         lease.ceiling = lease.ceiling.max(ceiling);
         lease.ceiling
+    }
+
+    /// Shadow: the owner has accepted numbers up to this one.
+    pub(crate) fn heard_top(&mut self, spi_in: EspSpi, top: u32) {
+        let lease = self.sas.entry(spi_in).or_insert(Lease { ceiling: 0, asked: 0, top });
+        lease.top = lease.top.max(top);
+    }
+
+    /// Shadow: the highest top heard so far; 0 if none was.
+    pub(crate) fn top(&self, spi_in: EspSpi) -> u32 {
+        self.sas.get(&spi_in).map_or(0, |lease| lease.top)
     }
 
     /// Owner: the next lease of one SA, unless one as good is on its way.
@@ -151,6 +167,19 @@ mod tests {
         leases.raise(SPI, 3 * esp::INITIAL_CEILING);
         assert_eq!(leases.install(SPI), 3 * esp::INITIAL_CEILING);
         assert_eq!(leases.raise(SPI, 5), 3 * esp::INITIAL_CEILING);
+    }
+
+    #[test]
+    fn a_top_may_overtake_its_record_and_goes_with_its_sa() {
+        let mut leases = Leases::default();
+        assert_eq!(leases.top(SPI), 0);
+        leases.heard_top(SPI, 40);
+        leases.heard_top(SPI, 7);
+        assert_eq!(leases.install(SPI), esp::INITIAL_CEILING);
+        assert_eq!(leases.top(SPI), 40);
+        leases.remove(SPI);
+        leases.install(SPI);
+        assert_eq!(leases.top(SPI), 0);
     }
 
     #[test]

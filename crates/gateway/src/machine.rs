@@ -10,7 +10,7 @@
 //!                                                  Output::Ike, Output::Shard ◄┘
 //! ```
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -585,12 +585,29 @@ impl Gateway {
         let Some(e) = self.endpoints.get_mut(index) else { return };
         // A snapshot may bring SAs of another lineage into the slots of those that it removes.
         ops.sort_by_key(|op| !matches!(op, ike::ChildOp::Remove { .. }));
+        let removed: BTreeSet<EspSpi> = ops
+            .iter()
+            .filter_map(|op| match op {
+                ike::ChildOp::Remove { spi_in } => Some(*spi_in),
+                _ => None,
+            })
+            .collect();
+        if !removed.is_empty() {
+            self.soon.retain(|(_, _, soon)| !removed.contains(soon));
+        }
         let mut later = Vec::new();
         for op in ops {
-            if let ike::ChildOp::Remove { spi_in } = &op {
-                self.soon.retain(|(_, _, soon)| soon != spi_in);
-            }
+            let installed = match &op {
+                ike::ChildOp::Install(child) => Some(child.spi_in),
+                _ => None,
+            };
             install(&mut self.outputs, &mut self.spis, e, op, &mut later);
+            // What was accepted before is never accepted again, also if that was said before the record came.
+            if let Some(spi_in) = installed
+                && let top @ 1.. = e.leases.top(spi_in)
+            {
+                self.outputs.push_back(Output::Shard(esp::Command::Window { spi_in, top }));
+            }
         }
         let due = match self.bug {
             Bug::ShadowNeverUses => Duration::MAX,

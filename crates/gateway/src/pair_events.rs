@@ -314,6 +314,8 @@ impl Gateway {
             Some(Side::Tops(list)) => {
                 for said in list {
                     let spi_in = EspSpi(said.spi_in);
+                    // Also for an SA that is not in the shards yet.
+                    e.leases.heard_top(spi_in, said.top);
                     self.outputs
                         .push_back(Output::Shard(esp::Command::Window { spi_in, top: said.top }));
                 }
@@ -355,7 +357,11 @@ impl Gateway {
                     .push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on }));
             }
             ha::Mode::Synced => {
-                tracing::info!(endpoint = e.name, "the other instance can take over at any moment")
+                tracing::info!(endpoint = e.name, "the other instance can take over at any moment");
+                // With it the shards say all window tops: those of idle SAs may have been lost with a stream.
+                let on = self.bug != Bug::LeasesIgnored;
+                self.outputs
+                    .push_back(Output::Shard(esp::Command::ObeyLeases { endpoint: id, on }));
             }
         }
     }

@@ -101,11 +101,14 @@ impl Gateway {
                 self.pair.applied(now, endpoint, id);
             }
             // Nothing of it was applied. `ha` asks for a snapshot; until one is whole and usable, what was here before is
-            // all that this shadow has. What came after it is worth nothing.
+            // all that this shadow has. What came after it is worth nothing, if `ha` took it back as well.
             Err(error) => {
                 tracing::error!(endpoint = e.name, %error, "a record of the other instance cannot be used");
-                e.applying.clear();
-                self.pair.unusable(now, endpoint, id);
+                if self.pair.unusable(now, endpoint, id) {
+                    e.applying.clear();
+                } else {
+                    e.applying.pop_front();
+                }
             }
         }
     }

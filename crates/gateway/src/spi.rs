@@ -7,7 +7,7 @@
 //! SPIs that the *other* instance chose carry the other's index bit and live in the other half of every table:
 //! a takeover adopts them without translation, and this pool never sees them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use wire::id::{EspSpi, SpiLayout};
 
@@ -30,8 +30,37 @@ pub(crate) struct SpiPool {
     first_generation: u16,
     /// Per worker: the next slot that was never used.
     fresh: Vec<u32>,
-    /// Per worker: returned places with the generation they will carry next, oldest first.
-    resting: Vec<VecDeque<SpiLayout>>,
+    /// Per worker.
+    resting: Vec<Resting>,
+}
+
+/// Returned places with the generation they will carry next.
+#[derive(Debug, Clone, Default)]
+struct Resting {
+    /// By slot.
+    places: BTreeMap<u16, SpiLayout>,
+    /// Oldest first, with some that were adopted meanwhile.
+    order: VecDeque<SpiLayout>,
+}
+
+impl Resting {
+    fn push(&mut self, place: SpiLayout) {
+        // What was adopted is forgotten in the order now and then, so that this stays cheap for ten thousand.
+        if self.order.len() > 2 * (self.places.len() + REST) {
+            self.order.retain(|place| self.places.get(&place.slot()) == Some(place));
+        }
+        self.places.insert(place.slot(), place);
+        self.order.push_back(place);
+    }
+
+    fn pop(&mut self) -> Option<SpiLayout> {
+        loop {
+            let place = self.order.pop_front()?;
+            if self.places.get(&place.slot()) == Some(&place) {
+                return self.places.remove(&place.slot());
+            }
+        }
+    }
 }
 
 impl SpiPool {
@@ -45,7 +74,7 @@ impl SpiPool {
             next_worker: 0,
             first_generation: (seed % u64::from(SpiLayout::MAX_GENERATION)) as u16 + 1,
             fresh: vec![((seed >> 11) % STARTS * STRIDE) as u32; count],
-            resting: vec![VecDeque::new(); count],
+            resting: vec![Resting::default(); count],
         }
     }
 
@@ -58,8 +87,8 @@ impl SpiPool {
             let fresh = self.fresh.get_mut(index)?;
             let resting = self.resting.get_mut(index)?;
             let exhausted = *fresh >= SLOTS_PER_WORKER;
-            if (resting.len() > REST || exhausted)
-                && let Some(place) = resting.pop_front()
+            if (resting.places.len() > REST || exhausted)
+                && let Some(place) = resting.pop()
             {
                 return Some(place.spi());
             }
@@ -86,11 +115,11 @@ impl SpiPool {
                 SpiLayout::new(self.instance, self.first_generation, place.worker(), *fresh as u16)
                 && *fresh < u32::from(place.slot())
             {
-                resting.push_back(skipped);
+                resting.push(skipped);
             }
             *fresh += 1;
         }
-        resting.retain(|resting| resting.slot() != place.slot());
+        resting.places.remove(&place.slot());
     }
 
     /// Returns an SPI; foreign and unknown ones are ignored, so a double release is harmless.
@@ -101,12 +130,10 @@ impl SpiPool {
         else {
             return;
         };
-        if u32::from(place.slot()) >= *fresh
-            || resting.iter().any(|resting| resting.slot() == place.slot())
-        {
+        if u32::from(place.slot()) >= *fresh || resting.places.contains_key(&place.slot()) {
             return;
         }
-        resting.push_back(place.next_generation());
+        resting.push(place.next_generation());
     }
 
     fn ours(&self, spi: EspSpi) -> Option<SpiLayout> {
@@ -164,5 +191,32 @@ mod tests {
         pool.release(old);
         let later = std::iter::from_fn(|| pool.allocate()).find(|spi| place(*spi).1 == 5).unwrap();
         assert_ne!(later, old, "it comes back in another generation");
+    }
+
+    // An SA may come back after its release (healing), and go again.
+    #[test]
+    fn a_place_that_was_adopted_while_it_rested_is_given_out_once() {
+        let mut pool = SpiPool::new(0, 1, 0);
+        let spis: Vec<EspSpi> = (0..200).map(|_| pool.allocate().unwrap()).collect();
+        for spi in &spis {
+            pool.release(*spi);
+            pool.adopt(*spi);
+            pool.release(*spi);
+            pool.adopt(*spi);
+        }
+        assert!(pool.resting[0].order.len() <= 2 * REST + 2, "{}", pool.resting[0].order.len());
+        let in_use: BTreeSet<_> = spis.iter().map(|spi| place(*spi)).collect();
+        for _ in 0..500 {
+            assert!(!in_use.contains(&place(pool.allocate().unwrap())));
+        }
+        pool.release(spis[3]);
+        pool.release(spis[3]);
+        for other in &spis[4..] {
+            pool.release(*other);
+        }
+        let mut again = BTreeSet::new();
+        for _ in 0..300 {
+            assert!(again.insert(place(pool.allocate().unwrap())));
+        }
     }
 }

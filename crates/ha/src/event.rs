@@ -112,6 +112,8 @@ pub enum Mode {
     /// when they confirm, call [`crate::Pair::confirm_ceilings`] with this id.
     Syncing(SyncId),
     /// Records wait for the shadow and leases are obeyed. The shadow knows that its state is exact.
+    /// Said again when a new stream follows one that broke: unacknowledged side messages of that
+    /// one may be lost.
     Synced,
 }
 

@@ -245,9 +245,9 @@ impl Endpoint {
         }
     }
 
-    /// The gateway cannot use `id`: it and all after it are taken back.
-    pub(crate) fn unusable(&mut self, cx: &mut Cx<'_>, id: ApplyId) {
-        let Role::Follower(follower) = &mut self.role else { return };
+    /// The gateway cannot use `id`: it and all after it are taken back. False if there was nothing of it.
+    pub(crate) fn unusable(&mut self, cx: &mut Cx<'_>, id: ApplyId) -> bool {
+        let Role::Follower(follower) = &mut self.role else { return false };
         let mut first = None;
         while follower.installing.back().is_some_and(|back| back.id >= id)
             && let Some(Installing { whole, undo, .. }) = follower.installing.pop_back()
@@ -255,7 +255,7 @@ impl Endpoint {
             self.store.revert(undo);
             first = Some(whole);
         }
-        let Some(whole) = first else { return };
+        let Some(whole) = first else { return false };
         follower.hole = true;
         follower.synced = false;
         follower.grant = None;
@@ -269,6 +269,7 @@ impl Endpoint {
             follower.ask_again = cx.now + UNUSABLE_PAUSE;
             cx.out.frame(&Frame::Resync { id: self.hash, term });
         }
+        true
     }
 
     fn ask_resync(&mut self, cx: &mut Cx<'_>) {

@@ -367,6 +367,7 @@ impl Endpoint {
                 }
                 if usable.is_some() && written && usable != Some(owner.stream) && can_sync {
                     self.cut(cx);
+                    cx.out.event(Event::Mode { endpoint: self.id, mode: Mode::Synced });
                 } else if [oldest, oldest_side].into_iter().flatten().any(|at| now >= at + LAG) {
                     tracing::warn!(
                         endpoint = self.name,

@@ -528,10 +528,15 @@ impl Pair {
 
     /// Shadow: this [`Event::Apply`] cannot be used. It and all after it are taken back and never
     /// acknowledged; the state before it stays, out of sync, until a whole snapshot is installed.
-    /// Call it before anything else is handed in, as [`Pair::applied`] for what can be used.
-    pub fn unusable(&mut self, now: Duration, endpoint: EndpointId, id: ApplyId) {
-        self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.unusable(cx, id));
+    ///
+    /// It may come late, as [`Pair::applied`] may. `false`: there was nothing to take back any more,
+    /// and a later [`Event::Apply`] holds as it is (one that empties the shadow stands alone, and
+    /// a new life as a shadow begins without what the former had under way).
+    pub fn unusable(&mut self, now: Duration, endpoint: EndpointId, id: ApplyId) -> bool {
+        let reverted =
+            self.one(now, usize::from(endpoint.0), |endpoint, cx| endpoint.unusable(cx, id));
         self.finish(now);
+        reverted.unwrap_or(false)
     }
 
     /// Owner: hand the endpoint to the other (the operator's `failover`). [`Event::Hold`] follows.

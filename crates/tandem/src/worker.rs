@@ -49,10 +49,10 @@ pub const SOCKET_OPTIONS: Options =
 /// IKE messages that may wait for the control loop; more are dropped.
 const IKE_QUEUE: usize = 512;
 
-/// IKE messages longer than a slot that may wait: they are held whole, and anybody can send them.
+/// IKE messages longer than a usual slot that may wait: they are held whole, and anybody can send them.
 const LONG_IKE_QUEUE: usize = 16;
 
-/// Whether an IKE message is longer than a slot.
+/// Whether an IKE message is longer than a slot of the usual size.
 fn is_long(message: &[u8]) -> bool {
     message.len() + wire::natt::NON_ESP_MARKER.len() > esp::SLOT_LEN - esp::HEADROOM - esp::TAILROOM
 }
@@ -85,6 +85,9 @@ pub struct Start {
     pub fences: Arc<[AtomicU64]>,
     /// Endpoints in the configuration.
     pub endpoints: usize,
+    /// The TUN's MTU, which its slots must hold ([`esp::slot_len`]): at 9,000 bytes, 19 MB an endpoint for what waits out
+    /// a switchover, at an Ethernet's 4.
+    pub mtu: usize,
     /// The pair link, if there is one.
     pub steering: Option<SteerPort>,
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crypto::Secret;
-use esp::Shard;
+use esp::{Batch, SLOT_LEN, Shard, Slot, Verdict};
 use gateway::config::{
     Config, ConnectionParts, EndpointParts, HomeComing, Instance, OnFailure, PairParts, PairTimers,
     Parts, Remotes, WanParts,
@@ -18,8 +18,23 @@ use wire::ts::{AddrRange, TrafficSelector};
 
 pub(crate) const HOLD_DOWN: Duration = Duration::from_secs(3);
 
-/// Two endpoints, `a` at home on the left and `b` on the right.
-fn config(local: usize, on_failure: OnFailure, initiates: bool) -> Config {
+/// Networks behind the gateways: 1 is ours, the tunnels' come after it.
+fn network(n: usize) -> TrafficSelector {
+    let [high, low] = (n as u16).to_be_bytes();
+    let range = AddrRange::new([10 + high, low, 0, 0].into(), [10 + high, low, 0, 255].into());
+    TrafficSelector::all(range.unwrap())
+}
+
+/// The name of one of so many tunnels, and the remote gateway's identity in it.
+fn branch(of: usize, n: usize) -> (String, String) {
+    match of {
+        1 => ("branch".into(), "branch.example".into()),
+        _ => (format!("branch-{n}"), format!("branch-{n}.example")),
+    }
+}
+
+/// Two endpoints, `a` at home on the left and `b` on the right, and connections to one remote gateway.
+fn config(local: usize, on_failure: OnFailure, initiates: bool, connections: usize) -> Config {
     let names = ["left", "right"];
     let instance = |index: usize| Instance {
         name: names[index].into(),
@@ -40,24 +55,20 @@ fn config(local: usize, on_failure: OnFailure, initiates: bool) -> Config {
         weight: 1,
         home_coming: HomeComing { preempt: true, hold_down: HOLD_DOWN },
     };
-    let network = |n: u8| {
-        let range = AddrRange::new([10, n, 0, 0].into(), [10, n, 0, 255].into());
-        TrafficSelector::all(range.unwrap())
-    };
     let peer = RemoteAddress::Ip([198, 51, 100, 7].into());
-    let ike = ConnectionConfig {
-        name: "branch".into(),
+    let ike = |n: usize| ConnectionConfig {
+        name: branch(connections, n).0,
         id: ConnectionId(0),
         local_address: [203, 0, 113, 10].into(),
         remote_address: peer,
         local_id: "gw.example".parse().unwrap(),
-        remote_id: "branch.example".parse().unwrap(),
+        remote_id: branch(connections, n).1.parse().unwrap(),
         psk: Secret::from_slice(b"a long enough pre-shared key"),
         ike_proposals: ike::proposal::default_ike(),
         children: vec![ChildConfig {
             name: "net".into(),
             local_ts: vec![network(1)],
-            remote_ts: vec![network(2)],
+            remote_ts: vec![network(2 + n)],
             esp_proposals: ike::proposal::default_esp(),
             start: if initiates {
                 ike::config::Start::Initiate
@@ -77,36 +88,34 @@ fn config(local: usize, on_failure: OnFailure, initiates: bool) -> Config {
         }),
         instances: vec![instance(0), instance(1)],
         endpoints: vec![endpoint("a", 0, 10), endpoint("b", 1, 20)],
-        connections: vec![ConnectionParts {
-            endpoints: vec!["a".into(), "b".into()],
-            remotes: Remotes::from(peer),
-            ike,
-        }],
+        connections: (0..connections)
+            .map(|n| ConnectionParts {
+                endpoints: vec!["a".into(), "b".into()],
+                remotes: Remotes::from(peer),
+                ike: ike(n),
+            })
+            .collect(),
         limits: Limits::default(),
         keylog: false,
     };
     Config::new(parts).unwrap().0
 }
 
-/// The remote gateway: alone, with a tunnel to each of our addresses, which it begins.
-fn remote() -> Config {
-    let network = |n: u8| {
-        let range = AddrRange::new([10, n, 0, 0].into(), [10, n, 0, 255].into());
-        TrafficSelector::all(range.unwrap())
-    };
+/// The remote gateway: alone, with a tunnel of each connection to each of our addresses, which it begins.
+fn remote(connections: usize) -> Config {
     let at = |n: u8| RemoteAddress::Ip([203, 0, 113, n].into());
-    let ike = ConnectionConfig {
-        name: "gw".into(),
+    let ike = |n: usize| ConnectionConfig {
+        name: if connections == 1 { "gw".into() } else { format!("gw-{n}") },
         id: ConnectionId(0),
         local_address: [198, 51, 100, 7].into(),
         remote_address: at(10),
-        local_id: "branch.example".parse().unwrap(),
+        local_id: branch(connections, n).1.parse().unwrap(),
         remote_id: "gw.example".parse().unwrap(),
         psk: Secret::from_slice(b"a long enough pre-shared key"),
         ike_proposals: ike::proposal::default_ike(),
         children: vec![ChildConfig {
             name: "net".into(),
-            local_ts: vec![network(2)],
+            local_ts: vec![network(2 + n)],
             remote_ts: vec![network(1)],
             esp_proposals: ike::proposal::default_esp(),
             start: ike::config::Start::Initiate,
@@ -133,11 +142,13 @@ fn remote() -> Config {
             weight: 1,
             home_coming: HomeComing::default(),
         }],
-        connections: vec![ConnectionParts {
-            endpoints: vec!["p".into()],
-            remotes: Remotes::Everywhere(vec![at(10), at(20)]),
-            ike,
-        }],
+        connections: (0..connections)
+            .map(|n| ConnectionParts {
+                endpoints: vec!["p".into()],
+                remotes: Remotes::Everywhere(vec![at(10), at(20)]),
+                ike: ike(n),
+            })
+            .collect(),
         limits: Limits::default(),
         keylog: false,
     };
@@ -168,6 +179,7 @@ pub(crate) struct Pair {
     pub(crate) sides: [Side; 2],
     /// A remote gateway that lives and begins anew when its tunnel ends; without, nobody answers.
     remote: Option<Side>,
+    connections: usize,
     /// Whose process has ended.
     stopped: [bool; 2],
     tickets: u64,
@@ -176,12 +188,12 @@ pub(crate) struct Pair {
 impl Pair {
     /// Nobody answers what we initiate.
     pub(crate) fn new(on_failure: OnFailure) -> Self {
-        Self::make(on_failure, false)
+        Self::make(on_failure, false, 1)
     }
 
     /// The remote gateway initiates, and has both tunnels.
     pub(crate) fn with_peer(on_failure: OnFailure) -> Self {
-        let mut pair = Self::make(on_failure, true);
+        let mut pair = Self::make(on_failure, true, 1);
         pair.run(Duration::from_secs(12));
         assert_eq!(
             pair.believed(),
@@ -190,32 +202,28 @@ impl Pair {
         pair
     }
 
-    fn make(on_failure: OnFailure, peer: bool) -> Self {
+    /// As [`Pair::with_peer`], but with so many connections, hence twice as many tunnels.
+    pub(crate) fn with_connections(connections: usize) -> Self {
+        let mut pair = Self::make(OnFailure::Adopt, true, connections);
+        pair.run(Duration::from_secs(12));
+        assert_eq!(pair.believed().values().filter(|up| **up).count(), connections * 2);
+        pair
+    }
+
+    fn make(on_failure: OnFailure, peer: bool, connections: usize) -> Self {
         let now = Duration::from_secs(100);
         let side = |local: usize| {
-            let start = Start {
-                config: if local == 2 { remote() } else { config(local, on_failure, !peer) },
-                rng: Box::new(ChaCha20Rng::seed_from_u64(local as u64)),
-                seed: local as u64 + 1,
-                terms: vec![Some(wire::id::Term(0)); 2 - local / 2],
-                release: "test".into(),
-                hold_format: None,
+            let config = match local {
+                2 => remote(connections),
+                _ => config(local, on_failure, !peer, connections),
             };
-            Side {
-                gateway: Gateway::new(start, now).unwrap(),
-                shard: Shard::new(esp::Config { endpoints: 2, ..esp::Config::default() }),
-                sent: Vec::new(),
-                answers: BTreeMap::new(),
-                pinned: BTreeMap::new(),
-                addresses: BTreeMap::new(),
-                ike: Vec::new(),
-                ike_sent: 0,
-            }
+            Side::new(config, local, local as u64, now)
         };
         let mut pair = Self {
             now,
             sides: [side(0), side(1)],
             remote: peer.then(|| side(2)),
+            connections,
             stopped: [false; 2],
             tickets: 0,
         };
@@ -245,6 +253,11 @@ impl Pair {
                             other.handle_heartbeat(now, link.0, &bytes)
                         }
                         ha::Transmit::Frame(bytes) => other.handle_frame(now, &bytes),
+                        ha::Transmit::Probe { link } if self.stopped[1 - at] => {
+                            let ours = &mut self.sides[at];
+                            ours.gateway.handle_probe_result(now, link.0, ha::Probe::Refused);
+                            ours.settle(now);
+                        }
                         ha::Transmit::Probe { .. } | ha::Transmit::CloseStream { .. } => {}
                     }
                     self.sides[1 - at].settle(now);
@@ -284,6 +297,14 @@ impl Pair {
         use gateway::status::{ChildState, Status, TunnelCounts, TunnelState};
         let [full, summary] = [Request::Status, Request::Summary].map(|request| {
             let ticket = self.ask(at, &request);
+            // Of many tunnels, a part in each turn.
+            let (now, side) = (self.now, &mut self.sides[at]);
+            while side.gateway.poll_timeout() < now + Duration::from_millis(1)
+                && !side.answers.contains_key(&ticket)
+            {
+                side.gateway.handle_turn(now);
+                side.settle(now);
+            }
             match self.sides[at].answers.remove(&ticket) {
                 Some(Answer::Status(status)) => *status,
                 other => panic!("{other:?}"),
@@ -324,6 +345,27 @@ impl Pair {
 }
 
 impl Side {
+    fn new(config: Config, local: usize, seed: u64, now: Duration) -> Self {
+        let start = Start {
+            config,
+            rng: Box::new(ChaCha20Rng::seed_from_u64(seed)),
+            seed: seed + 1,
+            terms: vec![Some(wire::id::Term(0)); 2 - local / 2],
+            release: "test".into(),
+            hold_format: None,
+        };
+        Self {
+            gateway: Gateway::new(start, now).unwrap(),
+            shard: Shard::new(esp::Config { endpoints: 2, ..esp::Config::default() }),
+            sent: Vec::new(),
+            answers: BTreeMap::new(),
+            pinned: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            ike: Vec::new(),
+            ike_sent: 0,
+        }
+    }
+
     /// Outputs and reports, until nothing is left.
     pub(crate) fn settle(&mut self, now: Duration) {
         loop {
@@ -334,7 +376,11 @@ impl Side {
                         if let esp::Command::Pin { endpoint, on } = command {
                             self.pinned.insert(endpoint, on);
                         }
-                        self.shard.apply(command).unwrap();
+                        match self.shard.apply(command) {
+                            // Removed a moment ago, or not yet there.
+                            Ok(()) | Err(esp::CommandError::UnknownSa(_)) => {}
+                            Err(error) => panic!("{error}"),
+                        }
                     }
                     Output::Reserve { endpoint, up_to } => {
                         self.gateway.handle_reserved(now, endpoint, up_to)
@@ -366,11 +412,82 @@ impl Pair {
         let remote = self.remote.as_mut().unwrap();
         remote.gateway.handle_request(now, ticket, &Request::Status);
         remote.settle(now);
+        for _ in 0..10 {
+            remote.gateway.handle_turn(now);
+            remote.settle(now);
+        }
         let Some(Answer::Status(status)) = remote.answers.remove(&ticket) else { panic!() };
         let up = |t: &gateway::status::TunnelStatus| {
             t.state == gateway::status::TunnelState::Established && !t.children.is_empty()
         };
         status.tunnels.iter().map(|t| (t.connection.clone(), up(t))).collect()
+    }
+
+    /// One packet of each connection from the remote gateway to us, as ESP.
+    pub(crate) fn packets(&mut self) -> Vec<Vec<u8>> {
+        let now = self.now;
+        let remote = self.remote.as_mut().unwrap();
+        let mut batch = Batch::new(1, SLOT_LEN);
+        let sealed = (0..self.connections).map(|n| {
+            let [high, low] = (n as u16 + 2).to_be_bytes();
+            let from = SocketAddr::from(([10 + high, low, 0, 9], 4000));
+            let inner = wire::ip::udp_packet(from, "10.1.0.9:5000".parse().unwrap(), b"once");
+            batch.clear();
+            assert!(batch.push().unwrap().fill(&inner.unwrap()));
+            remote.shard.outbound(now, &[Duration::MAX], &mut batch);
+            let slot = &batch.slots()[0];
+            assert!(matches!(slot.verdict(), Verdict::Send { .. }), "{slot:?}");
+            slot.packet().to_vec()
+        });
+        sealed.collect()
+    }
+
+    /// What becomes of ESP packets that come to an instance, inside its fence.
+    pub(crate) fn receive(&mut self, at: usize, packets: &[Vec<u8>]) -> Vec<Verdict> {
+        let now = self.now;
+        let mut batch = Batch::new(packets.len(), SLOT_LEN);
+        for packet in packets {
+            assert!(batch.push().unwrap().fill(packet));
+        }
+        let side = &mut self.sides[at];
+        side.shard.inbound(now, &[Duration::MAX; 2], &mut batch);
+        side.settle(now);
+        batch.slots().iter().map(Slot::verdict).collect()
+    }
+
+    /// The pair's stream ends with all that is under way, and stands anew.
+    pub(crate) fn break_stream(&mut self) {
+        // What the shards are about to report leaves into the old one.
+        self.now += Duration::from_millis(5);
+        let now = self.now;
+        for side in &mut self.sides {
+            side.settle(now);
+            side.sent.clear();
+            side.gateway.handle_stream_down(now, false);
+            side.settle(now);
+            side.gateway.handle_stream_up(now, 0);
+            side.settle(now);
+        }
+    }
+
+    /// SIGKILL: the stream ends without a goodbye, and the pair port is closed.
+    pub(crate) fn kill(&mut self, at: usize) {
+        let now = self.now;
+        self.stopped[at] = true;
+        self.sides[1 - at].gateway.handle_stream_down(now, false);
+        self.sides[1 - at].settle(now);
+    }
+
+    /// A process that knows nothing takes the place of one that was killed; the pair's stream stands anew.
+    pub(crate) fn revive(&mut self, at: usize) {
+        let now = self.now;
+        let config = config(at, OnFailure::Adopt, false, self.connections);
+        self.sides[at] = Side::new(config, at, 77, now);
+        self.stopped[at] = false;
+        for side in &mut self.sides {
+            side.gateway.handle_stream_up(now, 0);
+            side.settle(now);
+        }
     }
 
     /// As the daemon stops: `tandem::daemon::control::Control::stopped`.

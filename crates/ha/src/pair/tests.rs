@@ -406,12 +406,18 @@ fn what_cannot_be_used_is_never_acknowledged() {
     wire.run(5);
     let before = wire.pairs[1].status(wire.now).endpoints[0].clone();
     wire.acked();
-    wire.unusable = 1;
     let bad = wire.put(7, b"unreadable".to_vec()).unwrap();
     wire.put(8, b"after".to_vec()).unwrap();
     wire.deliver();
+    let (now, mut ids) = (wire.now, Vec::new());
+    while let Some(event) = wire.pairs[1].poll_event() {
+        let Event::Apply { id, .. } = event else { continue };
+        ids.push(id);
+    }
+    assert_eq!(ids.len(), 2);
+    assert!(wire.pairs[1].unusable(now, E, ids[0]));
+    assert!(!wire.pairs[1].unusable(now, E, ids[1]), "taken back with the one before it");
     wire.drain(1);
-    assert_eq!(wire.refused, 1);
     let status = wire.pairs[1].status(wire.now).endpoints[0].clone();
     assert_eq!(status.role, Role::Shadow { synced: false });
     assert_eq!((status.position, status.digest), (before.position, before.digest), "taken back");

@@ -7,14 +7,14 @@
 //!   Application ── decode, so many a part ──► all could be read ── commit, so many a part ──► done
 //!                        └─ one could not: nothing was changed
 //! ```
-//! What is committed together is whole connections, since Child SAs move only between IKE SAs of one connection; and
-//! all that loses a Child SA comes first, in one part, since another may take its place in the workers' tables. So in
-//! between each connection is as it was, or as it is to be.
+//! What is committed together is whole connections, since Child SAs move only between IKE SAs of one connection. The
+//! Child SAs that are lost leave the workers before any other comes, since that may take the place of one in their
+//! tables. So in between each connection is as it was, perhaps without what it loses, or as it is to be.
 
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 
-use wire::id::IkeSpi;
+use wire::id::{EspSpi, IkeSpi};
 use zeroize::Zeroizing;
 
 use super::Endpoint;
@@ -37,10 +37,15 @@ pub struct Application {
     deletes: Vec<IkeSpi>,
     notes: Vec<Note>,
     groups: BTreeMap<Group, Changes>,
-    /// Groups that lose a Child SA.
-    losing: BTreeSet<Group>,
     /// Set when all is decoded: what is left to commit.
-    decoded: Option<btree_map::IntoIter<Group, Changes>>,
+    decoded: Option<Decoded>,
+}
+
+#[derive(Debug)]
+struct Decoded {
+    /// Child SAs that no IKE SA has any more.
+    lost: std::collections::btree_set::IntoIter<EspSpi>,
+    groups: btree_map::IntoIter<Group, Changes>,
 }
 
 impl Application {
@@ -52,7 +57,6 @@ impl Application {
             deletes,
             notes: Vec::new(),
             groups: BTreeMap::new(),
-            losing: BTreeSet::new(),
             decoded: None,
         }
     }
@@ -61,7 +65,7 @@ impl Application {
 /// What a part came to.
 #[derive(Debug, Default)]
 pub struct Applied {
-    /// For the workers, in this order.
+    /// For the workers: removals first, since a Child SA may take the place of one that goes; the others in this order.
     pub ops: Vec<ChildOp>,
     /// Nothing is left to do.
     pub done: bool,
@@ -119,7 +123,7 @@ impl Endpoint {
         self.commit_part(application, most)
     }
 
-    /// All could be decoded: deletes join in, and what is to be in one part comes first.
+    /// All could be decoded: deletes join in, and what will be lost is known.
     fn sort(&mut self, application: &mut Application) {
         for spi in core::mem::take(&mut application.deletes) {
             if let Some(connection) = self.registry.noted(spi) {
@@ -128,16 +132,15 @@ impl Endpoint {
             self.change(application, spi, None);
         }
         core::mem::take(&mut application.notes).into_iter().for_each(|note| self.notes.set(note));
-        let mut first = Changes::new();
-        for group in &application.losing {
-            first.extend(application.groups.remove(group).into_iter().flatten());
+        let groups = core::mem::take(&mut application.groups);
+        let old = groups.values().flatten().filter_map(|(spi, _)| self.table.get(*spi));
+        let new = groups.values().flatten().filter_map(|(_, new)| new.as_ref());
+        let mut lost: BTreeSet<EspSpi> =
+            old.flat_map(IkeSa::children).map(|child| child.spi_in).collect();
+        for child in new.flat_map(IkeSa::children) {
+            lost.remove(&child.spi_in);
         }
-        let mut groups = core::mem::take(&mut application.groups);
-        if !first.is_empty() {
-            // Before every name.
-            groups.insert((None, None), first);
-        }
-        application.decoded = Some(groups.into_iter());
+        application.decoded = Some(Decoded { lost: lost.into_iter(), groups: groups.into_iter() });
     }
 
     fn commit_part(
@@ -145,14 +148,21 @@ impl Endpoint {
         application: &mut Application,
         most: usize,
     ) -> Result<Applied, RecordError> {
-        let Some(groups) = &mut application.decoded else { return Ok(Applied::default()) };
+        let Some(Decoded { lost, groups }) = &mut application.decoded else {
+            return Ok(Applied::default());
+        };
+        let removals = lost.by_ref().take(most).map(|spi_in| ChildOp::Remove { spi_in });
+        let removals: Vec<ChildOp> = removals.collect();
         let mut changes = Changes::new();
-        while changes.len() < most {
+        while removals.len() + changes.len() < most {
             let Some((_, group)) = groups.next() else { break };
             changes.extend(group);
         }
-        let done = groups.len() == 0;
-        Ok(Applied { ops: self.table.commit(&self.registry, changes), done })
+        let done = lost.len() == 0 && groups.len() == 0;
+        let mut ops = self.table.commit(&self.registry, changes);
+        ops.retain(|op| !matches!(op, ChildOp::Remove { .. }));
+        ops.extend(removals);
+        Ok(Applied { ops, done })
     }
 
     /// Puts a change to the others of its connection.
@@ -161,13 +171,6 @@ impl Endpoint {
         let name = new.as_ref().or(old).and_then(|sa| sa.connection.clone());
         let group = (name, None);
         let group = if group.0.is_none() { (None, Some(spi)) } else { group };
-        let keeps = |child: &crate::state::Child| {
-            let children = new.as_ref().map(IkeSa::children).unwrap_or_default();
-            children.iter().any(|c| c.spi_in == child.spi_in)
-        };
-        if old.is_some_and(|old| !old.children().iter().all(keeps)) {
-            application.losing.insert(group.clone());
-        }
         application.groups.entry(group).or_default().insert(spi, new);
     }
 

@@ -42,6 +42,8 @@ fn apply(
     let (mut parts, mut installed) = (0, false);
     loop {
         let part = shadow.apply_part(now, &mut application, most).unwrap();
+        // A group of this test has one or two changes, and each at most three consequences.
+        assert!(part.ops.len() <= most.saturating_add(1).saturating_mul(3), "{}", part.ops.len());
         let (removals, others): (Vec<_>, Vec<_>) =
             part.ops.into_iter().partition(|op| matches!(op, ChildOp::Remove { .. }));
         // A place in the workers' tables is free before another takes it.
@@ -107,6 +109,34 @@ fn parts_come_to_the_same_as_the_whole() {
         assert_eq!(partly, between, "parts of {most}");
         assert_eq!(whole, end, "parts of {most}");
     }
+}
+
+// Another lineage takes the place of what a shadow holds: everything goes and everything comes, a part at a time.
+#[test]
+fn a_snapshot_in_place_of_another_comes_in_parts_as_well() {
+    let old = many();
+    let mut new = many();
+    for k in 0..MANY {
+        new.terminate(A, Target::Connection(ConnectionId(k)));
+        new.settle();
+    }
+    new.run(Duration::from_secs(20));
+    for k in 0..MANY {
+        assert!(new.with_side(A, |ike, cx| ike.initiate(cx, ConnectionId(k))));
+        new.settle();
+    }
+    let first = (old.sides[A].ike.snapshot(old.now), Vec::new());
+    let puts = new.sides[A].ike.snapshot(new.now);
+    let stays = |key: &IkeSpi| puts.iter().any(|(other, _)| other == key);
+    let gone: Vec<IkeSpi> = first.0.iter().map(|(key, _)| *key).filter(|k| !stays(k)).collect();
+    assert_eq!(gone.len(), usize::from(MANY));
+    let (mut shadow, mut plane) =
+        (Endpoint::new(duplicate(new.sides[A].ike.config())), Plane::default());
+    apply(&mut shadow, &mut plane, new.now, &first, 2);
+    let parts = apply(&mut shadow, &mut plane, new.now, &(puts, gone), 1);
+    assert!(parts > usize::from(MANY) * 2, "{parts} parts");
+    let spis = |plane: &Plane| plane.sas.keys().copied().collect::<Vec<_>>();
+    assert_eq!(spis(&plane), spis(&new.sides[A].plane));
 }
 
 #[test]

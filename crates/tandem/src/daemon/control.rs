@@ -36,6 +36,8 @@ const RESERVE_AGAIN: Duration = Duration::from_secs(1);
 const DATAGRAM: usize = 65_535;
 /// Messages taken from one source in a turn, so that none starves the others or the heartbeat.
 const TURN: usize = 64;
+/// Reports of the worker taken in a turn: all that wait, in the worst case. It does not make more of them by itself.
+const REPORTS: usize = 1024;
 
 /// What tasks report.
 enum Done {
@@ -187,10 +189,15 @@ impl Control {
                 self.link_event(event);
             }
         }
-        // The event was cleared before, so what comes from now on wakes the loop again. Both of the worker's queues are
-        // bounded, hence so is this.
+        // The event was cleared before, so what comes from now on wakes the loop again; what is left must.
+        let mut quota = Quota::new();
         while let Some(event) = self.parts.worker.poll().map_err(|error| error.to_string())? {
+            let spent = quota.take(&event);
             self.worker_event(event);
+            if spent {
+                self.parts.worker.event().set();
+                break;
+            }
         }
         for index in 0..self.parts.places.len() {
             for _ in 0..TURN {
@@ -594,6 +601,31 @@ impl Control {
     }
 }
 
+/// What a turn may still take from the worker, which goes on filling its queues meanwhile.
+struct Quota {
+    reports: usize,
+    messages: usize,
+}
+
+impl Quota {
+    fn new() -> Self {
+        Self { reports: REPORTS, messages: TURN }
+    }
+
+    /// Counts an event. True when it is the turn's last.
+    fn take(&mut self, event: &WorkerEvent) -> bool {
+        let left = match event {
+            WorkerEvent::Report(_) | WorkerEvent::Steered(_) => &mut self.reports,
+            // Anybody can send these, as fast as they are taken.
+            WorkerEvent::Ike { .. }
+            | WorkerEvent::SteeredIke { .. }
+            | WorkerEvent::Stray { .. } => &mut self.messages,
+        };
+        *left = left.saturating_sub(1);
+        *left == 0
+    }
+}
+
 /// The name in the configuration: of a remote gateway with several addresses, `NAME#1` is the connection to the first.
 fn configured(connection: &str) -> &str {
     connection.split_once('#').map_or(connection, |(name, _)| name)
@@ -619,5 +651,34 @@ impl Watchdog {
             self.next = now + every;
             let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Watchdog]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // security.md 1, ha.md "The fence": no flood keeps a turn from its end, after which heartbeats leave.
+    #[test]
+    fn a_turn_ends_however_fast_the_worker_refills_its_queues() {
+        let ike = || WorkerEvent::Ike {
+            endpoint: EndpointId(0),
+            from: "192.0.2.1:4500".parse().unwrap(),
+            bytes: vec![0; 28],
+        };
+        let taken = |mut quota: Quota, flood: &dyn Fn() -> WorkerEvent| {
+            (1..=100_000).find(|_| quota.take(&flood()))
+        };
+        assert_eq!(taken(Quota::new(), &ike), Some(TURN));
+        assert_eq!(
+            taken(Quota::new(), &|| WorkerEvent::Stray { link: 0, datagram: Vec::new() }),
+            Some(TURN)
+        );
+        // And reports do not come out of what messages may take.
+        let mut quota = Quota::new();
+        assert!((0..TURN * 2).all(|_| !quota.take(&WorkerEvent::Steered(EndpointId(0)))));
+        assert_eq!(taken(quota, &ike), Some(TURN));
+        let report = || WorkerEvent::Steered(EndpointId(0));
+        assert_eq!(taken(Quota::new(), &report), Some(REPORTS));
     }
 }

@@ -234,6 +234,7 @@ pub(super) async fn open(
         sockets,
         fences: fences.words(),
         endpoints: config.endpoints.len(),
+        mtu: mtu as usize,
         steering,
     })
     .map_err(|error| format!("the worker cannot be started: {error}"))?;

@@ -98,8 +98,13 @@ impl SteerPort {
             self.shared.counters.refuse(Refused::Short);
             return Some(Arrival::Refused);
         }
-        if matches!(datagram::purpose_of(datagram), Ok(Purpose::Heartbeat)) {
-            return Some(Arrival::Stray(datagram));
+        match sort(datagram) {
+            Ok(Purpose::Heartbeat) => return Some(Arrival::Stray(datagram)),
+            Err(refused) => {
+                self.shared.counters.refuse(refused);
+                return Some(Arrival::Refused);
+            }
+            Ok(Purpose::Steer) => {}
         }
         renew(&self.shared.steer_in, &mut self.stream, &mut self.opener);
         Some(open(&self.shared, self.opener.as_mut(), link, datagram))
@@ -118,6 +123,16 @@ impl SteerPort {
         };
         let to = *remote;
         socket.send(sealed.map(|bytes| SendItem { to, bytes, tos: 0 }))
+    }
+}
+
+/// Whose a datagram is. Nothing is authenticated yet: what cannot be a heartbeat is not copied for control.
+fn sort(datagram: &[u8]) -> Result<Purpose, Refused> {
+    match datagram::purpose_of(datagram)? {
+        Purpose::Heartbeat if datagram.len() > ha::config::HEARTBEAT_MAX + datagram::OVERHEAD => {
+            Err(Refused::Unknown)
+        }
+        purpose => Ok(purpose),
     }
 }
 
@@ -150,5 +165,19 @@ fn open<'d>(
             shared.counters.refuse(refused);
             Arrival::Refused
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_than_a_heartbeat_is_passed_on_to_control() {
+        let longest = ha::config::HEARTBEAT_MAX + datagram::OVERHEAD;
+        assert_eq!(sort(&vec![1; longest]), Ok(Purpose::Heartbeat));
+        assert_eq!(sort(&vec![1; longest + 1]), Err(Refused::Unknown));
+        assert_eq!(sort(&vec![2; longest + 1]), Ok(Purpose::Steer));
+        assert_eq!(sort(&[1; 4]), Err(Refused::Short));
     }
 }

@@ -29,7 +29,8 @@ counters! {
     tun_read,
     /// Reads of the TUN that gave several of these as one.
     tun_split,
-    /// Reads of the TUN that were not what their header said.
+    /// Packets read from the TUN, after splitting, that were not what their header said, or fitted no slot. A read that
+    /// could not be split at all is one.
     tun_malformed,
     /// Packets written to the TUN.
     tun_written,
@@ -67,6 +68,8 @@ counters! {
     steer_refused,
     /// Packets that the other instance handed to us.
     steered_in,
+    /// Datagrams of the pair link that were for control, whose queue was full.
+    stray_dropped,
 }
 
 /// Adds to a counter that only this thread writes.
@@ -90,6 +93,7 @@ impl Snapshot {
             ("ike_queue_full", self.ike_dropped),
             ("steer_lost", self.steer_lost),
             ("steer_refused", self.steer_refused),
+            ("stray_dropped", self.stray_dropped),
             ("receive_errors", self.receive_errors),
         ]
         .into_iter()

@@ -116,7 +116,11 @@ impl State {
         for (socket, token) in links.zip(FIRST_LINK..) {
             poller.add(socket, token)?;
         }
-        let shard = esp::Config { endpoints: start.endpoints, ..esp::Config::default() };
+        let shard = esp::Config {
+            endpoints: start.endpoints,
+            slot_len: esp::slot_len(start.mtu),
+            ..esp::Config::default()
+        };
         Ok(Self {
             batch: Batch::new(BATCH, shard.slot_len),
             read: vec![0; netio::tun::READ_LEN].into_boxed_slice(),
@@ -313,6 +317,7 @@ impl State {
             add(&self.io.counters.tun_malformed, 1);
             return 0;
         };
+        let packets = segments.packets() as u64;
         let mut count = 0;
         while !segments.is_done() {
             if self.batch.is_full() {
@@ -322,7 +327,8 @@ impl State {
             let whole = self.read.get(..length).unwrap_or_default();
             let Some(length) = segments.next_into(whole, slot.room()) else {
                 self.batch.pop();
-                add(&self.io.counters.tun_malformed, 1);
+                // What was to follow is lost with it.
+                add(&self.io.counters.tun_malformed, packets - count);
                 break;
             };
             slot.set_len(length);
@@ -469,6 +475,26 @@ impl Io {
 mod tests {
     use super::super::tests::{Peer, isolated, test_state};
     use super::*;
+
+    #[test]
+    fn what_a_read_loses_is_counted_by_the_packet() {
+        isolated(|| {
+            let mut state = test_state();
+            let inner = wire::ip::udp_packet(
+                "10.1.0.9:5000".parse().unwrap(),
+                "10.2.0.5:4000".parse().unwrap(),
+                &[7; 10_000],
+            );
+            let inner = inner.unwrap();
+            state.read[..inner.len()].copy_from_slice(&inner);
+            // No slot holds 4,000 bytes.
+            let carried = wire::vnet::Carried::Udp;
+            let offload = Offload::Segments { carried, segment_len: 4000, transport_at: 20 };
+            assert_eq!(state.split(inner.len(), offload), 0);
+            assert_eq!(state.io.counters.snapshot().tun_malformed, 3);
+            assert!(state.batch.is_empty());
+        });
+    }
 
     #[test]
     fn what_becomes_invalid_between_judging_and_writing_is_dropped() {

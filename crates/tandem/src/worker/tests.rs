@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crypto::Secret;
 use crypto::aead::AeadAlg;
-use esp::{Batch, Command, INITIAL_CEILING, Reason, Report, SLOT_LEN, Sa, Shard};
+use esp::{Batch, Command, INITIAL_CEILING, Reason, Report, Sa, Shard};
 use netio::clock::boottime;
 use wire::id::{ConnectionId, EspSpi, SpiLayout, Term};
 use wire::ts::{Cidr, TrafficSelector};
@@ -135,14 +135,19 @@ impl Host {
 }
 
 fn start(tun: &str, local: &str, fences: &Arc<[AtomicU64]>) -> Start {
+    start_with(tun, local, fences, 1400)
+}
+
+fn start_with(tun: &str, local: &str, fences: &Arc<[AtomicU64]>, mtu: u16) -> Start {
     let tun = Tun::open_vnet(tun).unwrap();
-    tun.configure(1400, 2000).unwrap();
+    tun.configure(mtu.into(), 2000).unwrap();
     let socket = BatchSocket::bind(local.parse().unwrap(), SOCKET_OPTIONS).unwrap();
     Start {
         tun: Arc::new(tun),
         sockets: vec![EndpointSocket { endpoint: MAIN, socket, raw: None }],
         fences: Arc::clone(fences),
         endpoints: 1,
+        mtu: mtu.into(),
         steering: None,
     }
 }
@@ -187,7 +192,7 @@ impl Peer {
         own(|command| shard.apply(command).unwrap(), PEER, 1, 1);
         let socket = UdpSocket::bind(PEER).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-        Self { shard, batch: Batch::new(1, SLOT_LEN), socket }
+        Self { shard, batch: Batch::new(1, esp::slot_len(9000)), socket }
     }
 
     /// Sealed, as it would come over the wire.
@@ -240,7 +245,7 @@ fn application(tun: &str) -> UdpSocket {
 }
 
 fn receive(socket: &UdpSocket) -> Vec<u8> {
-    let mut buffer = [0; 2000];
+    let mut buffer = [0; 9000];
     let length = socket.recv(&mut buffer).expect("a packet at the application");
     buffer[..length].to_vec()
 }
@@ -280,6 +285,25 @@ fn packets_pass_both_ways_in_order_and_windows_are_reported() {
                 top = tops.as_slice()[0].1;
             }
         }
+    });
+}
+
+#[test]
+fn slots_hold_what_a_larger_mtu_lets_through() {
+    isolated(|| {
+        let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);
+        let start = start_with("tdm0", "127.0.0.1:4500", &fences, 9000);
+        let host = Host::started(start, "127.0.0.1:4500", true, fences);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        // IPv4 and UDP take 28 bytes.
+        let full = [7; 8972];
+        application.send(&full).unwrap();
+        assert_eq!(peer.receive().0, full);
+        peer.send("127.0.0.1:4500", &full);
+        assert_eq!(receive(&application), full);
+        let dropped: Vec<_> = host.worker.counters().drops().collect();
+        assert_eq!(dropped, []);
     });
 }
 

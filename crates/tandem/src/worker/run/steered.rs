@@ -93,7 +93,8 @@ fn collect(
     let (head, packet) = match arrival {
         Arrival::Steered(head, packet) => (head, packet),
         Arrival::Stray(datagram) => {
-            outlet.ike(WorkerEvent::Stray { link, datagram: datagram.to_vec() });
+            let passed_on = outlet.ike(WorkerEvent::Stray { link, datagram: datagram.to_vec() });
+            add(&counters.stray_dropped, u64::from(!passed_on));
             return Collected::Goes;
         }
         Arrival::Refused => return Collected::Goes,
@@ -179,10 +180,29 @@ impl Io {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc::sync_channel;
+
     use super::super::super::tests::steering::{PLAIN, links};
     use super::super::super::tests::{Peer, isolated, linked_state};
     use super::*;
     use netio::clock::boottime;
+
+    #[test]
+    fn a_stray_that_control_has_no_room_for_is_counted() {
+        let (ike, _full) = sync_channel(1);
+        let event = netio::wake::EventFd::new().unwrap();
+        let outlet = Outlet::new(sync_channel(1).0, ike, event, Arc::default());
+        let counters = Counters::default();
+        let (mut batch, mut spare) = (Batch::new(1, 256), Slot::new(256));
+        for dropped in 0..3 {
+            let arrival = Arrival::Stray(&[1; 60]);
+            let to = (&outlet, &counters);
+            collect(arrival, 0, to, &mut batch, &mut spare, &mut None);
+            assert_eq!(counters.snapshot().stray_dropped, dropped);
+        }
+        assert_eq!(counters.snapshot().drops().collect::<Vec<_>>(), [("stray_dropped", 2)]);
+    }
 
     // ha.md, "Switchover": the old owner steers when it has heard that the new one owns. The new one's worker may have looked
     // at its queue just before that stood there, and at the pair link just after.
