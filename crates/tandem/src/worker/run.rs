@@ -317,7 +317,7 @@ impl State {
             add(&self.io.counters.tun_malformed, 1);
             return 0;
         };
-        let packets = segments.packets() as u64;
+        let packets = segments.packets();
         let mut count = 0;
         while !segments.is_done() {
             if self.batch.is_full() {
@@ -328,7 +328,7 @@ impl State {
             let Some(length) = segments.next_into(whole, slot.room()) else {
                 self.batch.pop();
                 // What was to follow is lost with it.
-                add(&self.io.counters.tun_malformed, packets - count);
+                add(&self.io.counters.tun_malformed, packets.saturating_sub(count) as u64);
                 break;
             };
             slot.set_len(length);
