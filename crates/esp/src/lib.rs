@@ -22,6 +22,7 @@
 //! | --- | --- |
 //! | [`batch`] | buffers, allocated once; verdicts |
 //! | [`command`], [`report`] | the two queues between control and worker |
+//! | [`crew`] | several workers as one, for control |
 //! | [`shard`] | composition: what happens to a packet, in order; `hand`: with several workers |
 //! | `sa` | sequence numbers, IVs, leases and terms of one SA; seal and open |
 //! | [`replay`] | the inbound window (RFC 6479) |
@@ -42,6 +43,7 @@ mod bug;
 mod bytes;
 pub mod coalesce;
 pub mod command;
+pub mod crew;
 mod ecn;
 mod endpoint;
 mod foreign;
@@ -63,6 +65,7 @@ pub use bug::Bug;
 pub use command::{
     Command, CommandError, Counters, INITIAL_CEILING, LEASE_MIN, Policy, Sa, ceiling_for,
 };
+pub use crew::Crew;
 pub use reason::{Reason, Stats};
 pub use replay::Window;
 pub use report::{Expiry, Flow, Report, SaStats, Snapshot, Tops};

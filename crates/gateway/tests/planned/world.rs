@@ -198,6 +198,7 @@ impl Pair {
                 rng: Box::new(ChaCha20Rng::seed_from_u64(local as u64)),
                 seed: local as u64 + 1,
                 terms: vec![Some(wire::id::Term(0)); 2 - local / 2],
+                workers: 1,
                 release: "test".into(),
                 hold_format: None,
             };
