@@ -411,7 +411,12 @@ mod tests {
                 }
             }
             drop(queues);
-            assert!(crate::route::index_of("tdm0").is_err(), "it dies with the last of them");
+            // A child that another test forks may have copies for a moment.
+            let deadline = Instant::now() + Duration::from_secs(2);
+            while crate::route::index_of("tdm0").is_ok() {
+                assert!(Instant::now() < deadline, "it dies with the last of them");
+                std::thread::sleep(Duration::from_millis(1));
+            }
         });
     }
 

@@ -27,7 +27,8 @@ impl Group {
             let only = BatchSocket::bind(local, options)?;
             return Ok(Self { sockets: vec![only], unsorted: None });
         }
-        // The order of binding is that of the places in the group, which the program names.
+        // The order of binding is that of the places in the group, which the program names. Another process' sockets of
+        // ours in it would shift them: nothing would be lost by that, only handed on.
         let sockets: Vec<_> = (0..workers)
             .map(|_| BatchSocket::bind(local, Options { shared: true, ..options }))
             .collect::<io::Result<_>>()?;

@@ -402,10 +402,12 @@ fn esp_for(worker: u8, slot: u16) -> [u8; 16] {
 fn each_worker_gets_the_packets_of_its_sas() {
     in_new_namespace(|| {
         ip("link set lo up");
-        for (local, remote) in [("127.0.0.1:4500", "127.0.0.2:4500"), ("[::1]:4500", "[::1]:4501")]
-        {
+        for (local, remote) in [("127.0.0.1:0", "127.0.0.2:4500"), ("[::1]:0", "[::1]:4501")] {
             for workers in [2_u8, 3, 16] {
-                let group = Group::bind(local.parse().unwrap(), Options::default(), workers);
+                // A port of its own: the last one's sockets may live on in a child that another test forks.
+                let mut local: SocketAddr = local.parse().unwrap();
+                local.set_port(4600 + u16::from(workers));
+                let group = Group::bind(local, Options::default(), workers);
                 let mut group = group.unwrap();
                 assert!(group.unsorted.is_none());
                 let mut far =
