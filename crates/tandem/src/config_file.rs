@@ -70,6 +70,8 @@ pub struct DaemonSettings {
     pub mtu: Option<u16>,
     /// Whether the TUN may use what the kernel offers to carry more at once; without it, one packet a call by tun-tap.
     pub offload: bool,
+    /// Threads that carry packets.
+    pub workers: u8,
     /// Called as `HOOK INSTANCE endpoint STATE TERM` at every change of an endpoint's state.
     pub notify: Option<PathBuf>,
 }
@@ -82,6 +84,7 @@ impl Default for DaemonSettings {
             tun: "tandem0".into(),
             mtu: None,
             offload: true,
+            workers: 1,
             notify: None,
         }
     }

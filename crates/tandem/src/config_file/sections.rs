@@ -91,6 +91,10 @@ fn daemon(table: Table<'_>) -> DaemonSettings {
         // RFC 8200 §5: an interface that carries IPv6 has at least 1280.
         mtu: table.number("mtu", "bytes", 1280..=9000).and_then(|n| u16::try_from(n.value).ok()),
         offload: table.switch("offload", defaults.offload),
+        workers: table
+            .number("workers", "workers", 1..=16)
+            .and_then(|n| u8::try_from(n.value).ok())
+            .unwrap_or(defaults.workers),
         notify: path("notify"),
     };
     table.done();
