@@ -56,7 +56,7 @@ pub struct Gateway {
     pub(crate) config: Config,
     pub(crate) pair: ha::Pair,
     rng: Box<dyn crypto::Rng + Send>,
-    spis: SpiPool,
+    pub(crate) spis: SpiPool,
     pub(crate) endpoints: Vec<Endpoint>,
     pub(crate) outputs: VecDeque<Output>,
     /// When contact was last lost: what was used since then is ours after a split.

@@ -49,6 +49,11 @@ impl SpiPool {
         }
     }
 
+    /// How many workers there are.
+    pub(crate) fn workers(&self) -> u8 {
+        self.workers
+    }
+
     /// An SPI on the workers in turn, or on the one that has `like`; `None` when every slot of every worker is in use.
     pub(crate) fn allocate(&mut self, like: Option<EspSpi>) -> Option<EspSpi> {
         let first = like.and_then(SpiLayout::of).map(|like| like.worker_of(self.workers));
