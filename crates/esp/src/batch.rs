@@ -90,6 +90,8 @@ pub(crate) struct Handed {
     pub(crate) spi_in: Option<EspSpi>,
     /// It is to be steered for this endpoint, which one worker does for all.
     pub(crate) steer: Option<EndpointId>,
+    /// It was to be steered, and came back: it is older than whatever waits for it.
+    pub(crate) back: bool,
     /// How often it was handed on.
     pub(crate) hops: u8,
 }

@@ -17,6 +17,9 @@
 //! comes after it. An endpoint is `Idle` when it never was ours or its queue
 //! was steered long ago; then the reader steers by itself.
 //!
+//! What worker 0 finds not to be steered any more goes back and passes a direct
+//! hold, as what the other instance hands over does: it is older.
+//!
 //! A flow changes its worker when it changes its SA for one of another worker
 //! (gateway's `SpiPool` gives a successor the same one), or when the kernel
 //! moves it to another queue; then a few of its packets can be overtaken.
@@ -108,7 +111,9 @@ impl Shard {
                 // Ours again.
                 Admission::Process(_) | Admission::Queue => {}
             }
+            slot.handed = handed.map(|handed| Handed { steer: None, back: true, ..handed });
         }
+        let released = released || handed.is_some_and(|handed| handed.back);
         match slot.direction {
             Direction::Inbound => self.inbound_one(now, fences, slot, released),
             Direction::Outbound => {
@@ -133,9 +138,10 @@ fn hand(
     steer: Option<EndpointId>,
 ) -> Result<Verdict, Reason> {
     let hops = slot.handed.map_or(0, |handed| handed.hops) + 1;
+    let back = slot.handed.is_some_and(|handed| handed.back);
     if hops > MAX_HOPS {
         return Err(Reason::HandedTooOften);
     }
-    slot.handed = Some(Handed { spi_in, steer, hops });
+    slot.handed = Some(Handed { spi_in, steer, back, hops });
     Ok(Verdict::Hand { worker })
 }
