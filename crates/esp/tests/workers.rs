@@ -601,7 +601,7 @@ impl Model {
 
     fn play(&mut self, op: Op) {
         // Between coming back and the next change lies an exchange with the other instance.
-        if self.fresh && matches!(op, Op::Hold | Op::GiveAway | Op::Own) {
+        if self.fresh && matches!(op, Op::Hold | Op::GiveAway | Op::Own | Op::RemoveOld { .. }) {
             self.wait();
         }
         let many = self.workers.len();

@@ -132,8 +132,10 @@ fn workers(lab: &Lab<'_>) -> Result<String> {
     let handed = status.counters.handed - handed;
     // The kernel has learned by the answers.
     ensure(handed * 100 <= sent, || format!("{handed} of {sent} packets were handed on"))?;
-    let dropped: u64 = status.counters.drops.values().sum();
-    ensure(dropped == 0, || format!("drops: {:?}", status.counters.drops))?;
+    // What the kernel itself says on an interface, to all IPv6 routers, has no policy.
+    let drops = status.counters.drops.iter().filter(|(why, n)| *why != "no_policy" && **n > 0);
+    let drops: Vec<_> = drops.collect();
+    ensure(drops.is_empty(), || format!("drops: {drops:?}"))?;
     stage.check_clean()?;
     drop(probes);
     let seen = capture.stop()?;
