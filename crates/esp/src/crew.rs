@@ -117,9 +117,7 @@ impl Crew {
                 let counters = answers.into_iter().flat_map(counters).collect();
                 Some(Report::Disowned { endpoint, term, counters })
             }
-            Report::Snapshot(_) => {
-                self.snapshots.take(worker, report).map(|answers| join_snapshots(answers))
-            }
+            Report::Snapshot(_) => self.snapshots.take(worker, report).map(join_snapshots),
             Report::Flows { token, .. } => {
                 let answers = self.flows.take(worker, report)?;
                 Some(Report::Flows { token, flows: join_flows(answers) })

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 pub(super) const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "workers",
+        name: "workers-traffic",
         about: "two workers, a tunnel each: traffic both ways, rekeys by both sides, nothing lost",
         play: workers,
     },
