@@ -86,7 +86,7 @@ impl Workers {
 
     /// Passes on commands kept back while a worker was slow; call it once per turn.
     pub fn flush(&mut self) -> Result<(), QueueClosed> {
-        self.handles.iter_mut().fold(Ok(()), |all, handle| all.and(handle.commands.flush()))
+        self.handles.iter_mut().try_for_each(|handle| handle.commands.flush())
     }
 
     /// Set whenever [`Workers::poll`] has something; clear it before polling until `None`.
