@@ -10,7 +10,7 @@
 
 use core::net::SocketAddr;
 
-use wire::id::EndpointId;
+use wire::id::{EndpointId, EspSpi};
 use wire::ip::Ecn;
 
 use crate::reason::Reason;
@@ -79,6 +79,11 @@ pub enum Verdict {
         /// The endpoint that it belongs to.
         endpoint: EndpointId,
     },
+    /// Hand the slot to another worker's [`Shard::handed`](crate::Shard::handed), in order.
+    Hand {
+        /// The worker.
+        worker: u8,
+    },
     /// The packet has moved into a queue of the shard; the slot is empty.
     Held,
     /// Dropped, and counted.
@@ -94,6 +99,19 @@ pub struct Steered {
     pub back: bool,
 }
 
+/// What a worker that handed a packet on had decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Handed {
+    /// The SA that it goes by, or came by.
+    pub(crate) spi_in: Option<EspSpi>,
+    /// It is to be steered for this endpoint, which one worker does for all.
+    pub(crate) steer: Option<EndpointId>,
+    /// It was to be steered, and came back: it is older than whatever waits for it.
+    pub(crate) back: bool,
+    /// How often it was handed on.
+    pub(crate) hops: u8,
+}
+
 /// One packet's buffer, with what is known about the packet.
 pub struct Slot {
     buf: Box<[u8]>,
@@ -107,6 +125,8 @@ pub struct Slot {
     /// Source of the outer packet. Set by the worker for inbound packets that
     /// came in UDP, so that a peer behind a NAT can be followed.
     pub peer: Option<SocketAddr>,
+    /// Came from another worker of this instance.
+    pub(crate) handed: Option<Handed>,
     pub(crate) direction: Direction,
     pub(crate) verdict: Verdict,
     pub(crate) traffic_class: u8,
@@ -124,6 +144,7 @@ impl Slot {
             steered: None,
             ecn: Ecn::NotEct,
             peer: None,
+            handed: None,
             direction: Direction::Outbound,
             verdict: Verdict::Pending,
             traffic_class: 0,
@@ -137,6 +158,7 @@ impl Slot {
         self.steered = None;
         self.ecn = Ecn::NotEct;
         self.peer = None;
+        self.handed = None;
         self.verdict = Verdict::Pending;
         self.traffic_class = 0;
     }

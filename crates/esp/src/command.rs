@@ -69,6 +69,20 @@ pub struct Sa {
     pub born: Term,
 }
 
+impl Sa {
+    /// The same without its keys, for a worker that does not seal or open with it.
+    #[must_use]
+    pub fn without_keys(&self) -> Self {
+        Self {
+            keymat_in: Secret::new(Vec::new()),
+            keymat_out: Secret::new(Vec::new()),
+            local_ts: self.local_ts.clone(),
+            remote_ts: self.remote_ts.clone(),
+            ..*self
+        }
+    }
+}
+
 /// What the operator configured to be protected, whether an SA is up or not.
 #[derive(Debug, Clone)]
 pub struct Policy {
@@ -246,6 +260,66 @@ pub enum Command {
         /// On the clock of the packets.
         now: Duration,
     },
+}
+
+impl Command {
+    /// The SA that it is about, if it is about one.
+    #[must_use]
+    pub fn spi_in(&self) -> Option<EspSpi> {
+        match self {
+            Self::Install(sa) => Some(sa.spi_in),
+            Self::UseOutbound { spi_in }
+            | Self::Move { spi_in, .. }
+            | Self::Remove { spi_in }
+            | Self::Lease { spi_in, .. }
+            | Self::Window { spi_in, .. } => Some(*spi_in),
+            Self::Resume { counters, .. } => Some(counters.spi_in),
+            _ => None,
+        }
+    }
+
+    /// The same for another worker than the SA's, which needs no keys. Every worker is told every command, in one
+    /// order: each decides where a packet belongs.
+    #[must_use]
+    pub fn without_keys(&self) -> Self {
+        match self {
+            Self::Policies(policies) => Self::Policies(policies.clone()),
+            Self::Install(sa) => Self::Install(Box::new(sa.without_keys())),
+            Self::Resume { term, counters } => {
+                Self::Resume { term: *term, counters: counters.clone() }
+            }
+            Self::UseOutbound { spi_in } => Self::UseOutbound { spi_in: *spi_in },
+            Self::Move { spi_in, local, remote, udp_encap } => Self::Move {
+                spi_in: *spi_in,
+                local: *local,
+                remote: *remote,
+                udp_encap: *udp_encap,
+            },
+            Self::Remove { spi_in } => Self::Remove { spi_in: *spi_in },
+            Self::Own { endpoint, term, seq_jump, obey_leases } => Self::Own {
+                endpoint: *endpoint,
+                term: *term,
+                seq_jump: *seq_jump,
+                obey_leases: *obey_leases,
+            },
+            Self::ObeyLeases { endpoint, on } => Self::ObeyLeases { endpoint: *endpoint, on: *on },
+            Self::Hold { endpoint } => Self::Hold { endpoint: *endpoint },
+            Self::Release { endpoint } => Self::Release { endpoint: *endpoint },
+            Self::Disown { endpoint, steer } => Self::Disown { endpoint: *endpoint, steer: *steer },
+            Self::Steer { endpoint, on } => Self::Steer { endpoint: *endpoint, on: *on },
+            Self::Pin { endpoint, on } => Self::Pin { endpoint: *endpoint, on: *on },
+            Self::HandBack { endpoint, until } => {
+                Self::HandBack { endpoint: *endpoint, until: *until }
+            }
+            Self::HoldDirect { endpoint, until } => {
+                Self::HoldDirect { endpoint: *endpoint, until: *until }
+            }
+            Self::Lease { spi_in, ceiling } => Self::Lease { spi_in: *spi_in, ceiling: *ceiling },
+            Self::Window { spi_in, top } => Self::Window { spi_in: *spi_in, top: *top },
+            Self::Query { token } => Self::Query { token: *token },
+            Self::Flows { token, now } => Self::Flows { token: *token, now: *now },
+        }
+    }
 }
 
 /// Why a command changed nothing. All but [`CommandError::UnknownSa`], which

@@ -8,23 +8,27 @@
 //!   while shard.flush(now, fences, batch) > 0: write(batch)
 //!   read the TUN into a batch;    shard.outbound(now, fences, batch);  write(batch)
 //!   read the socket into a batch; shard.inbound(now, fences, batch);   write(batch)
+//!   for each batch of another worker: shard.handed(now, fences, batch); write(batch)
 //!   while let Some(report) = shard.poll_report(now): send it to control
 //!   sleep until a descriptor is ready, a command comes, or shard.next_wakeup()
 //!
 //! write(batch), by slot.verdict():
 //!   Send    → the endpoint's socket      Deliver → the TUN
 //!   Steer   → the pair link              Held, Drop → nothing
+//!   Hand    → another worker
 //! ```
 //!
 //! | module | what |
 //! | --- | --- |
 //! | [`batch`] | buffers, allocated once; verdicts |
 //! | [`command`], [`report`] | the two queues between control and worker |
-//! | [`shard`] | composition: what happens to a packet, in order |
+//! | [`crew`] | several workers as one, for control |
+//! | [`shard`] | composition: what happens to a packet, in order; `hand`: with several workers |
 //! | `sa` | sequence numbers, IVs, leases and terms of one SA; seal and open |
 //! | [`replay`] | the inbound window (RFC 6479) |
 //! | `policy` | which SA an outbound packet belongs to |
 //! | [`pin`] | which of several tunnels a flow takes |
+//! | `foreign` | the SAs of other workers |
 //! | `endpoint` | owner, held, steering, idle |
 //! | `table`, `index` | SAs by SPI; policies by addresses |
 //! | `queue`, `ecn`, `bytes` | held packets; RFC 6040; fields of headers |
@@ -39,8 +43,10 @@ mod bug;
 mod bytes;
 pub mod coalesce;
 pub mod command;
+pub mod crew;
 mod ecn;
 mod endpoint;
+mod foreign;
 mod index;
 pub mod pin;
 mod policy;
@@ -59,6 +65,7 @@ pub use bug::Bug;
 pub use command::{
     Command, CommandError, Counters, INITIAL_CEILING, LEASE_MIN, Policy, Sa, ceiling_for,
 };
+pub use crew::Crew;
 pub use reason::{Reason, Stats};
 pub use replay::Window;
 pub use report::{Expiry, Flow, Report, SaStats, Snapshot, Tops};

@@ -34,7 +34,7 @@ const CACHE_LINES: (usize, usize) = (1 << 12, 1 << 16);
 /// As many, so that few of one flow a policy share a line.
 const LINES_PER_POLICY: usize = 4;
 /// A policy without an SA is reported at most this often.
-const NO_SA_INTERVAL: Duration = Duration::from_secs(1);
+pub(crate) const NO_SA_INTERVAL: Duration = Duration::from_secs(1);
 /// The same while another tunnel of the connection carries its packets.
 const MISSING_INTERVAL: Duration = Duration::from_secs(10);
 /// A flow that sent nothing for this long is not shown any more.

@@ -47,13 +47,15 @@ pub enum Reason {
     Selectors,
     /// Inbound: congestion met on the way of a packet that cannot carry it.
     Congestion,
+    /// Workers handed it on to each other, without one that could deal with it.
+    HandedTooOften,
     /// Nobody asked the shard about this slot; a bug in the caller.
     Unjudged,
 }
 
 impl Reason {
     /// All of them, in the order of their counters.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::MalformedInner,
         Self::TooLong,
         Self::NoPolicy,
@@ -75,6 +77,7 @@ impl Reason {
         Self::BadInner,
         Self::Selectors,
         Self::Congestion,
+        Self::HandedTooOften,
         Self::Unjudged,
     ];
 
@@ -103,6 +106,7 @@ impl Reason {
             Self::BadInner => "bad_inner",
             Self::Selectors => "selectors",
             Self::Congestion => "congestion",
+            Self::HandedTooOften => "handed_too_often",
             Self::Unjudged => "unjudged",
         }
     }
@@ -123,6 +127,8 @@ pub struct Stats {
     pub steered: u64,
     /// Packets put into a queue.
     pub held: u64,
+    /// Packets handed to another worker.
+    pub handed: u64,
     /// Calls in which at least one packet was dropped by a fence.
     pub fenced_batches: u64,
     drops: [u64; Reason::ALL.len()],
@@ -144,6 +150,32 @@ impl Stats {
     /// The reasons that occurred, with their counts.
     pub fn drops(&self) -> impl Iterator<Item = (Reason, u64)> + '_ {
         Reason::ALL.into_iter().zip(self.drops).filter(|(_, count)| *count > 0)
+    }
+
+    /// Adds what another shard of the same instance has done.
+    pub fn add(&mut self, other: &Self) {
+        let Self {
+            sealed,
+            sealed_bytes,
+            opened,
+            opened_bytes,
+            steered,
+            held,
+            handed,
+            fenced_batches,
+            drops,
+        } = other;
+        self.sealed += sealed;
+        self.sealed_bytes += sealed_bytes;
+        self.opened += opened;
+        self.opened_bytes += opened_bytes;
+        self.steered += steered;
+        self.held += held;
+        self.handed += handed;
+        self.fenced_batches += fenced_batches;
+        for (ours, theirs) in self.drops.iter_mut().zip(drops) {
+            *ours += theirs;
+        }
     }
 
     pub(crate) fn count_drop(&mut self, reason: Reason) {

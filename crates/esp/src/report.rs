@@ -98,7 +98,7 @@ pub struct Snapshot {
     pub token: u64,
     /// The shard's counters.
     pub stats: Stats,
-    /// Every SA, by rising slot.
+    /// Every SA of the shard.
     pub sas: Vec<SaStats>,
 }
 

@@ -31,6 +31,7 @@ use crate::ecn;
 use crate::reason::Reason;
 use crate::replay::Window;
 use crate::report::{Expiry, Report, SaStats};
+use crate::table::Placed;
 
 /// One past the last sequence number. RFC 4303 §3.3.3: without ESN the counter
 /// must not cycle.
@@ -140,6 +141,13 @@ pub(crate) struct SaState {
     /// Whether it is in the shard's list of moved windows.
     pub(crate) moved: bool,
     stats: SaStats,
+}
+
+impl Placed for SaState {
+    #[inline]
+    fn spi_in(&self) -> EspSpi {
+        self.spi_in
+    }
 }
 
 impl SaState {

@@ -126,6 +126,7 @@ impl Side {
             rng: Box::new(ChaCha20Rng::seed_from_u64(who as u64)),
             seed: now.as_secs() + who as u64 + 1,
             terms: vec![Some(wire::id::Term(0))],
+            workers: 1,
             release: "bench".into(),
             hold_format: None,
         };

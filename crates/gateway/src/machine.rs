@@ -43,6 +43,8 @@ pub struct Start {
     pub seed: u64,
     /// What the term file of each endpoint holds.
     pub terms: Vec<Option<Term>>,
+    /// How many workers carry packets here.
+    pub workers: u8,
     /// What `tandem status` calls this build.
     pub release: String,
     /// The newest of [`crate::FORMATS`] to speak; `None`: all.
@@ -54,7 +56,7 @@ pub struct Gateway {
     pub(crate) config: Config,
     pub(crate) pair: ha::Pair,
     rng: Box<dyn crypto::Rng + Send>,
-    spis: SpiPool,
+    pub(crate) spis: SpiPool,
     pub(crate) endpoints: Vec<Endpoint>,
     pub(crate) outputs: VecDeque<Output>,
     /// When contact was last lost: what was used since then is ours after a split.
@@ -103,7 +105,7 @@ impl Gateway {
     /// # Errors
     /// What `ha` refuses in the configuration; [`Config::new`] has checked the rest.
     pub fn new(start: Start, now: Duration) -> Result<Self, StartError> {
-        let Start { config, rng, seed, terms, release, hold_format } = start;
+        let Start { config, rng, seed, terms, workers, release, hold_format } = start;
         let terms: Vec<Option<ha::Term>> =
             terms.into_iter().map(|term| term.map(|term| ha::Term(term.0))).collect();
         let mut said = crate::pair_config::of(&config);
@@ -123,7 +125,7 @@ impl Gateway {
             })
             .collect();
         let mut gateway = Self {
-            spis: SpiPool::new(config.local, 1, seed),
+            spis: SpiPool::new(config.local, workers, seed),
             config,
             pair,
             rng,

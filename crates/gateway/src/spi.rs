@@ -78,11 +78,23 @@ impl SpiPool {
         }
     }
 
-    /// An SPI on the workers in turn; `None` when every slot of every worker is in use.
-    pub(crate) fn allocate(&mut self) -> Option<EspSpi> {
-        for _ in 0..self.workers {
-            let worker = self.next_worker;
-            self.next_worker = (self.next_worker + 1) % self.workers;
+    /// How many workers there are.
+    pub(crate) fn workers(&self) -> u8 {
+        self.workers
+    }
+
+    /// An SPI on the workers in turn, or on the one that has `like`; `None` when every slot of every worker is in use.
+    pub(crate) fn allocate(&mut self, like: Option<EspSpi>) -> Option<EspSpi> {
+        let first = like.and_then(SpiLayout::of).map(|like| like.worker_of(self.workers));
+        for turn in 0..self.workers {
+            let worker = match first {
+                Some(first) => (first + turn) % self.workers,
+                None => {
+                    let next = self.next_worker;
+                    self.next_worker = (next + 1) % self.workers;
+                    next
+                }
+            };
             let index = usize::from(worker);
             let fresh = self.fresh.get_mut(index)?;
             let resting = self.resting.get_mut(index)?;
@@ -142,8 +154,8 @@ impl SpiPool {
 }
 
 impl ike::SpiAllocator for SpiPool {
-    fn allocate(&mut self) -> Option<EspSpi> {
-        SpiPool::allocate(self)
+    fn allocate(&mut self, like: Option<EspSpi>) -> Option<EspSpi> {
+        SpiPool::allocate(self, like)
     }
 
     fn release(&mut self, spi: EspSpi) {
@@ -167,7 +179,7 @@ mod tests {
         let mut live = BTreeSet::new();
         let mut ever = BTreeSet::new();
         for round in 0..2_000 {
-            let spi = pool.allocate().unwrap();
+            let spi = pool.allocate(None).unwrap();
             assert!(!spi.is_reserved(), "RFC 4303 §2.1: 0-255 are reserved");
             assert_eq!(SpiLayout::of(spi).unwrap().instance(), 1);
             assert!(live.insert(place(spi)), "a place in use was handed out again");
@@ -181,15 +193,45 @@ mod tests {
     }
 
     #[test]
+    fn workers_take_turns_and_the_sas_of_a_tunnel_stay_together() {
+        let mut pool = SpiPool::new(0, 3, 9);
+        let first: Vec<EspSpi> = (0..6).map(|_| pool.allocate(None).unwrap()).collect();
+        assert_eq!(first.iter().map(|spi| place(*spi).0).collect::<Vec<_>>(), [0, 1, 2, 0, 1, 2]);
+        for _ in 0..4 {
+            assert_eq!(place(pool.allocate(Some(first[4])).unwrap()).0, 1);
+        }
+        // Chosen by an instance with more workers: ours by the rest of the division.
+        let theirs = SpiLayout::new(1, 5, 8, 0).unwrap().spi();
+        assert_eq!(place(pool.allocate(Some(theirs)).unwrap()).0, 2);
+        assert_eq!(place(pool.allocate(None).unwrap()).0, 0, "their turn goes on");
+        // A worker that is full sends its tunnels' SAs elsewhere.
+        while place(pool.allocate(Some(first[0])).unwrap()).0 == 0 {}
+        assert_eq!(place(pool.allocate(Some(first[0])).unwrap()).0, 1);
+    }
+
+    // An earlier life may have had more workers; what it chose is nobody's to give out.
+    #[test]
+    fn workers_of_an_earlier_life_are_left_alone() {
+        let mut pool = SpiPool::new(0, 2, 0);
+        let old = SpiLayout::new(0, 900, 7, 5).unwrap().spi();
+        pool.adopt(old);
+        pool.release(old);
+        for _ in 0..500 {
+            assert!(place(pool.allocate(None).unwrap()).0 < 2);
+        }
+    }
+
+    #[test]
     fn adopted_spis_are_in_use() {
         let mut pool = SpiPool::new(0, 1, 0);
         let old = SpiLayout::new(0, 900, 0, 5).unwrap().spi();
         pool.adopt(old);
         for _ in 0..200 {
-            assert_ne!(place(pool.allocate().unwrap()).1, 5);
+            assert_ne!(place(pool.allocate(None).unwrap()).1, 5);
         }
         pool.release(old);
-        let later = std::iter::from_fn(|| pool.allocate()).find(|spi| place(*spi).1 == 5).unwrap();
+        let later =
+            std::iter::from_fn(|| pool.allocate(None)).find(|spi| place(*spi).1 == 5).unwrap();
         assert_ne!(later, old, "it comes back in another generation");
     }
 
@@ -197,7 +239,7 @@ mod tests {
     #[test]
     fn a_place_that_was_adopted_while_it_rested_is_given_out_once() {
         let mut pool = SpiPool::new(0, 1, 0);
-        let spis: Vec<EspSpi> = (0..200).map(|_| pool.allocate().unwrap()).collect();
+        let spis: Vec<EspSpi> = (0..200).map(|_| pool.allocate(None).unwrap()).collect();
         for spi in &spis {
             pool.release(*spi);
             pool.adopt(*spi);
@@ -207,7 +249,7 @@ mod tests {
         assert!(pool.resting[0].order.len() <= 2 * REST + 2, "{}", pool.resting[0].order.len());
         let in_use: BTreeSet<_> = spis.iter().map(|spi| place(*spi)).collect();
         for _ in 0..500 {
-            assert!(!in_use.contains(&place(pool.allocate().unwrap())));
+            assert!(!in_use.contains(&place(pool.allocate(None).unwrap())));
         }
         pool.release(spis[3]);
         pool.release(spis[3]);
@@ -216,7 +258,7 @@ mod tests {
         }
         let mut again = BTreeSet::new();
         for _ in 0..300 {
-            assert!(again.insert(place(pool.allocate().unwrap())));
+            assert!(again.insert(place(pool.allocate(None).unwrap())));
         }
     }
 }

@@ -22,6 +22,9 @@ pub struct Status {
     pub release: String,
     /// Seconds since the daemon started.
     pub uptime_s: u64,
+    /// Threads that carry packets.
+    #[serde(default)]
+    pub workers: u8,
     /// Its endpoints leave, and do not come back before `tandem undrain`.
     #[serde(default)]
     pub draining: bool,
@@ -363,6 +366,9 @@ pub struct Counters {
     pub steered_out: u64,
     /// Packets that the other instance handed to us.
     pub steered_in: u64,
+    /// Packets that came to one worker and were handed to another.
+    #[serde(default)]
+    pub handed: u64,
     /// Takeovers and switchovers since the start, by kind.
     pub changes: BTreeMap<String, u64>,
     /// Dropped ESP and inner packets, by reason.

@@ -79,6 +79,7 @@ pub(crate) fn summary(gateway: &Gateway, now: Duration) -> Status {
         index: config.local,
         release: gateway.release.clone(),
         uptime_s: now.saturating_sub(gateway.started).as_secs(),
+        workers: gateway.spis.workers(),
         draining: gateway.draining,
         config_digest: digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect(),
         pair: config.pair.as_ref().map(|_| pair_status(gateway, &pair)),
@@ -354,6 +355,7 @@ fn counters(gateway: &Gateway) -> Counters {
         out.bytes_in = stats.opened_bytes;
         out.bytes_out = stats.sealed_bytes;
         out.steered_out = stats.steered;
+        out.handed = stats.handed;
         out.drops = stats.drops().map(|(why, n)| (why.name().to_owned(), n)).collect();
     }
     out

@@ -51,7 +51,7 @@ pub(crate) fn request(
     let child = match first {
         Some(config) => Some(NewChild {
             name: config.name.clone(),
-            spi_in: step.new_esp_spi()?,
+            spi_in: step.new_esp_spi(&[])?,
             nonce: Bytes::from(&[][..]),
             eph: None,
             rekeys: None,

@@ -97,7 +97,7 @@ pub(crate) fn request(
 ) -> Result<Option<(Vec<u8>, Task)>, Error> {
     let Some(config) = conn.children.iter().find(|c| c.name == name) else { return Ok(None) };
     let group = config.esp_proposals.first().and_then(|p| p.groups.first()).copied();
-    let spi_in = step.new_esp_spi()?;
+    let spi_in = step.new_esp_spi(sa.children())?;
     let nonce = step.nonce().into();
     let eph = group.map(|group| ephemeral(step, group));
     let new = NewChild {

@@ -93,8 +93,9 @@ pub struct Context<'a> {
 /// Hands out inbound ESP SPIs, which carry the index of worker and slot
 /// (`wire::id::SpiLayout`).
 pub trait SpiAllocator {
-    /// A free SPI, reserved until it is released. `None` when all are taken.
-    fn allocate(&mut self) -> Option<EspSpi>;
+    /// A free SPI, reserved until it is released; of the same worker as `like`, so that the SAs of a tunnel stay
+    /// together, also through a rekey. `None` when all are taken.
+    fn allocate(&mut self, like: Option<EspSpi>) -> Option<EspSpi>;
     /// The SPI is free again. Called also for SPIs that another instance
     /// allocated: those are to be ignored.
     fn release(&mut self, spi: EspSpi);

@@ -116,9 +116,10 @@ impl<'a> Step<'a, '_> {
         }
     }
 
-    /// An inbound ESP SPI, given back if the step fails or does not use it.
-    pub(crate) fn new_esp_spi(&mut self) -> Result<EspSpi, Error> {
-        let spi = self.cx.spis.allocate().ok_or(Error::Internal("no ESP SPI is free"))?;
+    /// An inbound ESP SPI for a Child SA beside these, given back if the step fails or does not use it.
+    pub(crate) fn new_esp_spi(&mut self, beside: &[Child]) -> Result<EspSpi, Error> {
+        let like = beside.last().map(|child| child.spi_in);
+        let spi = self.cx.spis.allocate(like).ok_or(Error::Internal("no ESP SPI is free"))?;
         self.done.allocated.push(spi);
         Ok(spi)
     }

@@ -5,15 +5,20 @@
 //! Over IPv4 they come with their IP header in front, over IPv6 without. As long as there is such a socket the kernel
 //! sends no "protocol unreachable" for them.
 //!
+//! Each raw socket of an address gets every packet to it. Where several workers have one each, a filter leaves a packet
+//! to the socket of its SA's worker alone (SO_ATTACH_FILTER): none may come twice.
+//!
 //! What `udp.rs` says of absent addresses, of DF and of path-MTU discovery holds here as well. Binding a raw socket to an
 //! address that is not there needs Linux 5.17, opening one CAP_NET_RAW.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::filter::{ALL_OF_IT, Line, attach, by_worker, line, ret};
 use crate::udp::{Batcher, RecvMeta, SendCounters, SendItem, bind_outer};
 
 /// IP protocol number of ESP.
@@ -35,11 +40,32 @@ impl EspSocket {
     /// Opens and binds; non-blocking. `buffer_bytes` each way need CAP_NET_ADMIN above the host's limit. Errors: EPERM
     /// without CAP_NET_RAW; EADDRNOTAVAIL where the kernel is too old for an address that is not there.
     pub fn bind(local: IpAddr, buffer_bytes: usize) -> io::Result<Self> {
+        Self::bind_share(local, buffer_bytes, 0, 1)
+    }
+
+    /// The same for one of so many workers: it gets the packets of that worker's SAs alone. Errors: also ENOMEM or EPERM
+    /// where the filter cannot be had.
+    pub fn bind_share(
+        local: IpAddr,
+        buffer_bytes: usize,
+        worker: u8,
+        workers: u8,
+    ) -> io::Result<Self> {
         let local = SocketAddr::new(local, 0);
         let socket = Socket::new(Domain::for_address(local), Type::RAW, Some(Protocol::from(ESP)))?;
         socket.set_nonblocking(true)?;
+        let filtered = workers > 1;
+        if filtered {
+            // It gets packets from its first moment on, and before it is bound for whatever address. So first none at
+            // all, and away with what came before that.
+            attach(&socket, libc::SO_ATTACH_FILTER, &mut [ret(0)])?;
+            while socket.recv(&mut [MaybeUninit::uninit()]).is_ok() {}
+        }
         // Over IPv4 the header says it.
         bind_outer(&socket, local, local.is_ipv6(), buffer_bytes)?;
+        if filtered {
+            attach(&socket, libc::SO_ATTACH_FILTER, &mut share(local.is_ipv4(), worker, workers))?;
+        }
         Ok(Self { socket, local, batcher: Batcher::without_runs(), receive_errors: 0 })
     }
 
@@ -95,6 +121,27 @@ impl AsFd for EspSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Takes the packets of one worker's SAs. Over IPv4 the filter sees the IP header as well (X = its length), over IPv6 it
+/// begins where ESP does (net/ipv4/raw.c, raw_rcv; net/ipv6/raw.c, rawv6_rcv).
+fn share(v4: bool, worker: u8, workers: u8) -> [Line; 8] {
+    let [shift, mask, modulo] = by_worker(workers);
+    let (behind, load) = if v4 {
+        (line(libc::BPF_LDX | libc::BPF_B | libc::BPF_MSH, 0, 0, 0), libc::BPF_IND)
+    } else {
+        (line(libc::BPF_LDX | libc::BPF_W | libc::BPF_IMM, 0, 0, 0), libc::BPF_ABS)
+    };
+    [
+        behind,
+        line(libc::BPF_LD | libc::BPF_W | load, 0, 0, 0),
+        shift,
+        mask,
+        modulo,
+        line(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, worker.into()),
+        ret(ALL_OF_IT),
+        ret(0),
+    ]
 }
 
 /// Where the packet lies behind its IPv4 header (RFC 791 §3.1), options included, and its TOS byte. What has no whole

@@ -27,6 +27,7 @@ pub mod tun;
 pub mod udp;
 pub mod wake;
 
+mod filter;
 mod sys;
 
 pub use route::Prefix;

@@ -81,14 +81,34 @@ impl Tun {
     /// has no vnet headers.
     pub fn open_vnet(name: &str) -> io::Result<Self> {
         check_name(name)?;
-        let file = File::options().read(true).write(true).open("/dev/net/tun")?;
-        set_nonblocking(&file)?;
-        let mut request = interface_request(name)?;
         // One that is there already is not ours: see `check_name`, which cannot see one that comes in between.
-        let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
-        request.ifr_ifru.ifru_flags = flags as libc::c_short;
-        // SAFETY: a filled ifreq that outlives the call; the kernel writes the name into it.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
+        Self::create(name, libc::IFF_TUN_EXCL)
+    }
+
+    /// The same interface with so many queues, one for each worker. The kernel puts a flow's packets into the queue that
+    /// its packets the other way were last written to, and before any were, into one by its hash (drivers/net/tun.c,
+    /// tun_flow_update and tun_automq_select_queue, with a hash that is the same both ways): whoever delivers a flow
+    /// also reads its answers. Errors: as before.
+    pub fn open_queues(name: &str, count: u8) -> io::Result<Vec<Self>> {
+        if count <= 1 {
+            return Ok(vec![Self::open_vnet(name)?]);
+        }
+        check_name(name)?;
+        let first = Self::create(name, libc::IFF_TUN_EXCL | libc::IFF_MULTI_QUEUE)?;
+        let offloads = first.offloads();
+        let mut queues = vec![first];
+        for _ in 1..count {
+            let file = attach(name, libc::IFF_MULTI_QUEUE)?;
+            let index = crate::route::index_of(name)?;
+            // The length of headers and the offloads are the interface's.
+            queues.push(Self::Vnet(Vnet { file, name: name.to_owned(), index, offloads }));
+        }
+        Ok(queues)
+    }
+
+    /// Makes the interface, with these flags beside the usual ones.
+    fn create(name: &str, flags: libc::c_int) -> io::Result<Self> {
+        let file = attach(name, flags)?;
         let length = VNET_HEADER_LEN as libc::c_int;
         // SAFETY: the kernel reads one int, which outlives the call.
         check(unsafe {
@@ -287,6 +307,18 @@ impl AsFd for Tun {
     }
 }
 
+/// A queue of the interface, which is made if it is not there.
+fn attach(name: &str, flags: libc::c_int) -> io::Result<File> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    set_nonblocking(&file)?;
+    let mut request = interface_request(name)?;
+    let flags = flags | libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: a filled ifreq that outlives the call; the kernel writes the name into it.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) })?;
+    Ok(file)
+}
+
 /// The name must be fit for an interface, and free: to attach to one that somebody made persistent would let
 /// its addresses and routes outlive this process.
 fn check_name(name: &str) -> io::Result<()> {
@@ -332,6 +364,60 @@ mod tests {
     #[test]
     fn packets_pass_with_vnet_headers_too() {
         packets_pass(Tun::open_vnet);
+    }
+
+    #[test]
+    fn the_first_of_several_queues_passes_packets_too() {
+        packets_pass(|name| Tun::open_queues(name, 3).map(|mut queues| queues.remove(0)));
+    }
+
+    // Whoever delivers a flow reads its answers, whatever queue they went to before.
+    #[test]
+    fn answers_come_by_the_queue_that_delivers() {
+        in_new_namespace(|| {
+            let queues = Tun::open_queues("tdm0", 3).unwrap();
+            assert_eq!(queues.len(), 3);
+            assert!(queues.iter().all(|queue| queue.index() == queues[0].index()));
+            assert!(queues.iter().all(|queue| queue.offloads() == queues[0].offloads()));
+            assert!(Tun::open_queues("tdm0", 2).is_err(), "a second holder must be refused");
+            queues[0].configure(1400, 500).unwrap();
+            ip("address add 10.9.0.1/32 dev tdm0");
+            ip("route add 10.9.1.0/24 dev tdm0");
+            let mut buffer = [0; 2048];
+            let mut read = || {
+                let deadline = Instant::now() + Duration::from_secs(2);
+                loop {
+                    assert!(Instant::now() < deadline, "no answer");
+                    let got = [0, 1, 2].map(|at: usize| {
+                        std::iter::from_fn(|| queues[at].read(&mut buffer).unwrap()).count()
+                    });
+                    if got != [0; 3] {
+                        break got;
+                    }
+                }
+            };
+            for port in 7000..7016_u16 {
+                let local = std::net::SocketAddr::from(([10, 9, 0, 1], port));
+                let far = std::net::SocketAddr::from(([10, 9, 1, 7], 9000));
+                let socket = UdpSocket::bind(local).unwrap();
+                for round in 0..4 {
+                    let queue = (usize::from(port) + round) % 3;
+                    let packet = wire::ip::udp_packet(far, local, b"delivered").unwrap();
+                    queues[queue].write(&packet).unwrap();
+                    socket.send_to(b"answer", far).unwrap();
+                    let mut expected = [0; 3];
+                    expected[queue] = 1;
+                    assert_eq!(read(), expected, "port {port}, round {round}");
+                }
+            }
+            drop(queues);
+            // A child that another test forks may have copies for a moment.
+            let deadline = Instant::now() + Duration::from_secs(2);
+            while crate::route::index_of("tdm0").is_ok() {
+                assert!(Instant::now() < deadline, "it dies with the last of them");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
     }
 
     fn packets_pass(open: fn(&str) -> io::Result<Tun>) {

@@ -17,6 +17,7 @@
 //! ICMP cannot shrink a path, and a peer behind a silent small-MTU hop stays reachable.
 
 mod batcher;
+mod group;
 mod headers;
 mod receive;
 mod segmenting;
@@ -35,6 +36,7 @@ use receive::Incoming;
 use segmenting::Segmenting;
 
 pub(crate) use batcher::Batcher;
+pub use group::Group;
 pub use shared::{SharedPort, path_mtu};
 
 /// Most datagrams in one system call.
@@ -108,7 +110,7 @@ pub struct Options {
     pub recv_tos: bool,
     /// Receive and send buffer in bytes; needs CAP_NET_ADMIN above the host's limit.
     pub buffer_bytes: usize,
-    /// Other sockets of this user may have the same address and port ([`SharedPort`]).
+    /// Other sockets of this user may have the same address and port ([`SharedPort`], [`Group`]).
     pub shared: bool,
 }
 

@@ -72,6 +72,8 @@ pub struct DaemonSettings {
     pub offload: bool,
     /// Whether the host's processors are kept awake while a few packets flow.
     pub low_latency: bool,
+    /// Threads that carry packets.
+    pub workers: u8,
     /// Called as `HOOK INSTANCE endpoint STATE TERM` at every change of an endpoint's state.
     pub notify: Option<PathBuf>,
 }
@@ -85,6 +87,7 @@ impl Default for DaemonSettings {
             mtu: None,
             offload: true,
             low_latency: false,
+            workers: 1,
             notify: None,
         }
     }

@@ -1,4 +1,4 @@
-//! A worker: one thread that carries packets between the TUN, the endpoints' sockets and the pair
+//! Workers: threads that carry packets between the TUN, the endpoints' sockets and the pair
 //! link. All decisions are `esp::Shard`'s; this room only reads a batch, asks, and writes.
 //!
 //! ```text
@@ -10,34 +10,43 @@
 //!   verdict Steer ──seal──► sendmmsg ──► pair link
 //!   pair link ──recvmmsg──► open ─┬─ packet ──► shard
 //!                                 └─ IKE ──► queue to control
+//!   verdict Hand ──ring──► another worker ──► its shard ──► as above
 //!   control ──commands──► before each batch      reports ──► control
 //! ```
+//! With `workers = N` each has a queue of the TUN, a socket of each port 4500 and of protocol 50, and the SAs whose SPI
+//! names it. The kernel gives it their packets (`netio::udp::Group`, `netio::esp`, `netio::tun`); what comes elsewhere
+//! all the same goes through the ring. The first worker has the pair link.
+//!
 //! There is no lock and no allocation on the way of a packet. The fences are read when a batch is
 //! judged and again right before it is written: what became invalid in between is dropped and
 //! counted as late.
 
 mod counters;
 mod outlet;
+mod ring;
 mod run;
 #[cfg(test)]
 pub(crate) mod tests;
+mod workers;
 
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
+use std::sync::mpsc::sync_channel;
 
 use netio::esp::EspSocket;
 use netio::tun::Tun;
 use netio::udp::{BatchSocket, Options, SOCKET_BUFFER};
-use netio::wake::{EventFd, QueueClosed, QueueSender, queue};
+use netio::wake::{EventFd, queue};
 use wire::id::EndpointId;
 
 use crate::link::{SteerHead, SteerPort, SteerSender};
 
+use workers::Handle;
+
 pub use counters::{Counters, Snapshot};
+pub use workers::Workers;
 
 /// Packets in one batch: what one recvmmsg takes, and more than one read of the TUN gives at an Ethernet's MTU.
 pub const BATCH: usize = netio::udp::BATCH;
@@ -74,13 +83,22 @@ pub struct EndpointSocket {
     pub raw: Option<EspSocket>,
 }
 
-/// What a worker is made of.
+/// What is one worker's.
 #[derive(Debug)]
-pub struct Start {
-    /// The TUN; the worker reads it alone.
+pub struct Share {
+    /// Its queue of the TUN.
     pub tun: Arc<Tun>,
+    /// Whether it reads it: where there is one queue, one worker reads it, and all write to it.
+    pub reads_tun: bool,
     /// One for each endpoint.
     pub sockets: Vec<EndpointSocket>,
+}
+
+/// What the workers are made of.
+#[derive(Debug)]
+pub struct Start {
+    /// One for each worker, at least one.
+    pub shares: Vec<Share>,
     /// Until when each endpoint may send, in nanoseconds of CLOCK_BOOTTIME; written by control.
     pub fences: Arc<[AtomicU64]>,
     /// Endpoints in the configuration.
@@ -88,11 +106,11 @@ pub struct Start {
     /// The TUN's MTU, which its slots must hold ([`esp::slot_len`]): at 9,000 bytes, 19 MB an endpoint for what waits out
     /// a switchover, at an Ethernet's 4.
     pub mtu: usize,
-    /// The pair link, if there is one.
+    /// The pair link, if there is one: the first worker's.
     pub steering: Option<SteerPort>,
 }
 
-/// What control tells a worker. Order is kept, nothing is dropped.
+/// What control tells the workers. Order is kept, nothing is dropped.
 #[derive(Debug)]
 pub enum WorkerCommand {
     /// For the shard.
@@ -143,104 +161,68 @@ pub enum WorkerEvent {
     },
 }
 
-/// Control's end of a worker. Dropping it ends the thread.
+/// An event with how many commands for the shard were obeyed before it.
 #[derive(Debug)]
-pub struct WorkerHandle {
-    commands: QueueSender<WorkerCommand>,
-    reports: Receiver<WorkerEvent>,
-    ike: Receiver<WorkerEvent>,
-    event: EventFd,
-    /// Long IKE messages in the queue.
-    long_ike: Arc<AtomicUsize>,
-    counters: Arc<Counters>,
-    thread: Option<JoinHandle<()>>,
+struct Said {
+    heard: u64,
+    event: WorkerEvent,
 }
 
-/// Starts the thread. All memory for packets is allocated here.
-pub fn spawn(start: Start) -> io::Result<WorkerHandle> {
-    let (commands, asked) = queue(COMMAND_QUEUE)?;
-    let (ike_out, ike) = sync_channel(IKE_QUEUE);
-    let (reports_out, reports) = sync_channel(REPORT_QUEUE);
+/// Starts the threads. All memory for packets is allocated here.
+pub fn spawn(start: Start) -> io::Result<Workers> {
+    let Start { shares, fences, endpoints, mtu, steering } = start;
+    let workers = u8::try_from(shares.len()).map_err(io::Error::other)?;
     let event = EventFd::new()?;
-    let long_ike = Arc::new(AtomicUsize::new(0));
-    let outlet = outlet::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike));
-    let counters = Arc::new(Counters::default());
-    let mut state = run::State::new(start, asked, outlet, Arc::clone(&counters))?;
-    let (begun, wait) = sync_channel(1);
-    let thread = std::thread::Builder::new().name("worker-0".to_owned()).spawn(move || {
-        // A worker that panicked would leave the endpoint owned and silent: the process must
-        // die, so that the other instance takes over.
-        let _guard = AbortOnPanic;
-        // All its descriptors exist by now.
-        if let Err(error) = crate::daemon::apart() {
-            tracing::error!(%error, "the worker is not apart: a death of this instance may be noticed late");
-        }
-        let _ = begun.send(());
-        if let Err(error) = state.run() {
-            tracing::error!(%error, "the worker cannot go on");
-        }
-    })?;
-    // Nothing is opened until it has a table of its own. It cannot end before it said so.
-    let _ = wait.recv();
-    Ok(WorkerHandle { commands, reports, ike, event, long_ike, counters, thread: Some(thread) })
-}
-
-impl WorkerHandle {
-    /// Queues a command. A steered datagram is dropped and counted while the queue is full: packets may be lost, memory
-    /// may not grow by them. Errors: the worker has ended.
-    pub fn send(&mut self, command: WorkerCommand) -> Result<(), QueueClosed> {
-        if matches!(command, WorkerCommand::Steered { .. }) && self.commands.backlog() > 0 {
-            counters::add(&self.counters.steer_refused, 1);
-            return self.commands.flush();
-        }
-        self.commands.send(command)
+    let mut rings = match shares.len() {
+        0 | 1 => Vec::new(),
+        many => ring::Ring::new(many, esp::slot_len(mtu))?,
+    };
+    rings.reverse();
+    let mut steering = steering;
+    let mut states = Vec::new();
+    let mut handles = Vec::new();
+    for (worker, share) in (0..workers).zip(shares) {
+        let (commands, asked) = queue(COMMAND_QUEUE)?;
+        let (ike_out, ike) = sync_channel(IKE_QUEUE);
+        let (reports_out, reports) = sync_channel(REPORT_QUEUE);
+        let long_ike = Arc::new(AtomicUsize::new(0));
+        let counters = Arc::new(Counters::default());
+        states.push(run::State::new(run::Parts {
+            worker: (worker, workers),
+            share,
+            fences: Arc::clone(&fences),
+            endpoints,
+            mtu,
+            // The first one steers for all.
+            steering: steering.take(),
+            ring: rings.pop(),
+            commands: asked,
+            outlet: outlet::Outlet::new(reports_out, ike_out, event.clone(), Arc::clone(&long_ike)),
+            counters: Arc::clone(&counters),
+        })?);
+        handles.push(Handle { commands, reports, ike, long_ike, counters, thread: None });
     }
-
-    /// Passes on commands kept back while the worker was slow; call it once per turn.
-    pub fn flush(&mut self) -> Result<(), QueueClosed> {
-        self.commands.flush()
-    }
-
-    /// Set whenever [`WorkerHandle::poll`] has something; clear it before polling until `None`.
-    #[must_use]
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// The next event, reports before IKE messages. Errors: the worker has ended, which is fatal.
-    pub fn poll(&mut self) -> Result<Option<WorkerEvent>, QueueClosed> {
-        for queue in [&self.reports, &self.ike] {
-            match queue.try_recv() {
-                Ok(event) => {
-                    if let WorkerEvent::Ike { bytes, .. } | WorkerEvent::SteeredIke { bytes, .. } =
-                        &event
-                        && is_long(bytes)
-                    {
-                        self.long_ike.fetch_sub(1, Ordering::AcqRel);
-                    }
-                    return Ok(Some(event));
-                }
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => return Err(QueueClosed),
+    // All their descriptors exist by now: see `daemon::apart`.
+    for ((worker, mut state), handle) in states.into_iter().enumerate().zip(&mut handles) {
+        let (begun, wait) = sync_channel(1);
+        let name = format!("worker-{worker}");
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            // A worker that panicked would leave the endpoint owned and silent: the process must
+            // die, so that the other instance takes over.
+            let _guard = AbortOnPanic;
+            if let Err(error) = crate::daemon::apart() {
+                tracing::error!(%error, "the worker is not apart: a death of this instance may be noticed late");
             }
-        }
-        Ok(None)
+            let _ = begun.send(());
+            if let Err(error) = state.run() {
+                tracing::error!(%error, "the worker cannot go on");
+            }
+        })?;
+        // Nothing is opened until it has a table of its own. It cannot end before it said so.
+        let _ = wait.recv();
+        handle.thread = Some(thread);
     }
-
-    /// What the worker counted so far. The shard's own counters come by `esp::Command::Query`.
-    #[must_use]
-    pub fn counters(&self) -> Snapshot {
-        self.counters.snapshot()
-    }
-}
-
-impl Drop for WorkerHandle {
-    fn drop(&mut self) {
-        let _ = self.commands.send(WorkerCommand::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
+    Ok(Workers::new(handles, event))
 }
 
 struct AbortOnPanic;

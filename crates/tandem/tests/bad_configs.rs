@@ -59,8 +59,8 @@ const CASES: &[Case] = &[
             ),
         ],
     ),
-    // Several workers would each need their own part of the IVs' counter: until they have it, no file asks for them.
-    ("workers", &[(24, "workers", "unknown key `workers` in [daemon]", "expected one of mtu")]),
+    // An SPI names one of sixteen workers.
+    ("workers", &[(24, "17", "workers", "a whole number of workers from 1 to 16")]),
     (
         "wrong_type",
         &[(2, "\"20\"", "`pair.heartbeat_ms` is a string", "whole number of milliseconds")],

@@ -198,8 +198,9 @@ fn is_setting(line: &str) -> bool {
 #[test]
 fn examples_in_the_sample_are_taken_too() {
     let on = SAMPLE.replace("# mtu = ", "mtu = ").replace("# notify = ", "notify = ");
+    let on = on.replace("# workers = 1 ", "workers = 16 ");
     let loaded = read(&on, "left");
-    assert_eq!(loaded.daemon.mtu, Some(1400));
+    assert_eq!((loaded.daemon.mtu, loaded.daemon.workers), (Some(1400), 16));
     assert_eq!(loaded.daemon.notify.as_deref(), Some(Path::new("/etc/tandem/notify")));
 }
 

@@ -73,6 +73,7 @@ fn status() -> Status {
         index: 0,
         release: "0.1.0".into(),
         uptime_s: 11_520,
+        workers: 2,
         draining: false,
         config_digest: "0011223344556677".into(),
         pair: Some(PairStatus {
@@ -135,6 +136,7 @@ fn status() -> Status {
             bytes_out: 7_654_321,
             steered_out: 3,
             steered_in: 0,
+            handed: 5,
             changes: BTreeMap::from([("takeover_death".into(), 1)]),
             drops: BTreeMap::from([("fenced".into(), 0), ("replayed".into(), 2)]),
             ike_drops: BTreeMap::from([("malformed".into(), 1)]),

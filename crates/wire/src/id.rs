@@ -110,6 +110,8 @@ impl SpiLayout {
     pub const MAX_GENERATION: u16 = 0x7ff;
     /// Workers run from 0 to this.
     pub const MAX_WORKER: u8 = 0xf;
+    /// Where the worker's bits begin, from the right.
+    pub const WORKER_SHIFT: u32 = 16;
 
     /// Checks the bounds: `instance` 0 or 1, `generation` 1 to [`Self::MAX_GENERATION`],
     /// `worker` up to [`Self::MAX_WORKER`], any `slot`.
@@ -127,7 +129,7 @@ impl SpiLayout {
         EspSpi(
             u32::from(self.instance) << 31
                 | u32::from(self.generation) << 20
-                | u32::from(self.worker) << 16
+                | u32::from(self.worker) << Self::WORKER_SHIFT
                 | u32::from(self.slot),
         )
     }
@@ -139,7 +141,7 @@ impl SpiLayout {
         SpiLayout::new(
             field(31, 1) as u8,
             field(20, 0x7ff) as u16,
-            field(16, 0xf) as u8,
+            field(Self::WORKER_SHIFT, Self::MAX_WORKER.into()) as u8,
             field(0, 0xffff) as u16,
         )
     }
@@ -156,10 +158,16 @@ impl SpiLayout {
         self.generation
     }
 
-    /// The worker that owns the SA.
+    /// The worker that the SA was given to by whoever chose the SPI.
     #[must_use]
     pub fn worker(self) -> u8 {
         self.worker
+    }
+
+    /// The worker that owns the SA where there are so many, perhaps fewer or more than where the SPI was chosen.
+    #[must_use]
+    pub fn worker_of(self, workers: u8) -> u8 {
+        self.worker % workers.max(1)
     }
 
     /// Index into the worker's table of SAs.

@@ -18,6 +18,7 @@ mod steering;
 mod topologies;
 mod two_hosts;
 mod uplink;
+mod workers;
 
 use crate::Result;
 use crate::run::Run;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<Scenario> {
         topologies::SCENARIOS,
         ipv6::SCENARIOS,
         esp50::SCENARIOS,
+        workers::SCENARIOS,
         two_hosts::SCENARIOS,
     ]
     .concat()

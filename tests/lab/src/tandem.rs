@@ -484,6 +484,8 @@ pub struct Counters {
     pub steered_out: u64,
     /// Packets that the other instance handed to us.
     pub steered_in: u64,
+    /// Packets handed from one worker to another.
+    pub handed: u64,
     /// Changes of owner by kind.
     pub changes: BTreeMap<String, u64>,
     /// Dropped packets by reason.

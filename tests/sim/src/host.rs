@@ -268,6 +268,7 @@ impl Host {
             rng: Box::new(generator(seed, stream)),
             seed: Dice::new(seed, stream + 500_000).any(),
             terms: self.disk.to_vec(),
+            workers: 1,
             release: "sim".into(),
             // Neighbouring builds, in every order of upgrades and ways back.
             hold_format: Dice::new(seed, stream + 700_000).chance(400).then_some(1),

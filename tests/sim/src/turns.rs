@@ -491,7 +491,7 @@ impl World {
                 Verdict::Drop(reason) if log::verbose() => {
                     log::say(&format!("  drops {:?}: {reason:?}", slot.direction()));
                 }
-                Verdict::Drop(_) | Verdict::Held => {}
+                Verdict::Drop(_) | Verdict::Held | Verdict::Hand { .. } => {}
             }
         }
     }

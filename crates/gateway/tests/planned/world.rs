@@ -351,6 +351,7 @@ impl Side {
             rng: Box::new(ChaCha20Rng::seed_from_u64(seed)),
             seed: seed + 1,
             terms: vec![Some(wire::id::Term(0)); 2 - local / 2],
+            workers: 1,
             release: "test".into(),
             hold_format: None,
         };

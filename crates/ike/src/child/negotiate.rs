@@ -178,7 +178,8 @@ pub(crate) fn accept(
     let child_keys = keys
         .child(suite.aead, shared.as_ref(), nonces.ni, nonces.nr)
         .map_err(|_| Refusal::temporary())?;
-    let spi_in = step.new_esp_spi().map_err(|_| Refusal::new(NotifyType::NO_ADDITIONAL_SAS))?;
+    let spi_in =
+        step.new_esp_spi(sa.children()).map_err(|_| Refusal::new(NotifyType::NO_ADDITIONAL_SAS))?;
     let child = make(
         step,
         conn,

@@ -47,7 +47,7 @@ pub(crate) struct Spis {
 }
 
 impl SpiAllocator for Spis {
-    fn allocate(&mut self) -> Option<EspSpi> {
+    fn allocate(&mut self, _: Option<EspSpi>) -> Option<EspSpi> {
         if self.empty {
             return None;
         }

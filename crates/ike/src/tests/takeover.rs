@@ -650,7 +650,7 @@ fn the_winner_takes(doubt: Doubt) {
     let mut cx = Context { now: w.now, rng: &mut r, spis: &mut spis };
     while winner.poll_transition().is_some() {}
     cx.spis.release(*plane.sas.keys().next().unwrap());
-    cx.spis.allocate();
+    cx.spis.allocate(None);
     assert_eq!(winner.adopt(&mut cx, split, &tail, &deletes).unwrap(), tail.len() + 1);
     let transition = winner.poll_transition().unwrap();
     plane.apply(transition.children);

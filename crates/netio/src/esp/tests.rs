@@ -153,3 +153,71 @@ fn only_whole_headers_count() {
     }
     assert_eq!(cut(&[]), (0, 0));
 }
+
+/// An ESP packet for this worker by the layout, told apart by its last byte.
+fn packet_for(worker: u8, mark: u8) -> Vec<u8> {
+    let spi = wire::id::SpiLayout::new(0, 0x7ff, worker, 0xffff).unwrap().spi();
+    let mut bytes = vec![0; 24];
+    bytes[..4].copy_from_slice(&spi.0.to_be_bytes());
+    bytes[23] = mark;
+    bytes
+}
+
+#[test]
+fn each_packet_comes_to_one_worker_alone() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        ip("address add fd00::1/128 dev lo nodad");
+        for (near, far) in [("127.0.0.1", "127.0.0.2"), ("fd00::1", "::1")] {
+            for workers in [2_u8, 5] {
+                let local: IpAddr = near.parse().unwrap();
+                let share = |worker| EspSocket::bind_share(local, 1 << 20, worker, workers);
+                let mut sockets: Vec<_> = (0..workers).map(|w| share(w).unwrap()).collect();
+                let mut far = bind(far);
+                let packets: Vec<_> = (0..=15).map(|w| packet_for(w, w)).collect();
+                let to = SocketAddr::new(local, 0);
+                let items = packets.iter().map(|bytes| SendItem { to, bytes, tos: 0 });
+                assert_eq!(far.send(items), 16);
+                // Too short for an SPI: nobody's.
+                assert_eq!(far.send([SendItem { to, bytes: &[1, 2], tos: 0 }].into_iter()), 1);
+                // The last one of each, behind which nothing can come.
+                let last = 0xff;
+                for worker in 0..workers {
+                    let bytes = packet_for(worker, last);
+                    far.send([SendItem { to, bytes: &bytes, tos: 0 }].into_iter());
+                }
+                for (worker, socket) in (0_u8..).zip(&mut sockets) {
+                    let mut got = Vec::new();
+                    while got.last() != Some(&last) {
+                        assert!(wait_readable(socket, 2000).unwrap(), "{got:?}");
+                        got.extend(receive(socket).into_iter().map(|(_, bytes)| bytes[23]));
+                    }
+                    let own = (0..=15).filter(|w| w % workers == worker);
+                    let expected: Vec<_> = own.chain([last]).collect();
+                    assert_eq!(got, expected, "worker {worker} of {workers} at {local}");
+                }
+            }
+        }
+    });
+}
+
+// RFC 791 §3.1: options lie between the header and the SPI.
+#[test]
+fn the_filter_finds_the_spi_behind_options() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        let local: IpAddr = "127.0.0.1".parse().unwrap();
+        let mut sockets = [0, 1].map(|w| EspSocket::bind_share(local, 1 << 20, w, 2).unwrap());
+        let far = bind("127.0.0.2");
+        // Three no-operations and an end of options.
+        let options = [1_u8, 1, 1, 0];
+        far.socket.set_nonblocking(true).unwrap();
+        crate::sys::set_option_of(&far, libc::IPPROTO_IP, libc::IP_OPTIONS, &options).unwrap();
+        far.socket.send_to(&packet_for(1, 9), &SocketAddr::new(local, 0).into()).unwrap();
+        far.socket.send_to(&packet_for(0, 8), &SocketAddr::new(local, 0).into()).unwrap();
+        for (worker, mark) in [(0, 8), (1, 9)] {
+            let got = receive(&mut sockets[worker]);
+            assert_eq!(got.iter().map(|(_, bytes)| bytes[23]).collect::<Vec<_>>(), [mark]);
+        }
+    });
+}

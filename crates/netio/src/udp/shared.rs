@@ -12,7 +12,8 @@ use std::net::SocketAddr;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{BatchSocket, Options, enlarge_buffers};
-use crate::sys::{get_option, set_option_of};
+use crate::filter::{attach, line, ret};
+use crate::sys::get_option;
 
 /// Both sockets, bound.
 #[derive(Debug)]
@@ -54,18 +55,14 @@ impl SharedPort {
 
 /// Attaches the program to the group: place 1 for datagrams that start with the byte, else place 0.
 fn sort(group: &Socket, byte: u8) -> io::Result<()> {
-    let line =
-        |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
     // What it loads from lies behind the UDP header. A datagram without any byte ends the program, with 0.
     let mut program = [
         line(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 0),
         line(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, byte.into()),
-        line(libc::BPF_RET | libc::BPF_K, 0, 0, 1),
-        line(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        ret(1),
+        ret(0),
     ];
-    // The kernel copies the program during the call, through the pointer.
-    let whole = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-    set_option_of(group, libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_CBPF, &whole)
+    attach(group, libc::SO_ATTACH_REUSEPORT_CBPF, &mut program)
 }
 
 /// The MTU of the way from a local address to another host, as the kernel knows it now. Sends nothing.

@@ -389,3 +389,69 @@ fn the_mtu_of_a_path_is_its_interfaces() {
         assert_eq!(path_mtu(near, far).unwrap(), 1476);
     });
 }
+
+/// An ESP packet's beginning, for this worker by the layout.
+fn esp_for(worker: u8, slot: u16) -> [u8; 16] {
+    let spi = wire::id::SpiLayout::new(1, 0x2a5, worker, slot).unwrap().spi();
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&spi.0.to_be_bytes());
+    bytes
+}
+
+#[test]
+fn each_worker_gets_the_packets_of_its_sas() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        for (local, remote) in [("127.0.0.1:0", "127.0.0.2:4500"), ("[::1]:0", "[::1]:4501")] {
+            for workers in [2_u8, 3, 16] {
+                // A port of its own: the last one's sockets may live on in a child that another test forks.
+                let mut local: SocketAddr = local.parse().unwrap();
+                local.set_port(4600 + u16::from(workers));
+                let group = Group::bind(local, Options::default(), workers);
+                let mut group = group.unwrap();
+                assert!(group.unsorted.is_none());
+                let mut far =
+                    BatchSocket::bind(remote.parse().unwrap(), Options::default()).unwrap();
+                let to = group.sockets[0].local_addr();
+                // Whatever number of workers the other instance has: the rest of the division decides.
+                let mut expected = vec![Vec::new(); usize::from(workers)];
+                for worker in (0..=15).chain(0..=15) {
+                    let packet = esp_for(worker, 7);
+                    expected[usize::from(worker % workers)].push(packet.to_vec());
+                    far.send([SendItem { to, bytes: &packet, tos: 0 }].into_iter());
+                }
+                let ike = [&[0; 4][..], &[0xff; 40]].concat();
+                for bytes in [&ike[..], &[0xff], &[0, 0, 0]] {
+                    far.sender().send_to(bytes, to).unwrap();
+                    expected[0].push(bytes.to_vec());
+                }
+                // The last one of each, behind which nothing can come.
+                for worker in 0..workers {
+                    let last = esp_for(worker, 8).to_vec();
+                    far.send([SendItem { to, bytes: &last, tos: 0 }].into_iter());
+                    expected[usize::from(worker)].push(last);
+                }
+                for (socket, expected) in group.sockets.iter_mut().zip(expected) {
+                    let mut got = Vec::new();
+                    while got.last() != expected.last() {
+                        assert!(wait_readable(socket, 2000).unwrap(), "{got:?}");
+                        got.extend(receive(socket).into_iter().map(|(_, bytes)| bytes));
+                    }
+                    assert_eq!(got, expected, "{workers} workers");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_group_may_be_of_one_and_before_its_address() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        let absent = "192.0.2.7:4500".parse().unwrap();
+        assert_eq!(Group::bind(absent, Options::default(), 2).unwrap().sockets.len(), 2);
+        let local = "127.0.0.1:4500".parse().unwrap();
+        let group = Group::bind(local, Options::default(), 1).unwrap();
+        assert_eq!(group.sockets.len(), 1);
+    });
+}

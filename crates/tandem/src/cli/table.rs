@@ -88,6 +88,9 @@ fn head(status: &Status, colour: bool) -> String {
         span(status.uptime_s),
         status.config_digest
     );
+    if status.workers > 1 {
+        text += &format!(" · {} workers", status.workers);
+    }
     if status.draining {
         text += &format!(" · {}", painted("draining", Mood::Busy, colour));
     }

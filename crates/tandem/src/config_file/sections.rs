@@ -92,6 +92,10 @@ fn daemon(table: Table<'_>) -> DaemonSettings {
         mtu: table.number("mtu", "bytes", 1280..=9000).and_then(|n| u16::try_from(n.value).ok()),
         offload: table.switch("offload", defaults.offload),
         low_latency: table.switch("low_latency", defaults.low_latency),
+        workers: table
+            .number("workers", "workers", 1..=16)
+            .and_then(|n| u8::try_from(n.value).ok())
+            .unwrap_or(defaults.workers),
         notify: path("notify"),
     };
     table.done();

@@ -94,7 +94,7 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
     let mut terminate = signal(SignalKind::terminate()).map_err(fail("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(fail("signals"))?;
     let mut timer = Timer::new().map_err(fail("timer"))?;
-    let wake = AsyncEvent::new(parts.worker.event().clone()).map_err(fail("worker"))?;
+    let wake = AsyncEvent::new(parts.workers.event().clone()).map_err(fail("worker"))?;
     let (done, mut results) = mpsc::unbounded_channel();
     let mut parts = parts;
     let mut link_events = parts.link_events.take();
@@ -126,9 +126,9 @@ pub(super) async fn run(parts: Parts) -> Result<(), String> {
         watchdog.ping(now);
         let mut deadline = control.parts.gateway.poll_timeout();
         if let Some(latency) = &mut control.parts.low_latency {
-            let worker = &control.parts.worker;
+            let workers = &control.parts.workers;
             deadline = deadline.min(latency.look(now, || {
-                let carried = worker.counters();
+                let carried = workers.counters();
                 carried.tun_read + carried.esp_received
             }));
         }
@@ -191,11 +191,11 @@ impl Control {
         }
         // The event was cleared before, so what comes from now on wakes the loop again; what is left must.
         let mut quota = Quota::new();
-        while let Some(event) = self.parts.worker.poll().map_err(|error| error.to_string())? {
+        while let Some(event) = self.parts.workers.poll().map_err(|error| error.to_string())? {
             let spent = quota.take(&event);
             self.worker_event(event);
             if spent {
-                self.parts.worker.event().set();
+                self.parts.workers.event().set();
                 break;
             }
         }
@@ -290,8 +290,8 @@ impl Control {
     }
 
     fn command(&mut self, command: WorkerCommand) {
-        if self.parts.worker.send(command).is_err() {
-            error!("the worker has ended");
+        if self.parts.workers.send(command).is_err() {
+            error!("a worker has ended");
         }
     }
 
@@ -336,7 +336,7 @@ impl Control {
                 Output::Answer { ticket, answer } => self.answer(ticket, answer),
             }
         }
-        self.parts.worker.flush().map_err(|error| error.to_string())
+        self.parts.workers.flush().map_err(|error| error.to_string())
     }
 
     fn send_ike(
@@ -497,9 +497,9 @@ impl Control {
     fn reply(&mut self, ticket: u64, mut answer: Answer, purged: bool) {
         let Some(Waiting { request, reply }) = self.waiting.remove(&ticket) else { return };
         if let Answer::Status(status) = &mut answer {
-            let worker = self.parts.worker.counters();
-            status.counters.steered_in = worker.steered_in;
-            status.counters.drops.extend(worker.drops().map(|(why, n)| (why.to_owned(), n)));
+            let workers = self.parts.workers.counters();
+            status.counters.steered_in = workers.steered_in;
+            status.counters.drops.extend(workers.drops().map(|(why, n)| (why.to_owned(), n)));
         }
         if let (Answer::Status(status), Some(handle)) = (&mut answer, &self.parts.link) {
             status

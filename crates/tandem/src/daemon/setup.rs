@@ -13,7 +13,7 @@ use netio::esp::EspSocket;
 use netio::idle::IdleStates;
 use netio::route::{LinkMonitor, Netlink};
 use netio::tun::{Offloads, Tun};
-use netio::udp::{BatchSocket, SOCKET_BUFFER, UdpSender};
+use netio::udp::{BatchSocket, Group, SOCKET_BUFFER, UdpSender};
 use rand_core::{OsRng, RngCore};
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
@@ -29,7 +29,7 @@ use crate::hook::Hook;
 use crate::link::{Link, LinkConfig, LinkEvent, LinkHandle, LinkPath, STEER_OVERHEAD, Started};
 use crate::routing::{self, Keeper};
 use crate::terms::TermFile;
-use crate::worker::{self, EndpointSocket, WorkerHandle};
+use crate::worker::{self, EndpointSocket, Share, Workers};
 
 /// How often the pair link tries to connect (ha.md).
 const RETRY: std::time::Duration = std::time::Duration::from_millis(200);
@@ -68,7 +68,7 @@ pub(super) struct Parts {
     pub(super) peer: String,
     pub(super) places: Vec<Place>,
     pub(super) fences: Fences,
-    pub(super) worker: WorkerHandle,
+    pub(super) workers: Workers,
     pub(super) link: Option<LinkHandle>,
     pub(super) link_events: Option<mpsc::Receiver<LinkEvent>>,
     pub(super) calls: mpsc::Receiver<Call>,
@@ -112,10 +112,14 @@ pub(super) async fn open(
         _ => format!("the host's rules cannot be claimed: {error}"),
     })?;
     let terms = TermFile::open(&settings.state_dir).map_err(|error| error.to_string())?;
-    let tun = open_tun(&settings.tun, settings.offload).map_err(|error| {
+    let queues = open_tun(&settings.tun, settings.offload, settings.workers).map_err(|error| {
         format!("the TUN {:?} cannot be opened: {error}; {}", settings.tun, tun_hint(&error))
     })?;
-    let tun = Arc::new(tun);
+    let mut shares = share_queues(queues, settings.workers);
+    let tun = match shares.first() {
+        Some(first) => Arc::clone(&first.tun),
+        None => return Err("there are no workers".to_owned()),
+    };
     let netlink = Netlink::open().map_err(|error| format!("netlink: {error}"))?;
     let mtu = match settings.mtu {
         Some(mtu) => u32::from(mtu),
@@ -133,7 +137,6 @@ pub(super) async fn open(
 
     let fences = Fences::new(config.endpoints.len());
     let mut places = Vec::new();
-    let mut sockets = Vec::new();
     for endpoint in &config.endpoints {
         let interface = endpoint.wan.interface.get(usize::from(config.local)).cloned().flatten();
         if let Some(name) = &interface {
@@ -161,7 +164,13 @@ pub(super) async fn open(
         let port_500 = netio::udp::control_socket(at_500)
             .and_then(UdpSocket::from_std)
             .map_err(taken(at_500))?;
-        let socket = BatchSocket::bind(at_4500, worker::SOCKET_OPTIONS).map_err(taken(at_4500))?;
+        let group = Group::bind(at_4500, worker::SOCKET_OPTIONS, settings.workers);
+        let Group { sockets, unsorted } = group.map_err(taken(at_4500))?;
+        if let Some(problem) = unsorted {
+            warn!(%problem, "the kernel does not sort ESP by its worker: workers hand most packets to each other");
+        }
+        let port_4500 = sockets.first().map(BatchSocket::sender);
+        let port_4500 = port_4500.ok_or_else(|| format!("UDP {at_4500}: no socket"))?;
         let addresses =
             Addresses::open(endpoint, config.local, tun.index(), netlink.clone(), fences.clone())
                 .map_err(|error| format!("endpoint {}: {error}", endpoint.name))?;
@@ -173,13 +182,15 @@ pub(super) async fn open(
             wan: interface,
             uplink_news: 0,
             port_500,
-            port_4500: socket.sender(),
+            port_4500,
             at_500,
             at_4500,
             orders,
         });
-        let raw = open_raw(&config, endpoint)?;
-        sockets.push(EndpointSocket { endpoint: endpoint.id, socket, raw });
+        for ((share, socket), worker) in shares.iter_mut().zip(sockets).zip(0..) {
+            let raw = open_raw(&config, endpoint, worker, settings.workers)?;
+            share.sockets.push(EndpointSocket { endpoint: endpoint.id, socket, raw });
+        }
     }
 
     // All that is wanted stands by now.
@@ -229,15 +240,14 @@ pub(super) async fn open(
     let priority = netio::sched::raise_thread_priority();
     netio::sched::drop_privileges()
         .map_err(|error| format!("privileges cannot be dropped: {error}"))?;
-    let worker = worker::spawn(worker::Start {
-        tun,
-        sockets,
+    let workers = worker::spawn(worker::Start {
+        shares,
         fences: fences.words(),
         endpoints: config.endpoints.len(),
         mtu: mtu as usize,
         steering,
     })
-    .map_err(|error| format!("the worker cannot be started: {error}"))?;
+    .map_err(|error| format!("the workers cannot be started: {error}"))?;
 
     let local = config.instance_name(config.local).to_owned();
     let peer = config
@@ -249,6 +259,7 @@ pub(super) async fn open(
         ?priority,
         mtu,
         tun = settings.tun,
+        workers = settings.workers,
         "tandemd {} starts",
         env!("CARGO_PKG_VERSION")
     );
@@ -257,6 +268,7 @@ pub(super) async fn open(
         config,
         rng: Box::new(OsRng),
         seed: OsRng.next_u64(),
+        workers: settings.workers,
         release: env!("CARGO_PKG_VERSION").to_owned(),
         hold_format,
     };
@@ -269,7 +281,7 @@ pub(super) async fn open(
         peer,
         places,
         fences,
-        worker,
+        workers,
         link,
         link_events,
         calls,
@@ -283,16 +295,21 @@ pub(super) async fn open(
     })
 }
 
-/// The endpoint's socket for ESP as protocol 50, if a connection may use it. Only for one that does unless a NAT is found
-/// it must be there.
-fn open_raw(config: &Config, endpoint: &Endpoint) -> Result<Option<EspSocket>, String> {
+/// A worker's socket for the endpoint's ESP as protocol 50, if a connection may use it. Only for one that does unless a
+/// NAT is found it must be there.
+fn open_raw(
+    config: &Config,
+    endpoint: &Endpoint,
+    worker: u8,
+    workers: u8,
+) -> Result<Option<EspSocket>, String> {
     let served = config.connections.iter().filter(|c| c.endpoints.contains(&endpoint.id));
     let wanted: Vec<_> = served.map(|c| c.ike.encap).filter(|e| *e != Encap::Always).collect();
     if wanted.is_empty() {
         return Ok(None);
     }
     let address = endpoint.wan.address;
-    match EspSocket::bind(address, SOCKET_BUFFER) {
+    match EspSocket::bind_share(address, SOCKET_BUFFER, worker, workers) {
         Ok(socket) => Ok(Some(socket)),
         Err(error) => {
             let hint = match error.kind() {
@@ -305,24 +322,31 @@ fn open_raw(config: &Config, endpoint: &Endpoint) -> Result<Option<EspSocket>, S
             if wanted.contains(&Encap::Never) {
                 return Err(problem);
             }
-            warn!("{problem}; what knows no NAT traversal cannot be a peer");
+            if worker == 0 {
+                warn!("{problem}; what knows no NAT traversal cannot be a peer");
+            }
             Ok(None)
         }
     }
 }
 
-/// The TUN with vnet headers, or where that is switched off or not to be had, the plain one.
-fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
+/// The TUN with vnet headers and a queue for each worker, or where that is switched off or not to be had, the plain one
+/// with its one queue.
+fn open_tun(name: &str, offload: bool, workers: u8) -> io::Result<Vec<Tun>> {
     if !offload {
-        return Tun::open_plain(name);
-    }
-    match Tun::open_vnet(name) {
-        Err(problem) if problem.kind() == io::ErrorKind::InvalidInput => {
-            warn!(%problem, "the kernel has no vnet headers for a TUN: one packet a call");
-            Tun::open_plain(name)
+        if workers > 1 {
+            info!("without offloads the TUN has one queue: one worker reads it for all");
         }
-        Ok(tun) => {
-            let Offloads { tcp, udp } = tun.offloads();
+        return Ok(vec![Tun::open_plain(name)?]);
+    }
+    match Tun::open_queues(name, workers) {
+        Err(problem) if problem.kind() == io::ErrorKind::InvalidInput => {
+            warn!(%problem, "the kernel has no vnet headers, or no such queues, for a TUN: one packet a call");
+            Ok(vec![Tun::open_plain(name)?])
+        }
+        Ok(queues) => {
+            let none = Offloads { tcp: false, udp: false };
+            let Offloads { tcp, udp } = queues.first().map_or(none, Tun::offloads);
             if !(tcp && udp) {
                 tracing::info!(
                     tcp,
@@ -330,10 +354,22 @@ fn open_tun(name: &str, offload: bool) -> io::Result<Tun> {
                     "the kernel leaves no segmentation of this kind to a TUN: one packet a call"
                 );
             }
-            Ok(tun)
+            Ok(queues)
         }
         Err(error) => Err(error),
     }
+}
+
+/// A queue for each worker; where there are too few, the others write to the first.
+fn share_queues(queues: Vec<Tun>, workers: u8) -> Vec<Share> {
+    let mut queues = queues.into_iter().map(Arc::new);
+    let Some(first) = queues.next() else { return Vec::new() };
+    let share = |tun, reads_tun| Share { tun, reads_tun, sockets: Vec::new() };
+    let others = (1..workers).map(|_| match queues.next() {
+        Some(own) => share(own, true),
+        None => share(Arc::clone(&first), false),
+    });
+    std::iter::once(share(Arc::clone(&first), true)).chain(others).collect()
 }
 
 /// What to do about a TUN that cannot be opened (tun.c, tun_set_iff; tun_chr_open).

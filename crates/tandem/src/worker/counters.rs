@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Live counters: written by the worker once per batch, read by anyone.
+        /// Live counters of one worker: written by it once per batch, read by anyone.
         #[derive(Debug, Default)]
         pub struct Counters {
             $($(#[$doc])* pub(super) $name: AtomicU64,)*
@@ -14,6 +14,13 @@ macro_rules! counters {
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct Snapshot {
             $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Snapshot {
+            /// Adds what another worker counted.
+            pub(super) fn add(&mut self, other: &Self) {
+                $(self.$name += other.$name;)*
+            }
         }
 
         impl Counters {
@@ -70,6 +77,12 @@ counters! {
     steered_in,
     /// Datagrams of the pair link that were for control, whose queue was full.
     stray_dropped,
+    /// Packets handed to another worker.
+    handed,
+    /// Packets that should have been, while it was slow.
+    hand_lost,
+    /// Packets that another worker handed to this one.
+    handed_in,
 }
 
 /// Adds to a counter that only this thread writes.
@@ -80,7 +93,7 @@ pub(super) fn add(counter: &AtomicU64, count: u64) {
 }
 
 impl Snapshot {
-    /// What the worker itself dropped, by reason; reasons that never occurred are left out. The names do not meet the
+    /// What the workers themselves dropped, by reason; reasons that never occurred are left out. The names do not meet the
     /// shard's.
     pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
         [
@@ -92,6 +105,7 @@ impl Snapshot {
             ("too_short", self.short),
             ("ike_queue_full", self.ike_dropped),
             ("steer_lost", self.steer_lost),
+            ("worker_queue_full", self.hand_lost),
             ("steer_refused", self.steer_refused),
             ("stray_dropped", self.stray_dropped),
             ("receive_errors", self.receive_errors),

@@ -1,6 +1,7 @@
 //! The loop itself.
 
 mod deliver;
+mod handed;
 mod moderation;
 mod raw;
 mod steered;
@@ -27,12 +28,14 @@ use moderation::Paces;
 
 use super::counters::add;
 use super::outlet::Outlet;
-use super::{BATCH, Counters, EndpointSocket, Start, WorkerCommand, WorkerEvent, is_long};
+use super::ring::{Parcel, Ring};
+use super::{BATCH, Counters, EndpointSocket, Said, Share, WorkerCommand, WorkerEvent, is_long};
 use crate::link::{SteerPort, SteerSender};
 
 const TUN: u64 = 0;
 const COMMANDS: u64 = 1;
-const FIRST_SOCKET: u64 = 2;
+const HANDED: u64 = 2;
+const FIRST_SOCKET: u64 = 3;
 /// The sockets for protocol 50 count up from here.
 const FIRST_RAW: u64 = 1 << 31;
 /// The pair links' sockets count up from here.
@@ -70,7 +73,26 @@ pub(super) struct State {
     /// The fence words as last read.
     fences: Vec<Duration>,
     /// A report that control had no room for.
-    kept: Option<WorkerEvent>,
+    kept: Option<Said>,
+    /// What another worker handed over, and knew more than is known here so far.
+    early: Option<Parcel>,
+}
+
+/// What a worker is made of.
+pub(super) struct Parts {
+    /// Which one it is, of how many.
+    pub(super) worker: (u8, u8),
+    pub(super) share: Share,
+    /// See [`super::Start`].
+    pub(super) fences: Arc<[AtomicU64]>,
+    pub(super) endpoints: usize,
+    pub(super) mtu: usize,
+    pub(super) steering: Option<SteerPort>,
+    /// To the other workers, if there are any.
+    pub(super) ring: Option<Ring>,
+    pub(super) commands: QueueReceiver<WorkerCommand>,
+    pub(super) outlet: Outlet,
+    pub(super) counters: Arc<Counters>,
 }
 
 /// What writing needs, apart from batch and sockets.
@@ -82,6 +104,9 @@ struct Io {
     steering: Option<SteerPort>,
     /// When each endpoint's handing over was last told.
     steered_told: Vec<Duration>,
+    ring: Option<Ring>,
+    /// Commands for the shard that were obeyed.
+    heard: u64,
     outlet: Outlet,
     counters: Arc<Counters>,
     deliver: Delivery,
@@ -95,32 +120,32 @@ enum Flow {
 }
 
 impl State {
-    pub(super) fn new(
-        start: Start,
-        commands: QueueReceiver<WorkerCommand>,
-        outlet: Outlet,
-        counters: Arc<Counters>,
-    ) -> io::Result<Self> {
+    pub(super) fn new(parts: Parts) -> io::Result<Self> {
+        let Parts { share, fences, endpoints, steering, ring, commands, outlet, counters, .. } =
+            parts;
         let poller = Poller::new()?;
-        poller.add(&*start.tun, TUN)?;
+        if share.reads_tun {
+            poller.add(&*share.tun, TUN)?;
+        }
         poller.add(commands.event(), COMMANDS)?;
-        for (place, token) in start.sockets.iter().zip(FIRST_SOCKET..) {
+        if let Some(ring) = &ring {
+            poller.add(ring.event(), HANDED)?;
+        }
+        for (place, token) in share.sockets.iter().zip(FIRST_SOCKET..) {
             poller.add(&place.socket, token)?;
         }
-        for (place, token) in start.sockets.iter().zip(FIRST_RAW..) {
+        for (place, token) in share.sockets.iter().zip(FIRST_RAW..) {
             if let Some(raw) = &place.raw {
                 poller.add(raw, token)?;
             }
         }
-        let links = start.steering.iter().flat_map(SteerPort::sockets);
+        let links = steering.iter().flat_map(SteerPort::sockets);
         for (socket, token) in links.zip(FIRST_LINK..) {
             poller.add(socket, token)?;
         }
-        let shard = esp::Config {
-            endpoints: start.endpoints,
-            slot_len: esp::slot_len(start.mtu),
-            ..esp::Config::default()
-        };
+        let (worker, workers) = parts.worker;
+        let slot_len = esp::slot_len(parts.mtu);
+        let shard = esp::Config { endpoints, worker, workers, slot_len, ..esp::Config::default() };
         Ok(Self {
             batch: Batch::new(BATCH, shard.slot_len),
             read: vec![0; netio::tun::READ_LEN].into_boxed_slice(),
@@ -128,24 +153,27 @@ impl State {
             spare: Slot::new(shard.slot_len),
             strays: VecDeque::new(),
             shard: Shard::new(shard),
-            fences: vec![Duration::ZERO; start.fences.len()],
+            fences: vec![Duration::ZERO; fences.len()],
             io: Io {
-                deliver: Delivery::new(Arc::clone(&start.tun), Arc::clone(&counters)),
-                tun: start.tun,
-                words: start.fences,
+                deliver: Delivery::new(Arc::clone(&share.tun), Arc::clone(&counters)),
+                tun: share.tun,
+                words: fences,
                 steer: None,
-                steering: start.steering,
-                steered_told: vec![Duration::ZERO; start.endpoints],
+                steering,
+                steered_told: vec![Duration::ZERO; endpoints],
+                ring,
+                heard: 0,
                 outlet,
                 counters,
             },
-            paces: Paces::new(start.sockets.len()),
-            sockets: start.sockets,
+            paces: Paces::new(share.sockets.len()),
+            sockets: share.sockets,
             commands,
             poller,
             pause: LONG_PAUSE,
             metas: Box::new([RecvMeta::EMPTY; BATCH]),
             kept: None,
+            early: None,
         })
     }
 
@@ -154,6 +182,9 @@ impl State {
         let mut ready = Ready::default();
         loop {
             if self.obey() == Flow::Stop {
+                return Ok(());
+            }
+            if self.is_late() && self.read_handed() == Flow::Stop {
                 return Ok(());
             }
             self.flush();
@@ -168,6 +199,11 @@ impl State {
                     TUN => self.read_tun()?,
                     COMMANDS => {
                         self.commands.event().clear();
+                    }
+                    HANDED => {
+                        if self.read_handed() == Flow::Stop {
+                            return Ok(());
+                        }
                     }
                     link @ FIRST_LINK.. => {
                         if self.read_link((link - FIRST_LINK) as u8) == Flow::Stop {
@@ -236,6 +272,7 @@ impl State {
                     self.strays.push_back((link, datagram));
                 }
                 WorkerCommand::Shard(command) => {
+                    self.io.heard += 1;
                     if let Err(error) = self.shard.apply(command) {
                         match error {
                             // A lease or a top for an SA removed a moment ago.
@@ -277,17 +314,17 @@ impl State {
 
     /// Passes the shard's reports on; what does not fit stays there.
     fn report(&mut self) {
-        if let Some(event) = self.kept.take()
-            && let Err(event) = self.io.outlet.report(event)
+        if let Some(said) = self.kept.take()
+            && let Err(said) = self.io.outlet.report(said)
         {
-            self.kept = Some(event);
+            self.kept = Some(said);
             return;
         }
         let now = boottime();
         while self.shard.next_wakeup().is_some_and(|at| at <= now) {
             let Some(report) = self.shard.poll_report(now) else { return };
-            if let Err(event) = self.io.outlet.report(WorkerEvent::Report(report)) {
-                self.kept = Some(event);
+            if let Err(said) = self.io.tell(WorkerEvent::Report(report)) {
+                self.kept = Some(said);
                 return;
             }
         }
@@ -385,6 +422,15 @@ impl Io {
         }
     }
 
+    /// Tells control; gives it back when there is no room.
+    #[expect(
+        clippy::result_large_err,
+        reason = "a box would be an allocation on the way of packets"
+    )]
+    fn tell(&self, event: WorkerEvent) -> Result<(), Said> {
+        self.outlet.report(Said { heard: self.heard, event })
+    }
+
     /// True for an ESP packet; everything else is handled here.
     fn is_esp(&self, slot: &Slot, meta: &RecvMeta, endpoint: EndpointId) -> bool {
         let counters = &self.counters;
@@ -462,6 +508,7 @@ impl Io {
             add(&counters.steered, steered);
             add(&counters.steer_lost, to_steer - steered);
         }
+        self.hand_on(batch);
         add(&counters.sent, sent);
         add(&counters.unsent, to_send - sent);
         add(&counters.tun_written, delivered.written);

@@ -6,6 +6,7 @@
 //! ```
 
 mod raw;
+mod several;
 pub(crate) mod steering;
 
 use super::*;
@@ -17,6 +18,7 @@ use crypto::Secret;
 use crypto::aead::AeadAlg;
 use esp::{Batch, Command, INITIAL_CEILING, Reason, Report, Sa, Shard};
 use netio::clock::boottime;
+use netio::wake::{QueueReceiver, QueueSender};
 use wire::id::{ConnectionId, EspSpi, SpiLayout, Term};
 use wire::ts::{Cidr, TrafficSelector};
 
@@ -43,14 +45,23 @@ fn ip(arguments: &str) {
 }
 
 fn spi(instance: u8) -> EspSpi {
-    SpiLayout::new(instance, 1, 0, 3).unwrap().spi()
+    spi_of(0, instance)
+}
+
+fn spi_of(worker: u8, instance: u8) -> EspSpi {
+    SpiLayout::new(instance, 1, worker, 3).unwrap().spi()
 }
 
 /// One end of the SA pair: `ours` is 0 for the worker, 1 for the peer.
 fn sa(ours: u8, local: &str) -> Box<Sa> {
+    sa_of(0, PEER, ours, local)
+}
+
+/// The same for another worker, with another network behind the peer: 10.3.0.0/16 for worker 1.
+fn sa_of(worker: u8, peer: &str, ours: u8, local: &str) -> Box<Sa> {
     let alg = AeadAlg::Aes256Gcm16;
-    let key = |byte: u8| Secret::new(vec![byte; alg.keymat_len()]);
-    let nets = ["10.1.0.0/16", "10.2.0.0/16"]
+    let key = |byte: u8| Secret::new(vec![byte + 10 * worker; alg.keymat_len()]);
+    let nets = ["10.1.0.0/16".to_owned(), format!("10.{}.0.0/16", 2 + worker)]
         .map(|net| vec![TrafficSelector::from(net.parse::<Cidr>().unwrap())]);
     let [worker_net, peer_net] = nets;
     let (local_ts, remote_ts) =
@@ -58,15 +69,15 @@ fn sa(ours: u8, local: &str) -> Box<Sa> {
     Box::new(Sa {
         endpoint: MAIN,
         connection: ConnectionId(0),
-        spi_in: spi(ours),
-        spi_out: spi(1 - ours),
+        spi_in: spi_of(worker, ours),
+        spi_out: spi_of(worker, 1 - ours),
         alg,
         keymat_in: key(1 + ours),
         keymat_out: key(2 - ours),
         local_ts,
         remote_ts,
         local: local.parse().unwrap(),
-        remote: if ours == 0 { PEER } else { "127.0.0.1:4500" }.parse().unwrap(),
+        remote: if ours == 0 { peer } else { "127.0.0.1:4500" }.parse().unwrap(),
         udp_encap: true,
         next_seq: 1,
         ceiling: INITIAL_CEILING,
@@ -75,14 +86,19 @@ fn sa(ours: u8, local: &str) -> Box<Sa> {
 }
 
 /// Owns the endpoint first: an SA installed by its owner starts at 1, a later owner's at the ceiling.
-fn own(mut apply: impl FnMut(Command), local: &str, ours: u8, term: u64) {
+fn own(apply: impl FnMut(Command), local: &str, ours: u8, term: u64) {
+    own_with(apply, sa(ours, local), term);
+}
+
+fn own_with(mut apply: impl FnMut(Command), sa: Box<Sa>, term: u64) {
+    let spi_in = sa.spi_in;
     apply(Command::Own { endpoint: MAIN, term: Term(term), seq_jump: 0, obey_leases: false });
-    apply(Command::Install(sa(ours, local)));
-    apply(Command::UseOutbound { spi_in: spi(ours) });
+    apply(Command::Install(sa));
+    apply(Command::UseOutbound { spi_in });
 }
 
 struct Host {
-    worker: WorkerHandle,
+    worker: Workers,
     fences: Arc<[AtomicU64]>,
 }
 
@@ -142,9 +158,9 @@ fn start_with(tun: &str, local: &str, fences: &Arc<[AtomicU64]>, mtu: u16) -> St
     let tun = Tun::open_vnet(tun).unwrap();
     tun.configure(mtu.into(), 2000).unwrap();
     let socket = BatchSocket::bind(local.parse().unwrap(), SOCKET_OPTIONS).unwrap();
+    let sockets = vec![EndpointSocket { endpoint: MAIN, socket, raw: None }];
     Start {
-        tun: Arc::new(tun),
-        sockets: vec![EndpointSocket { endpoint: MAIN, socket, raw: None }],
+        shares: vec![Share { tun: Arc::new(tun), reads_tun: true, sockets }],
         fences: Arc::clone(fences),
         endpoints: 1,
         mtu: mtu.into(),
@@ -165,8 +181,30 @@ pub(super) fn linked_state(
     state_of(Start { steering, ..start("tdm0", "127.0.0.1:4500", &fences) })
 }
 
+/// The state of the first of these workers, as the only one.
+fn only(
+    mut start: Start,
+    commands: QueueReceiver<WorkerCommand>,
+    outlet: outlet::Outlet,
+    counters: Arc<Counters>,
+) -> run::State {
+    let parts = run::Parts {
+        worker: (0, 1),
+        share: start.shares.remove(0),
+        fences: start.fences,
+        endpoints: start.endpoints,
+        mtu: start.mtu,
+        steering: start.steering,
+        ring: None,
+        commands,
+        outlet,
+        counters,
+    };
+    run::State::new(parts).unwrap()
+}
+
 fn state_of(start: Start) -> (QueueSender<WorkerCommand>, run::State) {
-    let local = start.sockets[0].socket.local_addr().to_string();
+    let local = start.shares[0].sockets[0].socket.local_addr().to_string();
     let (mut commands, asked) = queue(64).unwrap();
     let outlet = outlet::Outlet::new(
         sync_channel(64).0,
@@ -174,7 +212,7 @@ fn state_of(start: Start) -> (QueueSender<WorkerCommand>, run::State) {
         EventFd::new().unwrap(),
         Arc::default(),
     );
-    let state = run::State::new(start, asked, outlet, Arc::default()).unwrap();
+    let state = only(start, asked, outlet, Arc::default());
     own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), &local, 0, 2);
     (commands, state)
 }
@@ -184,21 +222,25 @@ pub(super) struct Peer {
     shard: Shard,
     batch: Batch,
     socket: UdpSocket,
+    far: SocketAddr,
 }
 
 impl Peer {
     pub(super) fn new() -> Self {
+        Self::with(PEER, FAR, sa(1, PEER))
+    }
+
+    fn with(at: &str, far: &str, sa: Box<Sa>) -> Self {
         let mut shard = Shard::new(esp::Config::default());
-        own(|command| shard.apply(command).unwrap(), PEER, 1, 1);
-        let socket = UdpSocket::bind(PEER).unwrap();
+        own_with(|command| shard.apply(command).unwrap(), sa, 1);
+        let socket = UdpSocket::bind(at).unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
-        Self { shard, batch: Batch::new(1, esp::slot_len(9000)), socket }
+        Self { shard, batch: Batch::new(1, esp::slot_len(9000)), socket, far: far.parse().unwrap() }
     }
 
     /// Sealed, as it would come over the wire.
     pub(super) fn seal(&mut self, payload: &[u8]) -> Vec<u8> {
-        let inner =
-            wire::ip::udp_packet(FAR.parse().unwrap(), APPLICATION.parse().unwrap(), payload);
+        let inner = wire::ip::udp_packet(self.far, APPLICATION.parse().unwrap(), payload);
         self.seal_whole(&inner.unwrap())
     }
 
@@ -416,9 +458,7 @@ fn no_allocation_while_packets_pass() {
         let (ike, _) = sync_channel(1);
         let outlet = outlet::Outlet::new(reports, ike, EventFd::new().unwrap(), Arc::default());
         let counters = Arc::new(Counters::default());
-        let mut state =
-            run::State::new(start("tdm0", local, &fences), asked, outlet, Arc::clone(&counters))
-                .unwrap();
+        let mut state = only(start("tdm0", local, &fences), asked, outlet, Arc::clone(&counters));
         own(|command| commands.send(WorkerCommand::Shard(command)).unwrap(), local, 0, 2);
         let application = application("tdm0");
         let mut peer = Peer::new();

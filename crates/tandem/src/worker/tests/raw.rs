@@ -5,12 +5,11 @@ use super::*;
 use netio::udp::{RecvMeta, SendItem};
 
 /// The sockets of an endpoint at this address.
-fn with_raw(start: Start) -> Start {
-    let sockets = start.sockets.into_iter().map(|place| {
-        let raw = EspSocket::bind(place.socket.local_addr().ip(), SOCKET_BUFFER).unwrap();
-        EndpointSocket { raw: Some(raw), ..place }
-    });
-    Start { sockets: sockets.collect(), ..start }
+fn with_raw(mut start: Start) -> Start {
+    for place in &mut start.shares[0].sockets {
+        place.raw = Some(EspSocket::bind(place.socket.local_addr().ip(), SOCKET_BUFFER).unwrap());
+    }
+    start
 }
 
 /// The SA's packets leave as protocol 50 from now on.

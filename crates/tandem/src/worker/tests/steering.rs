@@ -208,7 +208,7 @@ fn no_allocation_while_packets_are_steered() {
             );
             let start = Start { steering: Some(steering), ..start(tun, local, &fences) };
             let counters = Arc::new(Counters::default());
-            let state = run::State::new(start, asked, outlet, Arc::clone(&counters)).unwrap();
+            let state = only(start, asked, outlet, Arc::clone(&counters));
             ends.push((commands, taken, counters, Some(state)));
         }
         let shard = |command| WorkerCommand::Shard(command);
