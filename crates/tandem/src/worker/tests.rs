@@ -314,7 +314,8 @@ fn packets_pass_both_ways_in_order_and_windows_are_reported() {
                 }
             }
         }
-        let counters = host.worker.counters();
+        // Counted right after they left.
+        let counters = host.wait_for(|counters| counters.sent + counters.tun_written >= 2000);
         assert_eq!(
             (counters.sent, counters.tun_written, counters.late),
             (1000, 1000, 0),
