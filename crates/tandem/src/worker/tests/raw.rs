@@ -203,7 +203,9 @@ fn what_comes_to_the_wrong_instance_is_steered() {
         for number in 0..100_u32 {
             assert_eq!(receive(&application), number.to_be_bytes());
         }
-        let (old, new) = (old.worker.counters(), new.worker.counters());
+        // Counted right after they left.
+        let old = old.wait_for(|counters| counters.steered >= 101);
+        let new = new.wait_for(|counters| counters.sent >= 1 && counters.steered_in >= 101);
         assert_eq!((old.esp_received, old.steered, old.steer_lost), (100, 101, 0));
         assert_eq!((new.esp_received, new.steered_in, new.sent), (0, 101, 1));
     });
