@@ -15,9 +15,10 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use esp::{Batch, Slot};
 use netio::wake::EventFd;
 
-use super::BATCH;
+/// Packets in a parcel.
+const PARCEL: usize = 64;
 
-/// Parcels of one sender: 64 packets each, so 4 MB.
+/// Parcels of one sender: 4 MB with slots for an Ethernet's packets.
 const PARCELS: usize = 32;
 
 /// Packets on their way.
@@ -67,7 +68,7 @@ impl Ring {
         }
         let end = |(from, (arrived, returned, event))| {
             let parcel = |_| {
-                let batch = Batch::new(BATCH, slot_len);
+                let batch = Batch::new(PARCEL, slot_len);
                 Parcel { from, to: from, heard: 0, batch }
             };
             Self {
@@ -176,7 +177,7 @@ mod tests {
     fn parcels_keep_order_and_are_bounded() {
         let mut ends = Ring::new(2, 256).unwrap();
         let (mut there, mut here) = (ends.pop().unwrap(), ends.pop().unwrap());
-        let room = (PARCELS * BATCH) as u32;
+        let room = (PARCELS * PARCEL) as u32;
         let mut next = 0;
         for round in 0..3_u64 {
             let first = next;
