@@ -218,8 +218,8 @@ mod tests {
             ends[0].dispatch(0);
             count as usize
         };
-        assert_eq!(fill(1), PARCELS / 2 * BATCH);
-        assert_eq!(fill(2), PARCELS / 2 * BATCH);
+        assert_eq!(fill(1), PARCELS / 2 * PARCEL);
+        assert_eq!(fill(2), PARCELS / 2 * PARCEL);
         let parcel = ends[2].next().unwrap();
         ends[2].give_back(parcel);
         assert!(!ends[0].put(1, 0, &mut slot(0)), "it has its share");
