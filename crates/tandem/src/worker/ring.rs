@@ -252,6 +252,7 @@ mod tests {
                     here.dispatch(0);
                 }
             } else {
+                assert!(!reader.is_finished(), "at {sent}");
                 std::thread::yield_now();
             }
         }
