@@ -223,9 +223,9 @@ mod tests {
         // Asked again: what was said before is void, also what is on its way.
         ask(&mut crew);
         assert_eq!(crew.take(Duration::ZERO, 1, 1, obeying.clone()), None);
-        assert_eq!(crew.take(Duration::ZERO, 1, 2, obeying.clone()), None);
-        assert_eq!(crew.take(Duration::ZERO, 1, 2, obeying.clone()), None);
-        assert_eq!(crew.take(Duration::ZERO, 0, 2, obeying.clone()), Some(obeying));
+        assert_eq!(crew.take(Duration::ZERO, 0, 2, obeying.clone()), None);
+        assert_eq!(crew.take(Duration::ZERO, 0, 2, obeying.clone()), None);
+        assert_eq!(crew.take(Duration::ZERO, 1, 2, obeying.clone()), Some(obeying));
     }
 
     #[test]

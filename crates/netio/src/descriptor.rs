@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use crate::sys::check;
 
 /// Above whatever a daemon opens otherwise; below the usual limit of 1,024.
-const HIGH: i32 = 512;
+pub const HIGH: i32 = 512;
 
 /// Gives a descriptor a number so high that it is closed before all others when the process dies. Close-on-exec. Where the
 /// limit of open files does not allow that, it keeps its number.

@@ -31,6 +31,7 @@ mod workers;
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::mpsc::sync_channel;
@@ -202,7 +203,13 @@ pub fn spawn(start: Start) -> io::Result<Workers> {
         })?);
         handles.push(Handle { commands, reports, ike, long_ike, counters, thread: None });
     }
-    // All their descriptors exist by now: see `daemon::apart`.
+    // All their descriptors exist by now: see `daemon::apart`. Numbers are given from below, and those from HIGH on are
+    // not in a worker's table.
+    if EventFd::new()?.as_fd().as_raw_fd() >= netio::descriptor::HIGH {
+        return Err(io::Error::other(
+            "so many workers at so many endpoints need too many descriptors",
+        ));
+    }
     for ((worker, mut state), handle) in states.into_iter().enumerate().zip(&mut handles) {
         let (begun, wait) = sync_channel(1);
         let name = format!("worker-{worker}");

@@ -122,8 +122,8 @@ pub struct Outbound {
 pub struct Process {
     /// Its control plane.
     pub gateway: Gateway,
-    /// Its worker's logic.
-    pub shard: esp::Shard,
+    /// Its workers' logic.
+    pub shard: crate::squad::Squad,
     /// Which life of the host's daemon it is.
     pub life: u64,
     /// For the control loop.
@@ -263,12 +263,14 @@ impl Host {
         };
         // Streams of chance: one per host and life, far from those of the world.
         let stream = 1_000 + self.index as u64 * 1_000_000 + self.lives;
+        // One to three, another number in each life.
+        let workers = 1 + (Dice::new(seed, stream + 900_000).any() % 3) as u8;
         let start = Start {
             config,
             rng: Box::new(generator(seed, stream)),
             seed: Dice::new(seed, stream + 500_000).any(),
             terms: self.disk.to_vec(),
-            workers: 1,
+            workers,
             release: "sim".into(),
             // Neighbouring builds, in every order of upgrades and ways back.
             hold_format: Dice::new(seed, stream + 700_000).chance(400).then_some(1),
@@ -287,7 +289,7 @@ impl Host {
             slot_len: 512,
             ..esp::Config::default()
         };
-        let mut shard = esp::Shard::new(config);
+        let mut shard = crate::squad::Squad::new(config, workers);
         if let (Some(crate::bugs::Bug::Shard(bug)), 0..=1) = (bug, self.index) {
             shard.set_bug(bug);
         }

@@ -30,6 +30,7 @@ pub mod network;
 pub mod pins;
 pub mod planned;
 pub mod scene;
+pub mod squad;
 pub mod traffic;
 mod turns;
 mod wan;

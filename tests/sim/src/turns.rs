@@ -579,17 +579,14 @@ fn fill(batch: &mut esp::Batch, packets: &mut std::collections::VecDeque<Packet>
 }
 
 fn judge(
-    shard: &mut esp::Shard,
+    shard: &mut crate::squad::Squad,
     plain: bool,
     now: std::time::Duration,
     fences: &[std::time::Duration],
     batch: &mut esp::Batch,
 ) {
-    if plain {
-        shard.outbound(now, fences, batch);
-    } else {
-        shard.inbound(now, fences, batch);
-    }
+    let way = if plain { Direction::Outbound } else { Direction::Inbound };
+    shard.judge(now, fences, batch, way);
 }
 
 fn id(endpoint: usize) -> EndpointId {

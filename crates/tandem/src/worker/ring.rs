@@ -253,6 +253,7 @@ mod tests {
                     here.dispatch(0);
                 }
             } else {
+                assert!(!reader.is_finished(), "at {sent}");
                 std::thread::yield_now();
             }
         }
