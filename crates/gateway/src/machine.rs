@@ -348,8 +348,8 @@ impl Gateway {
     /// What a worker's shard reported.
     pub fn handle_report(&mut self, now: Duration, report: esp::Report) {
         match report {
-            esp::Report::LeaseLow { spi_in, next_seq, ceiling: _, rate_per_s } => {
-                self.ask_lease(now, spi_in, next_seq, rate_per_s);
+            esp::Report::LeaseLow { spi_in, next_seq, ceiling, rate_per_s } => {
+                self.ask_lease(now, spi_in, (next_seq, ceiling), rate_per_s);
             }
             esp::Report::Obeying { endpoint } => {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
@@ -533,13 +533,19 @@ impl Gateway {
         released
     }
 
-    fn ask_lease(&mut self, now: Duration, spi_in: EspSpi, next_seq: u64, rate_per_s: u64) {
+    fn ask_lease(
+        &mut self,
+        now: Duration,
+        spi_in: EspSpi,
+        (next_seq, ceiling): (u64, u64),
+        rate_per_s: u64,
+    ) {
         for index in 0..self.endpoints.len() {
             let Some(e) = self.endpoints.get_mut(index) else { continue };
             if !e.owns() {
                 continue;
             }
-            if let Some(ceiling) = e.leases.ask(spi_in, next_seq, rate_per_s) {
+            if let Some(ceiling) = e.leases.ask(spi_in, next_seq, ceiling, rate_per_s) {
                 self.say_ceilings(now, index, vec![ceiling]);
             }
         }

@@ -117,7 +117,8 @@ impl Shard {
         match slot.direction {
             Direction::Inbound => self.inbound_one(now, fences, slot, released),
             Direction::Outbound => {
-                let chosen = handed.and_then(|handed| handed.spi_in);
+                // What waited in a queue is judged by what holds now: the choice was made before.
+                let chosen = handed.and_then(|handed| handed.spi_in).filter(|_| !released);
                 let usable = |spi_in: &EspSpi| self.table.get(*spi_in).is_some_and(|sa| sa.used);
                 let Some(spi_in) = chosen.filter(usable) else {
                     return self.outbound_one(now, fences, slot, released);
