@@ -162,6 +162,25 @@ fn the_sa_that_was_chosen_is_used_or_the_packet_judged_anew() {
 }
 
 #[test]
+fn what_waited_is_judged_by_what_holds_then() {
+    let (old, new) = (sa_of(0, 1, 1), sa_of(0, 3, 2));
+    let (mut reader, mut owner) = (shard(0, 2), shard(1, 2));
+    for shard in [&mut reader, &mut owner] {
+        give(shard, [own_command(2)]);
+        give(shard, using(&old));
+    }
+    let mut batch = judged(&mut reader, &packet(0, 0, 1));
+    give(&mut owner, [Command::Hold { endpoint: MAIN }]);
+    owner.handed(ms(1), OPEN, &mut batch);
+    assert_eq!(verdict(&batch), Verdict::Held);
+    give(&mut owner, using(&new));
+    give(&mut owner, [Command::Release { endpoint: MAIN }]);
+    assert_eq!(owner.flush(ms(2), OPEN, &mut batch), 1);
+    let spi = wire::esp::Header::parse(batch.slots()[0].packet()).unwrap().spi;
+    assert_eq!(spi, new.spi_out, "the old one is still there");
+}
+
+#[test]
 fn a_successor_of_another_worker_gets_the_packet() {
     let (old, new) = (sa_of(0, 1, 1), sa_of(0, 2, 2));
     let mut shards = [shard(0, 3), shard(1, 3), shard(2, 3)];
