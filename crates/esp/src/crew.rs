@@ -3,8 +3,8 @@
 //!
 //! | report | of the whole crew |
 //! | --- | --- |
-//! | `Held`, `Disowned`, `Snapshot`, `Flows` | when all have answered, joined: each answers each command once and in order, so first answers belong together, then second ones |
-//! | `Obeying` | when all have said it since they were last asked |
+//! | `Snapshot`, `Flows` | when all have answered, joined: each answers each command once and in order, so first answers belong together, then second ones |
+//! | `Held`, `Disowned`, `Obeying` | when all have answered the newest such command, joined: what answers an older one is no longer true |
 //! | `NoSa` | the first of any worker within a second |
 //! | what is about one SA | as it comes: each SA is one worker's |
 
@@ -24,21 +24,40 @@ pub struct Crew {
     workers: u8,
     /// How many commands were given so far.
     given: u64,
-    held: BTreeMap<EndpointId, Answers>,
-    disowned: BTreeMap<EndpointId, Answers>,
     snapshots: Answers,
     flows: Answers,
-    obeying: BTreeMap<EndpointId, Obeying>,
+    rounds: BTreeMap<(Asked, EndpointId), Round>,
     no_sa: BTreeMap<(EndpointId, ConnectionId, u16), Duration>,
 }
 
-/// Who obeys the leases of an endpoint.
-#[derive(Debug, Default)]
-struct Obeying {
-    /// What a worker said counts if it had obeyed so many commands by then.
+/// What all are asked for an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Asked {
+    Held,
+    Disowned,
+    Obeying,
+}
+
+/// The answers to the newest command of a kind, by worker, until all have answered.
+#[derive(Debug)]
+struct Round {
+    /// The command's number. A worker that is late may still answer an older one.
     since: u64,
-    /// One bit for each worker.
-    said: u32,
+    said: Vec<Option<Report>>,
+}
+
+impl Round {
+    /// One from each worker, if this was the last that was missing.
+    fn take(&mut self, worker: u8, at: u64, answer: Report) -> Option<Vec<Report>> {
+        if at < self.since {
+            return None;
+        }
+        *self.said.get_mut(usize::from(worker))? = Some(answer);
+        if self.said.iter().any(Option::is_none) {
+            return None;
+        }
+        Some(self.said.iter_mut().filter_map(Option::take).collect())
+    }
 }
 
 /// Answers to one kind of command, by worker, until all have answered.
@@ -68,11 +87,9 @@ impl Crew {
         Self {
             workers,
             given: 0,
-            held: BTreeMap::new(),
-            disowned: BTreeMap::new(),
             snapshots: Answers::new(workers),
             flows: Answers::new(workers),
-            obeying: BTreeMap::new(),
+            rounds: BTreeMap::new(),
             no_sa: BTreeMap::new(),
         }
     }
@@ -80,11 +97,16 @@ impl Crew {
     /// The command as each worker is to get it, by worker. Keys go to the SA's own alone.
     pub fn give(&mut self, command: Command) -> impl Iterator<Item = (u8, Command)> + use<> {
         self.given += 1;
-        if let Command::Own { endpoint, .. }
-        | Command::Disown { endpoint, .. }
-        | Command::ObeyLeases { endpoint, .. } = &command
-        {
-            self.obeying.insert(*endpoint, Obeying { since: self.given, said: 0 });
+        match command {
+            Command::Hold { endpoint } => self.ask(Asked::Held, endpoint),
+            Command::Disown { endpoint, .. } => {
+                self.ask(Asked::Disowned, endpoint);
+                self.ask(Asked::Obeying, endpoint);
+            }
+            Command::Own { endpoint, .. } | Command::ObeyLeases { endpoint, .. } => {
+                self.ask(Asked::Obeying, endpoint);
+            }
+            _ => {}
         }
         let owner = command
             .spi_in()
@@ -97,39 +119,35 @@ impl Crew {
         others.into_iter().chain(core::iter::once((owner, command)))
     }
 
-    /// A worker's report, made when it had obeyed `heard` commands; gives what all of them together say by it.
-    pub fn take(
-        &mut self,
-        now: Duration,
-        worker: u8,
-        heard: u64,
-        report: Report,
-    ) -> Option<Report> {
+    fn ask(&mut self, asked: Asked, endpoint: EndpointId) {
+        let said = vec![None; usize::from(self.workers)];
+        self.rounds.insert((asked, endpoint), Round { since: self.given, said });
+    }
+
+    /// A worker's report; gives what all of them together say by it.
+    pub fn take(&mut self, now: Duration, worker: u8, report: Report) -> Option<Report> {
+        let mut round = |asked, endpoint, at, report| {
+            self.rounds.get_mut(&(asked, endpoint))?.take(worker, at, report)
+        };
         match report {
-            Report::Held { endpoint, term, .. } => {
-                let answers = of(&mut self.held, endpoint, self.workers).take(worker, report)?;
+            Report::Held { endpoint, term, at, .. } => {
+                let answers = round(Asked::Held, endpoint, at, report)?;
                 let counters = answers.into_iter().flat_map(counters).collect();
-                Some(Report::Held { endpoint, term, counters })
+                Some(Report::Held { endpoint, term, counters, at })
             }
-            Report::Disowned { endpoint, term, .. } => {
-                let answers =
-                    of(&mut self.disowned, endpoint, self.workers).take(worker, report)?;
+            Report::Disowned { endpoint, term, at, .. } => {
+                let answers = round(Asked::Disowned, endpoint, at, report)?;
                 let counters = answers.into_iter().flat_map(counters).collect();
-                Some(Report::Disowned { endpoint, term, counters })
+                Some(Report::Disowned { endpoint, term, counters, at })
+            }
+            Report::Obeying { endpoint, at } => {
+                round(Asked::Obeying, endpoint, at, report)?;
+                Some(Report::Obeying { endpoint, at })
             }
             Report::Snapshot(_) => self.snapshots.take(worker, report).map(join_snapshots),
             Report::Flows { token, .. } => {
                 let answers = self.flows.take(worker, report)?;
                 Some(Report::Flows { token, flows: join_flows(answers) })
-            }
-            Report::Obeying { endpoint } => {
-                let obeying = self.obeying.entry(endpoint).or_default();
-                if heard < obeying.since {
-                    return None;
-                }
-                obeying.said |= 1 << u32::from(worker);
-                let all = obeying.said.count_ones() == u32::from(self.workers);
-                all.then_some(report)
             }
             Report::NoSa { endpoint, connection, child } if self.workers > 1 => {
                 // The policies' number bounds it.
@@ -143,10 +161,6 @@ impl Crew {
             other => Some(other),
         }
     }
-}
-
-fn of(all: &mut BTreeMap<EndpointId, Answers>, endpoint: EndpointId, workers: u8) -> &mut Answers {
-    all.entry(endpoint).or_insert_with(|| Answers::new(workers))
 }
 
 fn counters(answer: Report) -> Vec<Counters> {
@@ -190,42 +204,56 @@ mod tests {
 
     const MAIN: EndpointId = EndpointId(0);
 
-    fn held(spis: &[u32]) -> Report {
+    fn held(at: u64, spis: &[u32]) -> Report {
         let counters = spis.iter().map(|spi| Counters {
             spi_in: EspSpi(*spi),
             next_seq: 1,
             ceiling: 1,
             window: crate::Window::new(),
         });
-        Report::Held { endpoint: MAIN, term: Term(2), counters: counters.collect() }
+        Report::Held { endpoint: MAIN, term: Term(2), counters: counters.collect(), at }
+    }
+
+    // A switchover that was refused, released and tried again, while one worker did not run.
+    #[test]
+    fn what_a_late_worker_says_of_an_older_hold_is_void() {
+        let mut crew = Crew::new(2);
+        let give = |crew: &mut Crew, command| crew.give(command).count();
+        let take = |crew: &mut Crew, worker, report| crew.take(Duration::ZERO, worker, report);
+        give(&mut crew, Command::Hold { endpoint: MAIN });
+        assert_eq!(take(&mut crew, 0, held(1, &[2])), None);
+        give(&mut crew, Command::Release { endpoint: MAIN });
+        give(&mut crew, Command::Hold { endpoint: MAIN });
+        assert_eq!(take(&mut crew, 1, held(1, &[1])), None, "worker 0 has sent since");
+        assert_eq!(take(&mut crew, 1, held(3, &[1, 3])), None);
+        assert_eq!(take(&mut crew, 0, held(3, &[2])), Some(held(3, &[2, 1, 3])));
     }
 
     #[test]
-    fn an_answer_is_whole_when_all_have_given_theirs() {
-        let mut crew = Crew::new(2);
-        let mut take = |worker, report| crew.take(Duration::ZERO, worker, 0, report);
-        // The second hold of worker 1 before the first of worker 0.
-        assert_eq!(take(1, held(&[1])), None);
-        assert_eq!(take(1, held(&[1, 3])), None);
-        assert_eq!(take(0, held(&[2])), Some(held(&[2, 1])));
-        assert_eq!(take(0, held(&[])), Some(held(&[1, 3])));
+    fn one_worker_may_be_late_as_well() {
+        let mut crew = Crew::new(1);
+        for command in [Command::Hold { endpoint: MAIN }, Command::Hold { endpoint: MAIN }] {
+            crew.give(command).count();
+        }
+        assert_eq!(crew.take(Duration::ZERO, 0, held(1, &[1])), None);
+        assert_eq!(crew.take(Duration::ZERO, 0, held(2, &[1])), Some(held(2, &[1])));
     }
 
     #[test]
     fn all_must_obey_and_have_been_asked() {
-        let obeying = Report::Obeying { endpoint: MAIN };
+        let obeying = |at| Report::Obeying { endpoint: MAIN, at };
         let ask = |crew: &mut Crew| {
             crew.give(Command::ObeyLeases { endpoint: MAIN, on: true }).count();
         };
         let mut crew = Crew::new(2);
         ask(&mut crew);
-        assert_eq!(crew.take(Duration::ZERO, 0, 1, obeying.clone()), None);
+        assert_eq!(crew.take(Duration::ZERO, 0, obeying(1)), None);
         // Asked again: what was said before is void, also what is on its way.
         ask(&mut crew);
-        assert_eq!(crew.take(Duration::ZERO, 1, 1, obeying.clone()), None);
-        assert_eq!(crew.take(Duration::ZERO, 0, 2, obeying.clone()), None);
-        assert_eq!(crew.take(Duration::ZERO, 0, 2, obeying.clone()), None);
-        assert_eq!(crew.take(Duration::ZERO, 1, 2, obeying.clone()), Some(obeying));
+        assert_eq!(crew.take(Duration::ZERO, 1, obeying(1)), None);
+        assert_eq!(crew.take(Duration::ZERO, 1, obeying(2)), None);
+        assert_eq!(crew.take(Duration::ZERO, 1, obeying(2)), None);
+        assert_eq!(crew.take(Duration::ZERO, 0, obeying(2)), Some(obeying(2)));
     }
 
     #[test]
@@ -233,10 +261,10 @@ mod tests {
         let mut crew = Crew::new(3);
         let no_sa = |child| Report::NoSa { endpoint: MAIN, connection: ConnectionId(4), child };
         let at = Duration::from_millis;
-        assert!(crew.take(at(0), 2, 0, no_sa(0)).is_some());
-        assert!(crew.take(at(999), 1, 0, no_sa(0)).is_none());
-        assert!(crew.take(at(999), 1, 0, no_sa(1)).is_some());
-        assert!(crew.take(at(1000), 0, 0, no_sa(0)).is_some());
+        assert!(crew.take(at(0), 2, no_sa(0)).is_some());
+        assert!(crew.take(at(999), 1, no_sa(0)).is_none());
+        assert!(crew.take(at(999), 1, no_sa(1)).is_some());
+        assert!(crew.take(at(1000), 0, no_sa(0)).is_some());
     }
 
     #[test]
@@ -287,8 +315,8 @@ mod tests {
         };
         let mut crew = Crew::new(2);
         let flows = |flows| Report::Flows { token: 3, flows };
-        assert!(crew.take(Duration::ZERO, 0, 0, flows(vec![flow(1, 5), flow(2, 9)])).is_none());
-        let joined = crew.take(Duration::ZERO, 1, 0, flows(vec![flow(2, 4)]));
+        assert!(crew.take(Duration::ZERO, 0, flows(vec![flow(1, 5), flow(2, 9)])).is_none());
+        let joined = crew.take(Duration::ZERO, 1, flows(vec![flow(2, 4)]));
         assert_eq!(joined, Some(flows(vec![flow(1, 5), flow(2, 4)])));
 
         let part = |sealed| {
@@ -297,8 +325,8 @@ mod tests {
             stats.count_drop(crate::Reason::NoSa);
             Report::Snapshot(Box::new(Snapshot { token: 8, stats, sas: Vec::new() }))
         };
-        assert!(crew.take(Duration::ZERO, 0, 0, part(30)).is_none());
-        let Some(Report::Snapshot(whole)) = crew.take(Duration::ZERO, 1, 0, part(12)) else {
+        assert!(crew.take(Duration::ZERO, 0, part(30)).is_none());
+        let Some(Report::Snapshot(whole)) = crew.take(Duration::ZERO, 1, part(12)) else {
             panic!("no answer")
         };
         assert_eq!((whole.token, whole.stats.sealed, whole.stats.handed), (8, 42, 2));

@@ -147,6 +147,8 @@ pub enum Report {
     Obeying {
         /// The endpoint.
         endpoint: EndpointId,
+        /// How many commands the shard had obeyed by then.
+        at: u64,
     },
     /// Window tops that moved since the last such report.
     Windows(Tops),
@@ -159,6 +161,8 @@ pub enum Report {
         term: Term,
         /// All its SAs.
         counters: Vec<Counters>,
+        /// How many commands the shard had obeyed by then.
+        at: u64,
     },
     /// Answer to `Disown`, with the same counters.
     Disowned {
@@ -168,6 +172,8 @@ pub enum Report {
         term: Option<Term>,
         /// All its SAs.
         counters: Vec<Counters>,
+        /// How many commands the shard had obeyed by then.
+        at: u64,
     },
     /// The SA should be rekeyed soon. Once per SA and reason.
     Expiring {

@@ -70,6 +70,8 @@ pub struct Shard {
     pub(crate) policies: Policies,
     endpoints: Vec<Endpoint>,
     stats: Stats,
+    /// Commands so far.
+    obeyed: u64,
     /// Answers to commands.
     answers: VecDeque<Report>,
     /// SAs with something to report.
@@ -95,12 +97,19 @@ impl Shard {
             policies: Policies::new(),
             endpoints: (0..config.endpoints).map(endpoint).collect(),
             stats: Stats::default(),
+            obeyed: 0,
             answers: VecDeque::new(),
             noted: Vec::new(),
             moved: Vec::new(),
             ended: VecDeque::new(),
             moved_at: Duration::ZERO,
         }
+    }
+
+    /// How many commands it has obeyed, those that failed included.
+    #[must_use]
+    pub fn obeyed(&self) -> u64 {
+        self.obeyed
     }
 
     /// What it has done so far.
@@ -232,7 +241,7 @@ impl Shard {
         if let Role::Owner { obey, .. } = &mut e.role {
             *obey = if all_below { Obey::Yes } else { Obey::Wanted { look: false } };
         }
-        all_below.then_some(Report::Obeying { endpoint })
+        all_below.then_some(Report::Obeying { endpoint, at: self.obeyed })
     }
 
     /// The next packet of an endpoint's queue, if it may go, in a slot of

@@ -322,7 +322,7 @@ fn switchover_loses_and_reorders_nothing() {
 
     old.apply(Command::Hold { endpoint: MAIN }).unwrap();
     let held = reports(&mut old, ms(10));
-    let [Report::Held { endpoint: MAIN, term: Term(2), counters }] = held.as_slice() else {
+    let [Report::Held { endpoint: MAIN, term: Term(2), counters, .. }] = held.as_slice() else {
         panic!("{held:?}");
     };
     assert_eq!(counters[0].next_seq, 3);
@@ -553,7 +553,7 @@ fn tops_are_streamed_for_moved_windows_alone_a_little_later() {
     assert_eq!(tops(&mut right, 17), [(spi(1, 3), 6)]);
     // A new shadow needs them all.
     right.apply(Command::ObeyLeases { endpoint: MAIN, on: true }).unwrap();
-    assert_eq!(right.poll_report(ms(20)), Some(Report::Obeying { endpoint: MAIN }));
+    assert!(matches!(right.poll_report(ms(20)), Some(Report::Obeying { endpoint: MAIN, .. })));
     assert_eq!(tops(&mut right, 20).len(), usize::from(count));
 }
 

@@ -457,7 +457,7 @@ impl Model {
         of.heard += 1;
         of.shard.apply(command).unwrap();
         while let Some(report) = of.shard.poll_report(self.now) {
-            let whole = self.crew.take(self.now, worker as u8, of.heard, report);
+            let whole = self.crew.take(self.now, worker as u8, report);
             match whole {
                 Some(Report::Snapshot(snapshot)) => {
                     self.answered += 1;

@@ -351,7 +351,7 @@ impl Gateway {
             esp::Report::LeaseLow { spi_in, next_seq, ceiling, rate_per_s } => {
                 self.ask_lease(now, spi_in, (next_seq, ceiling), rate_per_s);
             }
-            esp::Report::Obeying { endpoint } => {
+            esp::Report::Obeying { endpoint, .. } => {
                 if let Some(e) = self.endpoints.get_mut(usize::from(endpoint.0))
                     && let Part::Owner { sync: Some(sync) } = &mut e.part
                 {

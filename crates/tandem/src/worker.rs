@@ -162,13 +162,6 @@ pub enum WorkerEvent {
     },
 }
 
-/// An event with how many commands for the shard were obeyed before it.
-#[derive(Debug)]
-struct Said {
-    heard: u64,
-    event: WorkerEvent,
-}
-
 /// Starts the threads. All memory for packets is allocated here.
 pub fn spawn(start: Start) -> io::Result<Workers> {
     let Start { shares, fences, endpoints, mtu, steering } = start;

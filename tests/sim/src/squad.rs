@@ -9,8 +9,6 @@ use esp::{Batch, Command, CommandError, Config, Crew, Direction, Report, Shard, 
 pub struct Squad {
     crew: Crew,
     shards: Vec<Shard>,
-    /// Commands so far.
-    given: u64,
     /// Who reads next.
     reader: usize,
     /// Where a packet lies between two workers.
@@ -24,7 +22,6 @@ impl Squad {
         Self {
             crew: Crew::new(workers),
             shards: (0..workers).map(shard).collect(),
-            given: 0,
             reader: 0,
             between: Batch::new(1, config.slot_len),
         }
@@ -39,7 +36,6 @@ impl Squad {
 
     /// See [`Shard::apply`]: to all.
     pub fn apply(&mut self, command: Command) -> Result<(), CommandError> {
-        self.given += 1;
         let mut all = Ok(());
         for (worker, command) in self.crew.give(command) {
             if let Some(shard) = self.shards.get_mut(usize::from(worker)) {
@@ -96,7 +92,7 @@ impl Squad {
     pub fn poll_report(&mut self, now: Duration) -> Option<Report> {
         for (worker, shard) in (0_u8..).zip(&mut self.shards) {
             while let Some(report) = shard.poll_report(now) {
-                if let Some(report) = self.crew.take(now, worker, self.given, report) {
+                if let Some(report) = self.crew.take(now, worker, report) {
                     return Some(report);
                 }
             }

@@ -19,6 +19,8 @@ impl Shard {
     /// # Errors
     /// [`CommandError`]: nothing was changed.
     pub fn apply(&mut self, command: Command) -> Result<(), CommandError> {
+        self.obeyed += 1;
+        let at = self.obeyed;
         match command {
             // Their owner does it.
             Command::Move { spi_in, .. }
@@ -65,7 +67,7 @@ impl Shard {
                 };
                 *held = true;
                 let counters = self.counters(endpoint);
-                self.answers.push_back(Report::Held { endpoint, term, counters });
+                self.answers.push_back(Report::Held { endpoint, term, counters, at });
             }
             Command::Release { endpoint } => {
                 let Role::Owner { held, .. } = &mut self.endpoint(endpoint)?.role else {
@@ -86,7 +88,7 @@ impl Shard {
                 e.direct_until = Duration::ZERO;
                 e.back_until = Duration::ZERO;
                 let term = e.term;
-                self.answers.push_back(Report::Disowned { endpoint, term, counters });
+                self.answers.push_back(Report::Disowned { endpoint, term, counters, at });
             }
             Command::Steer { endpoint, on } => self.endpoint(endpoint)?.others = on,
             Command::Pin { endpoint, on } => {
@@ -162,7 +164,7 @@ impl Shard {
             *obey = Obey::Wanted { look: true };
         } else {
             // Asked again, answered again.
-            self.answers.push_back(Report::Obeying { endpoint });
+            self.answers.push_back(Report::Obeying { endpoint, at: self.obeyed });
         }
         let Some(own) = self.endpoint(endpoint)?.ownership() else { return Ok(()) };
         for sa in self.table.iter_mut().filter(|sa| sa.endpoint == endpoint) {

@@ -7,11 +7,11 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use netio::wake::EventFd;
 
 use super::counters::add;
-use super::{Counters, LONG_IKE_QUEUE, Said, WorkerEvent, is_long};
+use super::{Counters, LONG_IKE_QUEUE, WorkerEvent, is_long};
 
 /// The queues to control. Sending neither waits nor allocates.
 pub(super) struct Outlet {
-    reports: SyncSender<Said>,
+    reports: SyncSender<WorkerEvent>,
     ike: SyncSender<WorkerEvent>,
     event: EventFd,
     /// Long IKE messages in the queue.
@@ -20,7 +20,7 @@ pub(super) struct Outlet {
 
 impl Outlet {
     pub(super) fn new(
-        reports: SyncSender<Said>,
+        reports: SyncSender<WorkerEvent>,
         ike: SyncSender<WorkerEvent>,
         event: EventFd,
         long_ike: Arc<AtomicUsize>,
@@ -33,13 +33,13 @@ impl Outlet {
         clippy::result_large_err,
         reason = "a box would be an allocation on the way of packets"
     )]
-    pub(super) fn report(&self, said: Said) -> Result<(), Said> {
-        match self.reports.try_send(said) {
+    pub(super) fn report(&self, event: WorkerEvent) -> Result<(), WorkerEvent> {
+        match self.reports.try_send(event) {
             Ok(()) => {
                 self.event.set();
                 Ok(())
             }
-            Err(TrySendError::Full(said)) => Err(said),
+            Err(TrySendError::Full(event)) => Err(event),
             // Control is gone; the command queue says so next.
             Err(TrySendError::Disconnected(_)) => Ok(()),
         }

@@ -16,10 +16,10 @@ use esp::{Batch, Slot};
 use netio::wake::EventFd;
 
 /// Packets in a parcel.
-const PARCEL: usize = 64;
+const PARCEL: usize = 32;
 
 /// Parcels of one sender: 4 MB with slots for an Ethernet's packets.
-const PARCELS: usize = 32;
+const PARCELS: usize = 64;
 
 /// Packets on their way.
 pub(super) struct Parcel {

@@ -29,7 +29,7 @@ use moderation::Paces;
 use super::counters::add;
 use super::outlet::Outlet;
 use super::ring::{Parcel, Ring};
-use super::{BATCH, Counters, EndpointSocket, Said, Share, WorkerCommand, WorkerEvent, is_long};
+use super::{BATCH, Counters, EndpointSocket, Share, WorkerCommand, WorkerEvent, is_long};
 use crate::link::{SteerPort, SteerSender};
 
 const TUN: u64 = 0;
@@ -63,7 +63,7 @@ pub(super) struct State {
     batch: Batch,
     /// What one read of the TUN gives.
     read: Box<[u8]>,
-    /// The most packets that a read gave so far.
+    /// The most packets that a read lately gave, at least one.
     most_read: usize,
     /// What control passed on: steered datagrams that came to its socket.
     strays: VecDeque<(u8, Vec<u8>)>,
@@ -73,7 +73,7 @@ pub(super) struct State {
     /// The fence words as last read.
     fences: Vec<Duration>,
     /// A report that control had no room for.
-    kept: Option<Said>,
+    kept: Option<WorkerEvent>,
     /// What another worker handed over, and knew more than is known here so far.
     early: Option<Parcel>,
 }
@@ -255,7 +255,10 @@ impl State {
         match self.kept {
             None => wait,
             // Control does not take reports: do not spin over the shard's next one.
-            Some(_) => Some(REPORT_PAUSE),
+            Some(_) => {
+                let read = self.paces.due().map(|at| at.saturating_sub(boottime()));
+                read.into_iter().chain([REPORT_PAUSE]).min()
+            }
         }
     }
 
@@ -272,8 +275,9 @@ impl State {
                     self.strays.push_back((link, datagram));
                 }
                 WorkerCommand::Shard(command) => {
-                    self.io.heard += 1;
-                    if let Err(error) = self.shard.apply(command) {
+                    let obeyed = self.shard.apply(command);
+                    self.io.heard = self.shard.obeyed();
+                    if let Err(error) = obeyed {
                         match error {
                             // A lease or a top for an SA removed a moment ago.
                             esp::CommandError::UnknownSa(_) => {
@@ -314,17 +318,17 @@ impl State {
 
     /// Passes the shard's reports on; what does not fit stays there.
     fn report(&mut self) {
-        if let Some(said) = self.kept.take()
-            && let Err(said) = self.io.outlet.report(said)
+        if let Some(event) = self.kept.take()
+            && let Err(event) = self.io.outlet.report(event)
         {
-            self.kept = Some(said);
+            self.kept = Some(event);
             return;
         }
         let now = boottime();
         while self.shard.next_wakeup().is_some_and(|at| at <= now) {
             let Some(report) = self.shard.poll_report(now) else { return };
-            if let Err(said) = self.io.tell(WorkerEvent::Report(report)) {
-                self.kept = Some(said);
+            if let Err(event) = self.io.outlet.report(WorkerEvent::Report(report)) {
+                self.kept = Some(event);
                 return;
             }
         }
@@ -337,7 +341,8 @@ impl State {
             && let Some((length, offload)) = self.io.tun.read(&mut self.read)?
         {
             let count = self.split(length, offload);
-            self.most_read = self.most_read.max(count).min(self.batch.capacity());
+            // It fades: a peer that asks for tiny segments once does not make every batch small for good.
+            self.most_read = count.max(self.most_read - 1).clamp(1, self.batch.capacity());
             add(&self.io.counters.tun_read, count as u64);
             add(&self.io.counters.tun_split, u64::from(count > 1));
         }
@@ -420,15 +425,6 @@ impl Io {
         for (to, word) in into.iter_mut().zip(self.words.iter()) {
             *to = Duration::from_nanos(word.load(Ordering::Acquire));
         }
-    }
-
-    /// Tells control; gives it back when there is no room.
-    #[expect(
-        clippy::result_large_err,
-        reason = "a box would be an allocation on the way of packets"
-    )]
-    fn tell(&self, event: WorkerEvent) -> Result<(), Said> {
-        self.outlet.report(Said { heard: self.heard, event })
     }
 
     /// True for an ESP packet; everything else is handled here.

@@ -10,13 +10,13 @@ use netio::clock::boottime;
 use netio::wake::{EventFd, QueueClosed, QueueSender};
 
 use super::counters::add;
-use super::{Counters, Said, Snapshot, WorkerCommand, WorkerEvent, is_long};
+use super::{Counters, Snapshot, WorkerCommand, WorkerEvent, is_long};
 
 /// Control's end of one worker.
 #[derive(Debug)]
 pub(super) struct Handle {
     pub(super) commands: QueueSender<WorkerCommand>,
-    pub(super) reports: Receiver<Said>,
+    pub(super) reports: Receiver<WorkerEvent>,
     pub(super) ike: Receiver<WorkerEvent>,
     /// Long IKE messages in the queue.
     pub(super) long_ike: Arc<AtomicUsize>,
@@ -26,9 +26,9 @@ pub(super) struct Handle {
 
 impl Handle {
     /// The next event, reports before IKE messages. Errors: the worker has ended.
-    fn poll(&mut self) -> Result<Option<Said>, QueueClosed> {
+    fn poll(&mut self) -> Result<Option<WorkerEvent>, QueueClosed> {
         match self.reports.try_recv() {
-            Ok(said) => return Ok(Some(said)),
+            Ok(event) => return Ok(Some(event)),
             Err(TryRecvError::Empty) => {}
             Err(TryRecvError::Disconnected) => return Err(QueueClosed),
         }
@@ -40,7 +40,7 @@ impl Handle {
                 {
                     self.long_ike.fetch_sub(1, Ordering::AcqRel);
                 }
-                Ok(Some(Said { heard: 0, event }))
+                Ok(Some(event))
             }
             Err(TryRecvError::Empty) => Ok(None),
             Err(TryRecvError::Disconnected) => Err(QueueClosed),
@@ -102,14 +102,14 @@ impl Workers {
             let at = self.next;
             self.next = (at + 1) % self.handles.len();
             let handle = self.handles.get_mut(at).ok_or(QueueClosed)?;
-            let Some(Said { heard, event }) = handle.poll()? else {
+            let Some(event) = handle.poll()? else {
                 empty += 1;
                 continue;
             };
             empty = 0;
             let WorkerEvent::Report(report) = event else { return Ok(Some(event)) };
             let worker = u8::try_from(at).unwrap_or(u8::MAX);
-            if let Some(report) = self.crew.take(boottime(), worker, heard, report) {
+            if let Some(report) = self.crew.take(boottime(), worker, report) {
                 return Ok(Some(WorkerEvent::Report(report)));
             }
         }

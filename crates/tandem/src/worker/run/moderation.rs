@@ -3,11 +3,11 @@
 //! runs (UDP_GRO) is a batch already.
 //!
 //! ```text
-//!              few at once, and MANY a second
-//!   listening ────────────────────────────────► polled, every INTERVAL
-//!       ▲                                          │
-//!       └──────────────────────────────────────────┘
-//!              fewer than ENOUGH in an interval
+//!              few at once, and MANY a second, three times in a row
+//!   listening ─────────────────────────────────────────────────────► polled, every INTERVAL
+//!       ▲                                                                │
+//!       └────────────────────────────────────────────────────────────────┘
+//!              fewer than ENOUGH in an interval, or so many that the next read must not wait
 //! ```
 
 use std::io;
@@ -17,7 +17,8 @@ use netio::clock::boottime;
 
 use super::{FIRST_RAW, FIRST_SOCKET, State};
 
-/// How often a polled socket is read: what this adds to a packet's way, at most.
+/// How often a polled socket is read. With the slack of the kernel's timers (50 µs unless set), twice that may be added to
+/// a packet's way.
 const INTERVAL: Duration = Duration::from_micros(50);
 
 /// A read of this many is a batch worth having.
@@ -29,6 +30,12 @@ const MANY: Duration = Duration::from_micros(12);
 /// A socket that gives fewer in an interval is listened to again.
 const ENOUGH: usize = 3;
 
+/// One that gives as many may hold more than a read takes (32 of UDP), or they come in runs.
+const FULL: usize = 32;
+
+/// So many quick reads in a row are a rate; two packets that follow each other are none.
+const ROW: u8 = 3;
+
 /// How one socket is read.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Pace {
@@ -36,6 +43,8 @@ pub(super) struct Pace {
     last: Duration,
     /// When it is to be read, if it is polled.
     due: Option<Duration>,
+    /// Quick reads of a few in a row.
+    quick: u8,
 }
 
 /// What is to be done about a socket.
@@ -54,11 +63,19 @@ impl Pace {
         let few = (1..BATCH_ENOUGH).contains(&count);
         match self.due {
             None if few && gap < MANY * count as u32 => {
+                self.quick += 1;
+                if self.quick < ROW {
+                    return Change::None;
+                }
+                self.quick = 0;
                 self.due = Some(now + INTERVAL);
                 Change::Poll
             }
-            None => Change::None,
-            Some(_) if count < ENOUGH => {
+            None => {
+                self.quick = 0;
+                Change::None
+            }
+            Some(_) if !(ENOUGH..FULL).contains(&count) => {
                 self.due = None;
                 Change::Listen
             }
@@ -155,14 +172,21 @@ mod tests {
         Duration::from_micros(micros)
     }
 
+    /// A socket that is polled since 1200 µs.
+    fn polled() -> Pace {
+        let mut pace = Pace::default();
+        for at in [1000, 1090, 1120] {
+            assert_eq!(pace.after(us(at), 8), Change::None);
+        }
+        assert_eq!(pace.after(us(1200), 8), Change::Poll);
+        assert_eq!(pace.due, Some(us(1250)));
+        pace
+    }
+
     #[test]
     fn few_at_once_and_many_a_second_are_polled_until_they_are_few() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.after(us(1000), 1), Change::None, "the first after a pause");
-        assert_eq!(pace.after(us(1100), 8), Change::None, "80,000 a second are not many");
-        assert_eq!(pace.after(us(1190), 8), Change::Poll);
-        assert_eq!(pace.due, Some(us(1240)));
-        assert_eq!(pace.after(us(1300), 100), Change::None, "the more the better");
+        let mut pace = polled();
+        assert_eq!(pace.after(us(1300), 31), Change::None);
         assert_eq!(pace.due, Some(us(1350)));
         assert_eq!(pace.after(us(1350), 3), Change::None);
         assert_eq!(pace.after(us(1400), 2), Change::Listen);
@@ -170,12 +194,32 @@ mod tests {
     }
 
     #[test]
+    fn what_may_hold_more_is_read_at_once() {
+        let mut pace = polled();
+        assert_eq!(pace.after(us(1300), 32), Change::Listen);
+        assert_eq!(pace.due, None);
+    }
+
+    #[test]
+    fn a_few_close_together_are_no_rate() {
+        let mut pace = Pace::default();
+        for start in [1000, 2000, 3000] {
+            assert_eq!(pace.after(us(start), 1), Change::None, "the first after a pause");
+            assert_eq!(pace.after(us(start + 5), 1), Change::None);
+            assert_eq!(pace.after(us(start + 10), 1), Change::None);
+        }
+        for at in 0..9 {
+            assert_eq!(pace.after(us(4000 + at * 100), 8), Change::None, "80,000 a second");
+        }
+    }
+
+    #[test]
     fn runs_are_batches_already_and_nothing_is_no_reason() {
         let mut pace = Pace::default();
-        pace.after(us(1000), 44);
-        assert_eq!(pace.after(us(1050), 44), Change::None);
-        assert_eq!(pace.after(us(1051), 0), Change::None);
-        assert_eq!(pace.after(us(1052), 16), Change::None);
-        assert_eq!(pace.after(us(1053), 15), Change::Poll);
+        for at in 0..9 {
+            for count in [44, 0, 16] {
+                assert_eq!(pace.after(us(1000 + at), count), Change::None);
+            }
+        }
     }
 }

@@ -7,7 +7,7 @@ use wire::id::EndpointId;
 
 use super::super::counters::add;
 use super::super::outlet::Outlet;
-use super::super::{Counters, EndpointSocket, Said, WorkerEvent};
+use super::super::{Counters, EndpointSocket, WorkerEvent};
 use super::{Flow, Io, State};
 use crate::link::{Arrival, STEER_HEADROOM, STEER_TAILROOM, SteerHead, SteerKind};
 
@@ -161,10 +161,7 @@ impl Io {
         if direction == Direction::Inbound
             && let Some(told) = self.steered_told.get_mut(usize::from(endpoint.0))
             && now >= *told + STEERED_PAUSE
-            && self
-                .outlet
-                .report(Said { heard: self.heard, event: WorkerEvent::Steered(endpoint) })
-                .is_ok()
+            && self.outlet.report(WorkerEvent::Steered(endpoint)).is_ok()
         {
             *told = now;
         }
