@@ -540,6 +540,24 @@ mod tests {
     }
 
     #[test]
+    fn one_read_of_many_segments_does_not_keep_batches_small() {
+        isolated(|| {
+            let mut state = test_state();
+            let application = super::super::tests::application("tdm0");
+            state.most_read = BATCH;
+            for _ in 0..BATCH {
+                application.send(b"small").unwrap();
+            }
+            let before = state.io.counters.snapshot().tun_read;
+            while netio::udp::wait_readable(&*state.io.tun, 0).unwrap() {
+                state.read_tun().unwrap();
+            }
+            assert_eq!(state.io.counters.snapshot().tun_read - before, BATCH as u64);
+            assert_eq!(state.most_read, 1);
+        });
+    }
+
+    #[test]
     fn what_becomes_invalid_between_judging_and_writing_is_dropped() {
         isolated(|| {
             let mut state = test_state();

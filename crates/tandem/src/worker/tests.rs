@@ -277,7 +277,7 @@ impl Peer {
 }
 
 /// A socket of a host on the LAN side, and the routes around it.
-fn application(tun: &str) -> UdpSocket {
+pub(super) fn application(tun: &str) -> UdpSocket {
     ip(&format!("address add 10.1.0.9/32 dev {tun}"));
     ip(&format!("route add 10.2.0.0/16 dev {tun} src 10.1.0.9"));
     let socket = UdpSocket::bind(APPLICATION).unwrap();

@@ -162,6 +162,8 @@ impl Stage {
         );
         let remote = Outfit {
             hosts: hosts.into(),
+            // Its commands are typed there as well; the hosts have a /tmp of their own.
+            shown: vec![checkout.clone()],
             etc: vec![
                 ("strongswan.conf", conf),
                 ("systemd/system/strongswan.service", STRONGSWAN.into()),
