@@ -78,7 +78,7 @@ pub(crate) struct Endpoint {
     pub(crate) role: Role,
     /// The last term it was owned in here.
     pub(crate) term: Option<Term>,
-    /// The IVs of that term, one sequence for all keys: an SA that is removed and installed again
+    /// The IVs of that term, one sequence for all keys of this worker: an SA that is removed and installed again
     /// within a term, as healing can do, then cannot begin it anew.
     pub(crate) ivs: IvSequence,
     pub(crate) seq_jump: u64,

@@ -28,7 +28,7 @@ pub struct Config {
     pub endpoints: usize,
     /// SPI slots per instance: bound of [`wire::id::SpiLayout::slot`].
     pub max_slots: usize,
-    /// Packets that one endpoint can hold during a switchover, both
+    /// Packets that one endpoint can hold here during a switchover, both
     /// directions together.
     pub queue_len: usize,
     /// Size of one queued slot in bytes; that of the batches' slots.

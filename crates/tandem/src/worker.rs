@@ -104,8 +104,8 @@ pub struct Start {
     pub fences: Arc<[AtomicU64]>,
     /// Endpoints in the configuration.
     pub endpoints: usize,
-    /// The TUN's MTU, which its slots must hold ([`esp::slot_len`]): at 9,000 bytes, 19 MB an endpoint for what waits out
-    /// a switchover, at an Ethernet's 4.
+    /// The TUN's MTU, which its slots must hold ([`esp::slot_len`]): at 9,000 bytes, 19 MB a worker and endpoint for
+    /// what waits out a switchover, at an Ethernet's 4.
     pub mtu: usize,
     /// The pair link, if there is one: the first worker's.
     pub steering: Option<SteerPort>,

@@ -36,7 +36,8 @@ const RESERVE_AGAIN: Duration = Duration::from_secs(1);
 const DATAGRAM: usize = 65_535;
 /// Messages taken from one source in a turn, so that none starves the others or the heartbeat.
 const TURN: usize = 64;
-/// Reports of the worker taken in a turn: all that wait, in the worst case. It does not make more of them by itself.
+/// Reports of the workers taken in a turn: all that wait with one, in the worst case. They do not make more of them by
+/// themselves.
 const REPORTS: usize = 1024;
 
 /// What tasks report.
