@@ -170,7 +170,6 @@ impl Stage {
             ],
             programs: vec![("apt-get", APT_GET.into())],
             copies: vec!["/usr/lib/ipsec/charon", "/usr/sbin/swanctl"],
-            ..Outfit::default()
         };
         let mut left = Host::boot(lab.run, &net.left, &instance)?;
         let mut right = Host::boot(lab.run, &net.right, &instance)?;
