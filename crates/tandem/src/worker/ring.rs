@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   sender                                     receiver
-//!   free ──put: slots are swapped──► filling ──dispatch, one wake a parcel──► arrived ──► judged in place
+//!   free ──put: slots are swapped──► filling ──dispatch, one wake for all───► arrived ──► judged in place
 //!    ▲                                                                                        │
 //!    └──────────────────────────── returned ◄──────────────── give_back ◄────────────────────┘
 //! ```
@@ -15,11 +15,11 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use esp::{Batch, Slot};
 use netio::wake::EventFd;
 
-/// Packets in a parcel.
-const PARCEL: usize = 32;
+/// Packets in a parcel. A batch of one takes a whole one, so that they must be many rather than large.
+const PARCEL: usize = 16;
 
 /// Parcels of one sender: 4 MB with slots for an Ethernet's packets.
-const PARCELS: usize = 64;
+const PARCELS: usize = 128;
 
 /// Packets on their way.
 pub(super) struct Parcel {
@@ -39,6 +39,8 @@ pub(super) struct Ring {
     /// Most of these that one receiver may have.
     share: usize,
     filling: Box<[Option<Parcel>]>,
+    /// Whose parcels left since they were woken.
+    sent: Box<[bool]>,
     workers: Box<[Door]>,
     arrived: Receiver<Parcel>,
     returned: Receiver<Parcel>,
@@ -77,6 +79,7 @@ impl Ring {
                 // A receiver that is slow does not keep them all from the others.
                 share: if workers > 2 { PARCELS / 2 } else { PARCELS },
                 filling: (0..workers).map(|_| None).collect(),
+                sent: vec![false; workers].into_boxed_slice(),
                 workers: doors.clone().into_boxed_slice(),
                 arrived,
                 returned,
@@ -91,7 +94,8 @@ impl Ring {
         &self.event
     }
 
-    /// Takes the packet for another worker and leaves an empty slot. False when there is no parcel for it.
+    /// Takes the packet for another worker and leaves an empty slot; [`Ring::dispatch`] follows. False when there is no
+    /// parcel for it.
     pub(super) fn put(&mut self, worker: u8, heard: u64, slot: &mut Slot) -> bool {
         let to = usize::from(worker);
         if self.filling.get(to).is_some_and(|parcel| parcel.as_ref().is_some_and(is_full)) {
@@ -113,6 +117,10 @@ impl Ring {
     pub(super) fn dispatch(&mut self, heard: u64) {
         for to in 0..self.filling.len() {
             self.send(to, heard);
+            let woken = self.sent.get_mut(to).is_some_and(std::mem::take);
+            if let Some(door) = self.workers.get(to).filter(|_| woken) {
+                door.event.set();
+            }
         }
     }
 
@@ -120,10 +128,8 @@ impl Ring {
         let Some(mut parcel) = self.filling.get_mut(to).and_then(Option::take) else { return };
         parcel.heard = heard;
         // It has room for all parcels. If its worker is gone, the process ends.
-        if let Some(door) = self.workers.get(to)
-            && door.parcels.try_send(parcel).is_ok()
-        {
-            door.event.set();
+        if let (Some(door), Some(sent)) = (self.workers.get(to), self.sent.get_mut(to)) {
+            *sent |= door.parcels.try_send(parcel).is_ok();
         }
     }
 

@@ -7,7 +7,7 @@ use super::super::counters::add;
 use super::{Flow, Io, State};
 
 /// Parcels taken before the worker looks at its own sockets again.
-const TURN: usize = 16;
+const TURN: usize = 32;
 
 impl State {
     /// Judges and writes what other workers have handed over.
