@@ -29,6 +29,7 @@ pub const CRATES: [Crate; 8] = [
             "p384",
             "rand_core",
             "ring",
+            "aws-lc-rs",
             "subtle",
             "thiserror",
             "x25519-dalek",
