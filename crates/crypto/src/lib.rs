@@ -2,7 +2,7 @@
 //!
 //! | module | what | library |
 //! | --- | --- | --- |
-//! | [`aead`] | AES-GCM-16 and ChaCha20-Poly1305 in place, and the IV scheme of both | ring |
+//! | [`aead`] | AES-GCM-16 and ChaCha20-Poly1305 in place, and the IV scheme of both | aws-lc-rs |
 //! | [`prf`] | HMAC-SHA2 as PRF, and prf+ (RFC 7296 §2.13) | ring |
 //! | [`dh`] | X25519, P-256, P-384, with secrets that can be replicated | x25519-dalek, p256, p384 |
 //! | [`hash`] | SHA-1 (NAT detection only), SHA-256 | ring |

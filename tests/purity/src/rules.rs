@@ -25,11 +25,11 @@ pub const CRATES: [Crate; 8] = [
         uses: &[],
         libraries: Some(&[
             "aes-gcm",
+            "aws-lc-rs",
             "p256",
             "p384",
             "rand_core",
             "ring",
-            "aws-lc-rs",
             "subtle",
             "thiserror",
             "x25519-dalek",

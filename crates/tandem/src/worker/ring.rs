@@ -117,8 +117,9 @@ impl Ring {
     pub(super) fn dispatch(&mut self, heard: u64) {
         for to in 0..self.filling.len() {
             self.send(to, heard);
-            let woken = self.sent.get_mut(to).is_some_and(std::mem::take);
-            if let Some(door) = self.workers.get(to).filter(|_| woken) {
+            if self.sent.get_mut(to).is_some_and(std::mem::take)
+                && let Some(door) = self.workers.get(to)
+            {
                 door.event.set();
             }
         }
