@@ -2,6 +2,7 @@
 
 mod deliver;
 mod handed;
+mod lookout;
 mod moderation;
 mod raw;
 mod steered;
@@ -24,6 +25,7 @@ use wire::natt::{self, Datagram};
 use wire::vnet::Offload;
 
 use deliver::Delivery;
+use lookout::Lookout;
 use moderation::Paces;
 
 use super::counters::add;
@@ -44,12 +46,6 @@ const FIRST_LINK: u64 = 1 << 32;
 /// While control does not take reports, the shard is asked again after this.
 const REPORT_PAUSE: Duration = Duration::from_millis(1);
 
-/// What lately took less than this to come is looked for as long before the thread sleeps.
-const LOOK: Duration = Duration::from_micros(40);
-
-/// Pauses count as this at most, so that a busy time is noticed soon after a quiet one.
-const LONG_PAUSE: Duration = Duration::from_micros(200);
-
 /// Everything a worker owns.
 pub(super) struct State {
     shard: Shard,
@@ -58,8 +54,7 @@ pub(super) struct State {
     paces: Paces,
     commands: QueueReceiver<WorkerCommand>,
     poller: Poller,
-    /// How long it lately took until something was there, smoothed.
-    pause: Duration,
+    lookout: Lookout,
     batch: Batch,
     /// What one read of the TUN gives.
     read: Box<[u8]>,
@@ -170,7 +165,7 @@ impl State {
             sockets: share.sockets,
             commands,
             poller,
-            pause: LONG_PAUSE,
+            lookout: Lookout::default(),
             metas: Box::new([RecvMeta::EMPTY; BATCH]),
             kept: None,
             early: None,
@@ -221,15 +216,14 @@ impl State {
         }
     }
 
-    /// Until something is ready or due. Where the next is likely near, it is looked for before sleeping, while other
-    /// threads may go first: to wake a thread on another processor costs more, and longer.
+    /// Until something is ready or due. It may be looked for first.
     fn wait(&mut self, ready: &mut Ready) -> io::Result<()> {
         let timeout = self.timeout();
         let begun = boottime();
         let mut now = begun;
         let mut found = false;
-        if self.pause < LOOK {
-            let until = begun + timeout.map_or(LOOK, |timeout| timeout.min(LOOK));
+        if let Some(look) = self.lookout.look(begun) {
+            let until = begun + timeout.map_or(look, |timeout| timeout.min(look));
             loop {
                 self.poller.wait(ready, Some(Duration::ZERO))?;
                 now = boottime();
@@ -245,7 +239,7 @@ impl State {
                 .wait(ready, timeout.map(|timeout| (begun + timeout).saturating_sub(now)))?;
             now = boottime();
         }
-        self.pause = (self.pause * 3 + now.saturating_sub(begun).min(LONG_PAUSE)) / 4;
+        self.lookout.waited(now.saturating_sub(begun), found);
         Ok(())
     }
 
@@ -295,6 +289,7 @@ impl State {
 
     /// Asks the shard about the batch, writes it and empties it.
     fn judge(&mut self, direction: Direction) {
+        self.lookout.carried(direction, self.batch.len());
         self.io.read_fences(&mut self.fences);
         match direction {
             Direction::Outbound => self.shard.outbound(boottime(), &self.fences, &mut self.batch),

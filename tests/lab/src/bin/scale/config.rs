@@ -36,6 +36,12 @@ pub(crate) fn address(tunnels: u32, flow: u32) -> Ipv4Addr {
     Ipv4Addr::from(FIRST + tunnel * size + 1 + host % (size - 2))
 }
 
+/// The gateway's own address in a tunnel's network, where no flow goes.
+pub(crate) fn gateway(tunnels: u32, tunnel: u32) -> Ipv4Addr {
+    let size = 1_u32 << (32 - prefix(tunnels));
+    Ipv4Addr::from(FIRST + tunnel * size + size - 1)
+}
+
 /// The destinations over all tunnels.
 pub(crate) fn over_all(tunnels: u32) -> Vec<Ipv4Addr> {
     (0..FLOWS.max(tunnels)).map(|flow| address(tunnels, flow)).collect()
@@ -134,7 +140,11 @@ mod tests {
         for tunnels in [1, 3, 100, 1000, 10_000] {
             let all = over_all(tunnels);
             assert_eq!(all.len(), 10_000);
-            assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len(), "{tunnels}");
+            let of = |tunnel| gateway(tunnels, tunnel);
+            assert!((0..tunnels).all(|tunnel| inside(of(tunnel), &network(tunnels, tunnel))));
+            let flows: BTreeSet<_> = all.iter().collect();
+            assert!((0..tunnels).all(|tunnel| !flows.contains(&of(tunnel))));
+            assert_eq!(flows.len(), all.len(), "{tunnels}");
             for (flow, address) in (0..).zip(&all) {
                 assert!(
                     inside(*address, BEHIND) && inside(*address, &network(tunnels, flow % tunnels))

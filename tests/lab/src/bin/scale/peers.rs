@@ -46,6 +46,11 @@ impl Peer {
                 Ok(Peer::Tandem(Daemon::prepare(run, bins, &net.peer, "peer", &config)?))
             }
             Kind::Strongswan => {
+                // It wants an address of its own in what it protects, for the route to the other side.
+                let own = (0..tunnels).map(|tunnel| {
+                    format!("addr add {}/32 dev eth1\n", config::gateway(tunnels, tunnel))
+                });
+                net.peer.ip(&own.collect::<String>())?;
                 // Its default log of a few hundred negotiations is a load of its own, and so are its own limits.
                 let extra = "threads = 32\n  init_limit_half_open = 0\n  cookie_threshold = 0\n  block_threshold = 0";
                 let charon = Charon::start_with(run, &net.peer, Backend::Libipsec, extra)?;
