@@ -210,6 +210,8 @@ pub struct QueueSender<T> {
     sender: SyncSender<T>,
     /// What did not fit, oldest first; goes out before anything newer.
     overflow: VecDeque<T>,
+    /// Items queued since the receiver was woken last.
+    quiet: usize,
     event: EventFd,
 }
 
@@ -220,13 +222,16 @@ pub struct QueueReceiver<T> {
     event: EventFd,
 }
 
+/// Items that [`QueueSender::send_quietly`] queues before it wakes the receiver.
+const MOST_QUIET: usize = 256;
+
 /// An ordered queue of commands to a worker. `capacity` items fit without the sender keeping
 /// any back; the receiver neither locks nor allocates.
 pub fn queue<T>(capacity: usize) -> io::Result<(QueueSender<T>, QueueReceiver<T>)> {
     let (sender, receiver) = sync_channel(capacity.max(1));
     let event = EventFd::new()?;
     Ok((
-        QueueSender { sender, overflow: VecDeque::new(), event: event.clone() },
+        QueueSender { sender, overflow: VecDeque::new(), quiet: 0, event: event.clone() },
         QueueReceiver { receiver, event },
     ))
 }
@@ -243,6 +248,21 @@ impl<T> QueueSender<T> {
         self.flush()
     }
 
+    /// Queues one item that can wait for the next one that is sent, or for so many more of its kind.
+    pub fn send_quietly(&mut self, item: T) -> Result<(), QueueClosed> {
+        if !self.overflow.is_empty() || self.quiet >= MOST_QUIET {
+            return self.send(item);
+        }
+        match self.sender.try_send(item) {
+            Ok(()) => {
+                self.quiet += 1;
+                Ok(())
+            }
+            Err(TrySendError::Full(item)) => self.send(item),
+            Err(TrySendError::Disconnected(_)) => Err(QueueClosed),
+        }
+    }
+
     /// Moves kept-back items on. Call it once per turn of the control loop.
     pub fn flush(&mut self) -> Result<(), QueueClosed> {
         let mut moved = false;
@@ -257,7 +277,8 @@ impl<T> QueueSender<T> {
                 Err(TrySendError::Disconnected(_)) => break Err(QueueClosed),
             }
         };
-        if moved {
+        if moved || !self.overflow.is_empty() {
+            self.quiet = 0;
             self.event.set();
         }
         result
@@ -329,6 +350,32 @@ mod tests {
         }
         assert_eq!(reader.join().unwrap(), (0..1000).collect::<Vec<_>>());
         assert_eq!(sender.send(0), Err(QueueClosed));
+    }
+
+    #[test]
+    fn what_is_sent_quietly_waits_for_the_next_or_for_many() {
+        let (mut sender, mut receiver) = queue(MOST_QUIET * 2).unwrap();
+        for item in 0..MOST_QUIET {
+            sender.send_quietly(item).unwrap();
+        }
+        assert!(!receiver.event().clear());
+        sender.send_quietly(MOST_QUIET).unwrap();
+        assert!(receiver.event().clear(), "many");
+        sender.send_quietly(MOST_QUIET + 1).unwrap();
+        assert!(!receiver.event().clear());
+        sender.send(MOST_QUIET + 2).unwrap();
+        assert!(receiver.event().clear(), "the next");
+        for item in 0..MOST_QUIET + 3 {
+            assert_eq!(receiver.take(), Ok(Some(item)), "in order");
+        }
+        assert_eq!(receiver.take(), Ok(None));
+        for item in 0..MOST_QUIET * 2 {
+            sender.send_quietly(item).unwrap();
+        }
+        receiver.event().clear();
+        sender.send_quietly(0).unwrap();
+        assert!(receiver.event().clear(), "a full queue");
+        assert_eq!(sender.backlog(), 1);
     }
 
     #[test]

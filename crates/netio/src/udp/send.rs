@@ -13,7 +13,10 @@ use super::segmenting::{Doubt, Segmenting};
 use super::{BatchSocket, SendCounters, SendItem};
 
 /// Most bytes of one segmented send: a UDP datagram over IPv4 (RFC 768, RFC 791).
-const MOST_SEGMENTED: usize = 65_507;
+const MOST_BYTES: usize = 65_507;
+
+/// Most datagrams of one segmented send: UDP_MAX_SEGMENTS, which is 128 only since Linux 6.9.
+const MOST_SEGMENTS: usize = 64;
 
 impl BatchSocket {
     /// Sends datagrams in order, in system calls of up to [`BATCH`](super::BATCH); gives how many the kernel
@@ -42,57 +45,73 @@ impl Batcher {
         (self.counters.sent - before) as usize
     }
 
-    /// Fills headers from the iterator, a run of equal datagrams into each; gives their number (1..=BATCH).
+    /// Fills headers from the iterator, equal datagrams into as few as hold them; gives their number (1..=BATCH).
+    ///
+    /// Of those that do not fit one message, the first takes the odd ones. So the receiver, woken by a small message, finds
+    /// all of them, and what came as one segment of TCP leaves there as one.
     fn fill<'a>(&mut self, items: &mut Peekable<impl Iterator<Item = SendItem<'a>>>) -> usize {
         let segmenting = &self.segmenting;
         let Scratch { names, vectors, controls, messages, runs } = &mut *self.scratch;
-        let headers = names.iter_mut().zip(controls).zip(messages.iter_mut()).zip(runs.iter_mut());
-        let mut vectors = vectors.iter_mut().enumerate();
+        let mut headers =
+            names.iter_mut().zip(controls).zip(messages.iter_mut()).zip(runs.iter_mut());
+        let mut vectors = &mut vectors[..];
+        let mut first = 0;
         let mut count = 0;
-        for (((name, control), message), run) in headers {
-            let Some((first, vector)) = vectors.next() else { break };
-            let Some(head) = items.next() else { break };
+        while !vectors.is_empty()
+            && let Some(head) = items.next()
+        {
             let size = head.bytes.len();
-            *vector = vector_of(&head);
-            *run = Run { first, count: 1 };
-            let header = &mut message.msg_hdr;
-            header.msg_iov = vector;
-            let (mut total, mut last) = (size, size);
-            // The last segment may be shorter, and then it is the last.
-            let fits = |item: &SendItem<'_>, total: usize, last: usize| {
-                segmenting.takes(size)
-                    && last == size
-                    && (1..=size).contains(&item.bytes.len())
-                    && (item.to, item.tos) == (head.to, head.tos)
-                    && total + item.bytes.len() <= MOST_SEGMENTED
-            };
-            while vectors.len() > 0
-                && let Some(item) = items.next_if(|item| fits(item, total, last))
-                && let Some((_, vector)) = vectors.next()
-            {
+            let joins = segmenting.takes(size);
+            let room = vectors.len();
+            let mut equal = 0;
+            let mut next = Some(head);
+            for vector in vectors.iter_mut() {
+                let Some(item) = next.take() else { break };
                 *vector = vector_of(&item);
-                last = item.bytes.len();
-                total += last;
-                run.count += 1;
+                let last = item.bytes.len();
+                equal += 1;
+                // The last segment may be shorter, and then it is the last.
+                next = items.next_if(|item| {
+                    joins
+                        && last == size
+                        && equal < room
+                        && (1..=size).contains(&item.bytes.len())
+                        && (item.to, item.tos) == (head.to, head.tos)
+                });
             }
-            header.msg_iovlen = run.count as _;
-            header.msg_namelen = write_address(name, head.to);
-            header.msg_name = std::ptr::from_mut(name).cast();
-            let mut length = 0;
-            if head.tos != 0 {
-                write_tos(control, head.tos, head.to.is_ipv4());
-                length += SPACE;
+            let most = (MOST_BYTES / size.max(1)).clamp(1, MOST_SEGMENTS);
+            let mut take = if equal % most == 0 { most } else { equal % most };
+            let (mut run_of, rest) = std::mem::take(&mut vectors).split_at_mut(equal);
+            vectors = rest;
+            while !run_of.is_empty() {
+                let (these, others) = run_of.split_at_mut(take.min(run_of.len()));
+                run_of = others;
+                take = most;
+                // There are as many headers as vectors.
+                let Some((((name, control), message), run)) = headers.next() else { break };
+                *run = Run { first, count: these.len() };
+                first += these.len();
+                let header = &mut message.msg_hdr;
+                header.msg_iov = these.as_mut_ptr();
+                header.msg_iovlen = these.len() as _;
+                header.msg_namelen = write_address(name, head.to);
+                header.msg_name = std::ptr::from_mut(name).cast();
+                let mut length = 0;
+                if head.tos != 0 {
+                    write_tos(control, head.tos, head.to.is_ipv4());
+                    length += SPACE;
+                }
+                if these.len() > 1 {
+                    write_segment(control, length, size);
+                    length += SPACE;
+                }
+                header.msg_control =
+                    if length == 0 { std::ptr::null_mut() } else { control.0.as_mut_ptr().cast() };
+                header.msg_controllen = length as _;
+                header.msg_flags = 0;
+                message.msg_len = 0;
+                count += 1;
             }
-            if run.count > 1 {
-                write_segment(control, length, size);
-                length += SPACE;
-            }
-            header.msg_control =
-                if length == 0 { std::ptr::null_mut() } else { control.0.as_mut_ptr().cast() };
-            header.msg_controllen = length as _;
-            header.msg_flags = 0;
-            message.msg_len = 0;
-            count += 1;
         }
         count
     }

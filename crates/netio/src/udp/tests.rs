@@ -80,6 +80,29 @@ fn runs_of_equal_datagrams_travel_as_one_and_arrive_one_by_one() {
 }
 
 #[test]
+fn what_fills_more_than_one_run_goes_in_few_with_the_odd_ones_first() {
+    on_loopback(|mut near, far| {
+        let to = far.local_addr();
+        let runs = |near: &BatchSocket, count| {
+            let messages = &near.batcher.scratch.messages[..count];
+            messages.iter().map(|message| message.msg_hdr.msg_iovlen as usize).collect::<Vec<_>>()
+        };
+        // 65,507 bytes at most: 44 of 1456; a shorter one ends the last run.
+        let (full, short) = ([1; 1456], [2; 100]);
+        let of = |bytes, count| std::iter::repeat_n(SendItem { to, bytes, tos: 0 }, count);
+        let items = of(&full[..], 46).chain(of(&short[..], 1));
+        assert_eq!(near.send(items), 47);
+        assert_eq!(runs(&near, 2), [3, 44]);
+        assert_eq!(near.send(of(&full, 88)), 88);
+        assert_eq!(runs(&near, 2), [44, 44]);
+        // 64 of small ones at most, which every kernel takes.
+        assert_eq!(near.send(of(&short, 150)), 150);
+        assert_eq!(runs(&near, 3), [22, 64, 64]);
+        assert_eq!(near.batcher.segmenting.strikes, 0, "none was refused");
+    });
+}
+
+#[test]
 fn a_datagram_that_does_not_fit_is_cut_and_says_so() {
     on_loopback(|mut near, mut far| {
         let item = SendItem { to: far.local_addr(), bytes: &[7; 100], tos: 0 };

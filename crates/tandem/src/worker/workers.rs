@@ -72,7 +72,13 @@ impl Workers {
             let mut all = Ok(());
             for (worker, command) in self.crew.give(command) {
                 let handle = self.handles.get_mut(usize::from(worker)).ok_or(QueueClosed)?;
-                all = all.and(handle.commands.send(WorkerCommand::Shard(command)));
+                // A shadow's window tops are needed when it takes over, which is a command too.
+                let quiet = matches!(command, esp::Command::Window { .. });
+                let command = WorkerCommand::Shard(command);
+                all = all.and(match quiet {
+                    true => handle.commands.send_quietly(command),
+                    false => handle.commands.send(command),
+                });
             }
             return all;
         }
