@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::proc::Cmd;
 use crate::run::{self, Run};
+use std::path::Path;
 use std::time::Duration;
 
 /// How long any configuration command may take, generously, for a busy machine.
@@ -96,7 +97,8 @@ pub fn veth(a: &Ns, a_if: &str, b: &Ns, b_if: &str) -> Result<()> {
     b.ip(&format!("link set {b_if} up\n"))
 }
 
-/// Makes `bridge` a switch over `ports`, all up. It forwards at once (no spanning tree).
+/// Makes `bridge` a switch over `ports`, all up. It forwards at once (no spanning tree), and what it forwards meets no rule
+/// of the host's (br_netfilter, where the kernel has it): a switch looks at no IP header.
 pub fn bridge(ns: &Ns, bridge: &str, ports: &[&str]) -> Result<()> {
     let mut batch =
         format!("link add {bridge} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n");
@@ -104,7 +106,17 @@ pub fn bridge(ns: &Ns, bridge: &str, ports: &[&str]) -> Result<()> {
         batch.push_str(&format!("link set {port} master {bridge} up\n"));
     }
     batch.push_str(&format!("link set {bridge} up\n"));
-    ns.ip(&batch)
+    ns.ip(&batch)?;
+    let rules = ["iptables", "ip6tables", "arptables"]
+        .map(|family| format!("net/bridge/bridge-nf-call-{family}"))
+        .into_iter()
+        .filter(|name| Path::new("/proc/sys").join(name).exists())
+        .map(|name| format!("{}=0", name.replace('/', ".")));
+    let rules: Vec<String> = rules.collect();
+    match rules.is_empty() {
+        true => Ok(()),
+        false => ns.sysctl(&rules.iter().map(String::as_str).collect::<Vec<_>>()),
+    }
 }
 
 /// Reads `aa:bb:cc:dd:ee:ff`.

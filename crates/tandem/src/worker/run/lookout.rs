@@ -10,7 +10,7 @@ use std::time::Duration;
 use esp::Direction;
 
 /// What lately took less than this to come is looked for as long.
-const NEAR: Duration = Duration::from_micros(40);
+const NEAR: Duration = Duration::from_micros(15);
 
 /// Pauses count as this at most, so that a busy time is noticed soon after a quiet one.
 const LONG_PAUSE: Duration = Duration::from_micros(200);
