@@ -10,9 +10,9 @@
 //! that differs between them (the age of an SA) has a say before the tunnel is
 //! chosen.
 //!
-//! Both are found by the packet's addresses (`index`). A direct-mapped cache of
-//! flows stands in front; any change of the table empties it by raising the
-//! epoch.
+//! Both are found by the packet's addresses (`index`). A cache of flows stands
+//! in front, in which each has two places; any change of the table empties it by
+//! raising the epoch.
 
 use core::net::IpAddr;
 use core::slice;
@@ -29,10 +29,10 @@ use crate::index::Index;
 use crate::pin::{self, Lot, Pin};
 use crate::report::{Flow, Report};
 
-/// Lines of the flow cache: a power of two between these, some for each policy.
-const CACHE_LINES: (usize, usize) = (1 << 12, 1 << 16);
-/// As many, so that few of one flow a policy share a line.
-const LINES_PER_POLICY: usize = 4;
+/// Pairs of lines of the flow cache: a power of two between these, some for each policy.
+const CACHE_PAIRS: (usize, usize) = (1 << 11, 1 << 15);
+/// As many, so that with one flow a policy hardly three share a pair.
+const PAIRS_PER_POLICY: usize = 2;
 /// A policy without an SA is reported at most this often.
 pub(crate) const NO_SA_INTERVAL: Duration = Duration::from_secs(1);
 /// The same while another tunnel of the connection carries its packets.
@@ -132,7 +132,7 @@ impl Key {
 
     /// Where it sits in the cache. Only spread matters: a collision costs a
     /// look-up, nothing else.
-    fn line(&self, lines: usize) -> usize {
+    fn pair(&self, pairs: usize) -> usize {
         const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
         let addr = |addr: IpAddr| match addr {
             IpAddr::V4(a) => u64::from(a.to_bits()),
@@ -149,7 +149,7 @@ impl Key {
         let hash = addr(self.src).wrapping_mul(MIX);
         let hash = (hash ^ addr(self.dst)).wrapping_mul(MIX);
         let hash = (hash ^ l4 ^ u64::from(self.protocol) << 40).wrapping_mul(MIX);
-        (hash >> 32) as usize & (lines - 1)
+        (hash >> 32) as usize & (pairs - 1)
     }
 }
 
@@ -160,6 +160,30 @@ struct Line {
     spi_in: EspSpi,
     endpoint: EndpointId,
     seen: Duration,
+}
+
+/// The two places of a flow.
+#[derive(Debug, Clone, Copy, Default)]
+struct LinePair([Option<Line>; 2]);
+
+impl LinePair {
+    #[inline]
+    fn find(&mut self, epoch: u64, key: &Key) -> Option<&mut Line> {
+        self.0.iter_mut().flatten().find(|line| line.epoch == epoch && line.key == *key)
+    }
+
+    /// In the flow's own place, an empty one, or that of the flow that was idle for longer.
+    fn put(&mut self, new: Line) {
+        let rank = |line: &Option<Line>| match line {
+            Some(line) if line.epoch != new.epoch => (1, Duration::ZERO),
+            Some(line) if line.key == new.key => (0, Duration::ZERO),
+            Some(line) => (2, line.seen),
+            None => (1, Duration::ZERO),
+        };
+        if let Some(place) = self.0.iter_mut().min_by_key(|line| rank(line)) {
+            *place = Some(new);
+        }
+    }
 }
 
 /// Where a packet belongs.
@@ -182,7 +206,7 @@ pub(crate) struct Policies {
     by_addresses: Index<usize>,
     by_child: BTreeMap<(ConnectionId, u16), Vec<usize>>,
     places: BTreeMap<(ConnectionId, EndpointId), (ConnectionId, Pin)>,
-    cache: Box<[Option<Line>]>,
+    cache: Box<[LinePair]>,
     epoch: u64,
     uses: u64,
     /// Policies that ask for an SA, each once.
@@ -203,7 +227,7 @@ impl Policies {
             by_addresses: Index::new(),
             by_child: BTreeMap::new(),
             places: BTreeMap::new(),
-            cache: vec![None; CACHE_LINES.0].into_boxed_slice(),
+            cache: vec![LinePair::default(); CACHE_PAIRS.0].into_boxed_slice(),
             epoch: 0,
             uses: 0,
             asking: VecDeque::new(),
@@ -227,10 +251,10 @@ impl Policies {
         }
         // Each is in it at most once, so packets never make it grow.
         self.asking = VecDeque::with_capacity(policies.len());
-        let (least, most) = CACHE_LINES;
-        let lines = (policies.len() * LINES_PER_POLICY).next_power_of_two().clamp(least, most);
-        if lines != self.cache.len() {
-            self.cache = vec![None; lines].into_boxed_slice();
+        let (least, most) = CACHE_PAIRS;
+        let pairs = (policies.len() * PAIRS_PER_POLICY).next_power_of_two().clamp(least, most);
+        if pairs != self.cache.len() {
+            self.cache = vec![LinePair::default(); pairs].into_boxed_slice();
         }
         self.configured = policies
             .into_iter()
@@ -314,10 +338,8 @@ impl Policies {
         chosen: Option<EndpointId>,
     ) -> Match {
         let key = Key::of(packet);
-        let at = key.line(self.cache.len());
-        if let Some(Some(line)) = self.cache.get_mut(at)
-            && line.epoch == self.epoch
-            && line.key == key
+        let at = key.pair(self.cache.len());
+        if let Some(line) = self.cache.get_mut(at).and_then(|pair| pair.find(self.epoch, &key))
             // Now and then a look at which tunnels are missing.
             && now < self.missed_at + NO_SA_INTERVAL
             && chosen.is_none_or(|chosen| chosen == line.endpoint)
@@ -340,9 +362,9 @@ impl Policies {
         let Tunnel { endpoint, spi_in, .. } = tunnel;
         // Errors about different flows have one key.
         if !packet.is_icmp_error()
-            && let Some(line) = self.cache.get_mut(at)
+            && let Some(pair) = self.cache.get_mut(at)
         {
-            *line = Some(Line { epoch: self.epoch, key, spi_in, endpoint, seen: now });
+            pair.put(Line { epoch: self.epoch, key, spi_in, endpoint, seen: now });
         }
         Match::Sa(spi_in)
     }
@@ -399,9 +421,9 @@ impl Policies {
         }
     }
 
-    /// Flows of the last minute, from the cache: those that shared a line with a later one are missing.
+    /// Flows of the last minute, from the cache: those whose places two later ones took are missing.
     pub(crate) fn flows(&self, now: Duration) -> Vec<Flow> {
-        let lines = self.cache.iter().flatten();
+        let lines = self.cache.iter().flat_map(|pair| &pair.0).flatten();
         let shown = lines.filter(|l| l.epoch == self.epoch && now < l.seen + SHOWN_FOR);
         shown
             .map(|line| Flow {
@@ -496,5 +518,47 @@ fn want(
         if !core::mem::replace(&mut configured.ask, true) {
             asking.push_back(at);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_three_flows_that_share_a_pair_the_idle_one_goes() {
+        let key = |port| Key {
+            src: IpAddr::from([10, 1, 0, 9]),
+            dst: IpAddr::from([10, 2, 0, 9]),
+            protocol: 17,
+            l4: L4::Ports { src: port, dst: 53 },
+            fragment: None,
+        };
+        let line = |epoch, port, seen| Line {
+            epoch,
+            key: key(port),
+            spi_in: EspSpi(u32::from(port)),
+            endpoint: EndpointId(0),
+            seen: Duration::from_secs(seen),
+        };
+        let mut pair = LinePair::default();
+        let held = |pair: &mut LinePair, epoch| {
+            let ports = (1..=4).filter(|port| pair.find(epoch, &key(*port)).is_some());
+            ports.collect::<Vec<_>>()
+        };
+        pair.put(line(1, 1, 10));
+        pair.put(line(1, 2, 11));
+        assert_eq!(held(&mut pair, 1), [1, 2]);
+        pair.find(1, &key(1)).unwrap().seen = Duration::from_secs(12);
+        pair.put(line(1, 3, 13));
+        assert_eq!(held(&mut pair, 1), [1, 3]);
+        // Its own place, though the other was idle for longer.
+        pair.put(line(1, 3, 14));
+        assert_eq!(held(&mut pair, 1), [1, 3]);
+        // What an older table said is as good as empty.
+        assert_eq!(held(&mut pair, 2), []);
+        pair.put(line(2, 4, 15));
+        pair.put(line(2, 1, 16));
+        assert_eq!(held(&mut pair, 2), [1, 4]);
     }
 }
