@@ -40,7 +40,7 @@ struct Args {
 #[derive(clap::Args)]
 struct Wanted {
     /// How many tunnels, each number in a round of its own; a repeated number is a round more
-    #[arg(long, value_delimiter = ',', default_value = "1,100,1000,10000,1")]
+    #[arg(long, value_delimiter = ',', default_value = "100,1000,1,10000,1,10000,1")]
     tunnels: Vec<u32>,
     /// Shorter measurements
     #[arg(long)]

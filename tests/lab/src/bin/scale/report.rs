@@ -214,13 +214,17 @@ fn bars(rounds: &[Round]) -> Vec<Bar> {
     let of_tandem = || rounds.iter().filter(|round| round.peer == "Tandem");
     let Some(most) = of_tandem().max_by_key(|round| round.tunnels) else { return bars };
     let many = most.tunnels;
-    // Rounds of one tunnel before and after the others: what the machine itself does meanwhile shows in both.
-    let singles: Vec<f64> =
-        of_tandem().filter(|round| round.tunnels == 1).map(|round| round.over_all.per_s).collect();
-    if many > 1 && !singles.is_empty() {
-        let single = singles.iter().sum::<f64>() / singles.len() as f64;
+    // Of rounds that alternate, the means: what the machine itself does meanwhile shows in both.
+    let mean = |tunnels: u32| {
+        let rates = of_tandem().filter(|round| round.tunnels == tunnels);
+        let rates: Vec<f64> = rates.map(|round| round.over_all.per_s).collect();
+        (!rates.is_empty()).then(|| rates.iter().sum::<f64>() / rates.len() as f64)
+    };
+    if many > 1
+        && let (Some(most), Some(single)) = (mean(many), mean(1))
+    {
         let name = format!("{many} SAs against 1, packets/s");
-        bars.push(Bar::at_least(name, most.over_all.per_s / single, 0.95));
+        bars.push(Bar::at_least(name, most / single, 0.95));
     }
     let kib = |of: &str| format!("{many} tunnels, KiB per tunnel on {of}");
     bars.push(Bar::at_most(kib("owner"), most.owner_kib_each, 24.0));
