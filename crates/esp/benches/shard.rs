@@ -77,8 +77,11 @@ fn many() -> (Shard, Shard) {
         let host = vec![ts(&format!("10.2.{}.{}/32", slot >> 8, slot & 0xff))];
         left_sa.remote_ts = host.clone();
         right_sa.local_ts = host;
-        install(&mut left, &left_sa);
-        install(&mut right, &right_sa);
+        for (shard, sa) in [(&mut left, &mut left_sa), (&mut right, &mut right_sa)] {
+            sa.local_ts.truncate(1);
+            sa.remote_ts.truncate(1);
+            install(shard, sa);
+        }
     }
     (left, right)
 }

@@ -20,6 +20,7 @@ use core::net::SocketAddr;
 use core::time::Duration;
 
 use crypto::aead::{AeadKey, IvSequence};
+use smallvec::SmallVec;
 use wire::esp;
 use wire::id::{ConnectionId, EndpointId, EspSpi, Term};
 use wire::ip::{Ecn, Packet, set_traffic_class};
@@ -111,6 +112,10 @@ impl Ended {
     }
 }
 
+/// Mostly one, which then lies beside the rest: each packet that is opened is held against it, and of ten thousand SAs little
+/// is near.
+type Selectors = SmallVec<[TrafficSelector; 1]>;
+
 /// An installed pair of SAs.
 #[derive(Debug)]
 pub(crate) struct SaState {
@@ -118,8 +123,8 @@ pub(crate) struct SaState {
     pub(crate) connection: ConnectionId,
     pub(crate) spi_in: EspSpi,
     pub(crate) spi_out: EspSpi,
-    pub(crate) local_ts: Vec<TrafficSelector>,
-    pub(crate) remote_ts: Vec<TrafficSelector>,
+    pub(crate) local_ts: Selectors,
+    pub(crate) remote_ts: Selectors,
     verdict: Verdict,
     peer: SocketAddr,
     follow_peer: bool,
@@ -208,8 +213,8 @@ impl SaState {
             listed: false,
             moved: false,
             stats,
-            local_ts: sa.local_ts,
-            remote_ts: sa.remote_ts,
+            local_ts: Selectors::from_slice(&sa.local_ts),
+            remote_ts: Selectors::from_slice(&sa.remote_ts),
         };
         state.out.new_lease();
         if let Some(term) = owned {
@@ -243,8 +248,8 @@ impl SaState {
     /// selectors, ceiling. The counters go on.
     pub(crate) fn update(&mut self, sa: Sa) {
         self.relocate(sa.local, sa.remote, sa.udp_encap);
-        self.local_ts = sa.local_ts;
-        self.remote_ts = sa.remote_ts;
+        self.local_ts = Selectors::from_slice(&sa.local_ts);
+        self.remote_ts = Selectors::from_slice(&sa.remote_ts);
         self.connection = sa.connection;
         self.stats.connection = sa.connection;
         if sa.ceiling > self.out.ceiling {

@@ -44,7 +44,7 @@ pub const CRATES: [Crate; 8] = [
     Crate {
         name: "esp",
         uses: &["crypto", "wire"],
-        libraries: Some(&["thiserror", "tracing", "zeroize"]),
+        libraries: Some(&["smallvec", "thiserror", "tracing", "zeroize"]),
     },
     Crate {
         name: "ha",
