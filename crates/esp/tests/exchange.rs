@@ -536,25 +536,39 @@ fn tops_are_streamed_for_moved_windows_alone_a_little_later() {
             })
             .collect::<Vec<_>>()
     };
+    let all = |top| (0..count).map(|slot| (spi(1, slot), top)).collect::<Vec<_>>();
+    let a_shadow_comes = |right: &mut Shard, at: u64| {
+        right.apply(Command::ObeyLeases { endpoint: MAIN, on: true }).unwrap();
+        let report = right.poll_report(ms(at));
+        assert!(matches!(report, Some(Report::Obeying { endpoint: MAIN, .. })));
+    };
     for slot in 0..count {
         go(&mut right, 10, slot);
     }
-    assert_eq!(tops(&mut right, 12), [], "whoever waits for the packet comes first");
-    assert_eq!(right.next_wakeup(), Some(ms(13)));
-    let mut got = tops(&mut right, 13);
+    assert_eq!(right.next_wakeup(), None, "there is nobody to tell");
+    assert_eq!(tops(&mut right, 20), []);
+    a_shadow_comes(&mut right, 20);
+    let mut got = tops(&mut right, 20);
     got.sort();
-    assert_eq!(got, (0..count).map(|slot| (spi(1, slot), 1)).collect::<Vec<_>>());
+    assert_eq!(got, all(1), "it needs them all");
+    for slot in 0..count {
+        go(&mut right, 30, slot);
+    }
+    assert_eq!(tops(&mut right, 34), [], "whoever waits for the packet comes first");
+    assert_eq!(right.next_wakeup(), Some(ms(35)));
+    let mut got = tops(&mut right, 35);
+    got.sort();
+    assert_eq!(got, all(2));
     assert_eq!(right.next_wakeup(), None);
     for _ in 0..5 {
-        go(&mut right, 14, 3);
+        go(&mut right, 40, 3);
     }
-    assert_eq!(tops(&mut right, 16), []);
-    assert_eq!(right.next_wakeup(), Some(ms(17)));
-    assert_eq!(tops(&mut right, 17), [(spi(1, 3), 6)]);
-    // A new shadow needs them all.
-    right.apply(Command::ObeyLeases { endpoint: MAIN, on: true }).unwrap();
-    assert!(matches!(right.poll_report(ms(20)), Some(Report::Obeying { endpoint: MAIN, .. })));
-    assert_eq!(tops(&mut right, 20).len(), usize::from(count));
+    assert_eq!(tops(&mut right, 44), []);
+    assert_eq!(right.next_wakeup(), Some(ms(45)));
+    assert_eq!(tops(&mut right, 45), [(spi(1, 3), 7)]);
+    // Another shadow.
+    a_shadow_comes(&mut right, 50);
+    assert_eq!(tops(&mut right, 50).len(), usize::from(count));
 }
 
 // RFC 7296 §2.23: follow a peer behind a NAT, by its newest authentic packet.

@@ -85,7 +85,7 @@ fn what_fills_more_than_one_run_goes_in_few_with_the_odd_ones_first() {
         let to = far.local_addr();
         let runs = |near: &BatchSocket, count| {
             let messages = &near.batcher.scratch.messages[..count];
-            messages.iter().map(|message| message.msg_hdr.msg_iovlen as usize).collect::<Vec<_>>()
+            messages.iter().map(|message| message.msg_hdr.msg_iovlen).collect::<Vec<_>>()
         };
         // 65,507 bytes at most: 44 of 1456; a shorter one ends the last run.
         let (full, short) = ([1; 1456], [2; 100]);

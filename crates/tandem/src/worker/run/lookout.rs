@@ -194,13 +194,13 @@ mod tests {
     fn what_is_near_is_looked_for() {
         let mut lookout = Lookout::default();
         for _ in 0..16 {
-            after(&mut lookout, us(1_000_000), (Direction::Outbound, 46), 20);
+            after(&mut lookout, us(1_000_000), (Direction::Outbound, 46), 10);
         }
-        assert_eq!(after(&mut lookout, us(1_000_000), (Direction::Outbound, 46), 20), Some(NEAR));
+        assert_eq!(after(&mut lookout, us(1_000_000), (Direction::Outbound, 46), 10), Some(NEAR));
         for _ in 0..4 {
             after(&mut lookout, us(1_000_000), (Direction::Outbound, 46), 5000);
         }
-        assert_eq!(after(&mut lookout, us(1_000_000), (Direction::Outbound, 46), 20), None);
+        assert_eq!(after(&mut lookout, us(1_000_000), (Direction::Outbound, 46), 10), None);
         assert_eq!(lookout.look(us(2_000_000)), None, "nothing was carried");
     }
 }
