@@ -150,7 +150,8 @@ pub enum Report {
         /// How many commands the shard had obeyed by then.
         at: u64,
     },
-    /// Window tops that moved since the last such report.
+    /// Window tops that moved since the last such report, while there is a shadow
+    /// ([`Command::ObeyLeases`](crate::Command::ObeyLeases)).
     Windows(Tops),
     /// Answer to `Hold`: nothing is sealed or opened any more, and these are
     /// the final counters.

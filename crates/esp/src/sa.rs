@@ -59,7 +59,7 @@ pub(crate) struct Ownership {
     pub(crate) seq_jump: u64,
     /// Whether ceilings bind.
     pub(crate) obey: bool,
-    /// Whether somebody waits for low leases to be reported.
+    /// Whether somebody waits for low leases to be reported, and for window tops: there is a shadow.
     pub(crate) leasing: bool,
 }
 

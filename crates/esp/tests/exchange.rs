@@ -298,6 +298,7 @@ fn switchover_loses_and_reorders_nothing() {
     let mut peer = owner(2);
     install(&mut peer, &right_sa);
     let (mut old, mut new) = (owner(2), Shard::new(config()));
+    own(&mut old, 2, 0, true);
     install(&mut old, &left_sa);
     install(&mut new, &left_sa);
     let back = |n: u32| udp("10.2.0.5:4000", "10.1.0.9:5000", &n.to_be_bytes());
@@ -312,13 +313,13 @@ fn switchover_loses_and_reorders_nothing() {
         assert_eq!(number_of(&opened(&mut old, ms(1), &from_peer[n])), n as u32);
     }
     // Window tops are streamed, so the shadow would refuse all up to 4.
-    for report in reports(&mut old, ms(10)) {
-        if let Report::Windows(tops) = report {
-            for (spi_in, top) in tops.as_slice() {
-                new.apply(Command::Window { spi_in: *spi_in, top: *top }).unwrap();
-            }
-        }
-    }
+    let said = reports(&mut old, ms(10));
+    let tops = said.iter().find_map(|report| match report {
+        Report::Windows(tops) => Some(tops.as_slice()),
+        _ => None,
+    });
+    assert_eq!(tops, Some(&[(left_sa.spi_in, 4)][..]));
+    new.apply(Command::Window { spi_in: left_sa.spi_in, top: 4 }).unwrap();
 
     old.apply(Command::Hold { endpoint: MAIN }).unwrap();
     let held = reports(&mut old, ms(10));

@@ -29,7 +29,9 @@ fn none_over_100_000_packets() {
     let (mut left, mut right) = (owner(2), owner(2));
     install(&mut left, &left_sa);
     install(&mut right, &right_sa);
-    own(&mut left, 2, 0, true);
+    for shard in [&mut left, &mut right] {
+        own(shard, 2, 0, true);
+    }
     let inner4 = udp("10.1.0.9:5000", "10.2.0.5:4000", &[7; 1300]);
     let inner6 = udp("[fd01::9]:5000", "[fd02::5]:4000", &[7; 64]);
     let (mut there, mut batch) = (Batch::new(BATCH, SLOT_LEN), Batch::new(BATCH, SLOT_LEN));

@@ -292,7 +292,7 @@ impl<T> QueueSender<T> {
 }
 
 impl<T> QueueReceiver<T> {
-    /// What to poll: set whenever something was queued.
+    /// What to poll: set whenever something was queued that cannot wait.
     #[must_use]
     pub fn event(&self) -> &EventFd {
         &self.event

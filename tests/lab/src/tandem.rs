@@ -146,6 +146,11 @@ pub fn branch() -> Connection {
     }
 }
 
+/// Whether this is a run of all scenarios without offloads.
+pub fn offloads_off() -> bool {
+    std::env::var_os("LAB_OFFLOAD").is_some_and(|value| value == "off")
+}
+
 impl Config {
     /// The sample pair, as in architecture.md.
     pub fn pair() -> Config {
@@ -257,9 +262,7 @@ impl Config {
         let at = dir.display();
         let mut text =
             format!("[daemon]\nsocket = \"{at}/control.sock\"\nstate_dir = \"{at}/state\"\n");
-        // For runs of all scenarios without offloads.
-        let off = std::env::var_os("LAB_OFFLOAD").is_some_and(|value| value == "off");
-        if !self.offload || off {
+        if !self.offload || offloads_off() {
             text.push_str("offload = false\n");
         }
         lines(&mut text, &self.daemon_settings);

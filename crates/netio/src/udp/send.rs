@@ -48,7 +48,7 @@ impl Batcher {
     /// Fills headers from the iterator, equal datagrams into as few as hold them; gives their number (1..=BATCH).
     ///
     /// Of those that do not fit one message, the first takes the odd ones. So the receiver, woken by a small message, finds
-    /// all of them, and what came as one segment of TCP leaves there as one.
+    /// the others as well, and may join again what one read of the TUN gave.
     fn fill<'a>(&mut self, items: &mut Peekable<impl Iterator<Item = SendItem<'a>>>) -> usize {
         let segmenting = &self.segmenting;
         let Scratch { names, vectors, controls, messages, runs } = &mut *self.scratch;

@@ -81,23 +81,33 @@ fn runs_of_equal_datagrams_travel_as_one_and_arrive_one_by_one() {
 
 #[test]
 fn what_fills_more_than_one_run_goes_in_few_with_the_odd_ones_first() {
-    on_loopback(|mut near, far| {
+    on_loopback(|mut near, mut far| {
         let to = far.local_addr();
         let runs = |near: &BatchSocket, count| {
             let messages = &near.batcher.scratch.messages[..count];
             messages.iter().map(|message| message.msg_hdr.msg_iovlen).collect::<Vec<_>>()
         };
         // 65,507 bytes at most: 44 of 1456; a shorter one ends the last run.
-        let (full, short) = ([1; 1456], [2; 100]);
-        let of = |bytes, count| std::iter::repeat_n(SendItem { to, bytes, tos: 0 }, count);
-        let items = of(&full[..], 46).chain(of(&short[..], 1));
-        assert_eq!(near.send(items), 47);
-        assert_eq!(runs(&near, 2), [3, 44]);
-        assert_eq!(near.send(of(&full, 88)), 88);
-        assert_eq!(runs(&near, 2), [44, 44]);
+        let mut pass = |lengths: &[(usize, usize)], messages: &[usize]| {
+            let lengths = lengths.iter().flat_map(|(length, count)| vec![*length; *count]);
+            let all: Vec<Vec<u8>> = (0..).zip(lengths).map(|(n, len)| vec![n; len]).collect();
+            let items = all.iter().map(|bytes| SendItem { to, bytes, tos: 0 });
+            assert_eq!(near.send(items), all.len());
+            assert_eq!(runs(&near, messages.len()), messages);
+            let mut got: Vec<Vec<u8>> = Vec::new();
+            while got.len() < all.len() {
+                assert!(far.has_more() || wait_readable(&far, 2000).unwrap());
+                let mut room = vec![[0_u8; 2048]; 9];
+                let mut metas = [RecvMeta::EMPTY; 9];
+                let count = far.recv(room.iter_mut().map(|b| &mut b[..]), &mut metas);
+                got.extend(room.iter().zip(&metas).take(count).map(|(b, m)| b[..m.len].to_vec()));
+            }
+            assert_eq!(got, all, "each once, in order");
+        };
+        pass(&[(1456, 46), (100, 1)], &[3, 44]);
+        pass(&[(1456, 88)], &[44, 44]);
         // 64 of small ones at most, which every kernel takes.
-        assert_eq!(near.send(of(&short, 150)), 150);
-        assert_eq!(runs(&near, 3), [22, 64, 64]);
+        pass(&[(100, 150), (1456, 5)], &[22, 64, 64, 5]);
         assert_eq!(near.batcher.segmenting.strikes, 0, "none was refused");
     });
 }

@@ -289,12 +289,14 @@ impl State {
 
     /// Asks the shard about the batch, writes it and empties it.
     fn judge(&mut self, direction: Direction) {
-        self.lookout.carried(direction, self.batch.len());
         self.io.read_fences(&mut self.fences);
         match direction {
             Direction::Outbound => self.shard.outbound(boottime(), &self.fences, &mut self.batch),
             Direction::Inbound => self.shard.inbound(boottime(), &self.fences, &mut self.batch),
         }
+        let carried =
+            |slot: &&Slot| matches!(slot.verdict(), Verdict::Send { .. } | Verdict::Deliver { .. });
+        self.lookout.carried(direction, self.batch.slots().iter().filter(carried).count());
         self.io.write(&mut self.batch, &mut self.sockets);
         self.batch.clear();
     }

@@ -336,6 +336,30 @@ fn packets_pass_both_ways_in_order_and_windows_are_reported() {
 }
 
 #[test]
+fn a_sleeping_shadow_knows_all_window_tops_when_it_takes_over() {
+    isolated(|| {
+        let mut host = Host::new("tdm0", "127.0.0.1:4500", false);
+        let application = application("tdm0");
+        let mut peer = Peer::new();
+        for top in 1..=5 {
+            let command = Command::Window { spi_in: spi(0), top };
+            host.worker.send(WorkerCommand::Shard(command)).unwrap();
+        }
+        own(
+            |command| host.worker.send(WorkerCommand::Shard(command)).unwrap(),
+            "127.0.0.1:4500",
+            0,
+            2,
+        );
+        for number in 1..=6_u8 {
+            peer.send("127.0.0.1:4500", &[number]);
+        }
+        assert_eq!(receive(&application), [6], "the owner had accepted the first five");
+        assert_eq!(host.wait_for(|counters| counters.esp_received == 6).tun_written, 1);
+    });
+}
+
+#[test]
 fn slots_hold_what_a_larger_mtu_lets_through() {
     isolated(|| {
         let fences: Arc<[AtomicU64]> = Arc::new([AtomicU64::new(u64::MAX)]);

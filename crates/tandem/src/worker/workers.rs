@@ -70,10 +70,12 @@ impl Workers {
     pub fn send(&mut self, command: WorkerCommand) -> Result<(), QueueClosed> {
         if let WorkerCommand::Shard(command) = command {
             let mut all = Ok(());
+            let alone = self.handles.len() == 1;
             for (worker, command) in self.crew.give(command) {
                 let handle = self.handles.get_mut(usize::from(worker)).ok_or(QueueClosed)?;
-                // A shadow's window tops are needed when it takes over, which is a command too.
-                let quiet = matches!(command, esp::Command::Window { .. });
+                // A shadow's window tops are needed when it takes over, which is a command too. (Of several workers, one may
+                // wait to have obeyed as many commands as another: `read_handed`.)
+                let quiet = alone && matches!(command, esp::Command::Window { .. });
                 let command = WorkerCommand::Shard(command);
                 all = all.and(match quiet {
                     true => handle.commands.send_quietly(command),

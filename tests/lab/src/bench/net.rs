@@ -89,14 +89,6 @@ impl BenchNet {
         self.peer.ip(&format!("route add {} {back}\n", net::LOCAL_TS))
     }
 
-    /// The clients' TCP congestion control.
-    pub fn congestion_control(&self, name: &str) -> Result<()> {
-        for client in [&self.lhost, &self.rhost] {
-            client.sysctl(&[&format!("net.ipv4.tcp_congestion_control={name}")])?;
-        }
-        Ok(())
-    }
-
     /// Whether a segmented UDP send crosses the WAN as one buffer, or is split where it enters the wire.
     pub fn segmentation_on_wire(&self, on: bool) -> Result<()> {
         let value = if on { "on" } else { "off" };

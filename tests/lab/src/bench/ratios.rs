@@ -13,6 +13,8 @@ pub enum Cell {
     Tcp1,
     /// One stream back, Gb/s.
     Tcp1Back,
+    /// One stream out with cubic, the kernel's default, for congestion control, Gb/s.
+    Tcp1Cubic,
     /// Eight streams out, Gb/s.
     Tcp8,
     /// Eight streams back, Gb/s.
@@ -83,6 +85,15 @@ pub const KEYS: [&str; 14] = [
     "latency_added_low_latency_us",
 ];
 
+/// Others, without a bar: their ranges stand in the document as well.
+pub const MORE_KEYS: [&str; 5] = [
+    "cpu_full_vs_wireguard_go",
+    "tcp1_cubic_vs_wireguard_go",
+    "tcp1_cubic_vs_libipsec",
+    "tcp1_cubic_vs_gotatun",
+    "tcp1_cubic_vs_plain",
+];
+
 /// One round's cells.
 struct Round<'a> {
     cells: &'a Cells,
@@ -122,6 +133,10 @@ impl Round<'_> {
             "tcp1_vs_gotatun" => self.over_best(Cell::Tcp1, &[Gotatun, Boringtun]),
             "tcp1_vs_plain" => self.over(Cell::Tcp1, Tandem, Plain),
             "tcp1_wire_off_vs_wireguard_go" => self.over(Cell::Tcp1WireOff, Tandem, WireguardGo),
+            "tcp1_cubic_vs_wireguard_go" => self.over(Cell::Tcp1Cubic, Tandem, WireguardGo),
+            "tcp1_cubic_vs_libipsec" => self.over(Cell::Tcp1Cubic, Tandem, Libipsec),
+            "tcp1_cubic_vs_gotatun" => self.over(Cell::Tcp1Cubic, Tandem, Gotatun),
+            "tcp1_cubic_vs_plain" => self.over(Cell::Tcp1Cubic, Tandem, Plain),
             "cpu_vs_wireguard_go" => self.cpu_over(Cell::CpuFixed, WireguardGo),
             "cpu_full_vs_wireguard_go" => self.cpu_over(Cell::CpuFull, WireguardGo),
             "udp1300_vs_plain" => self.over(Cell::Udp1300, Tandem, Plain),

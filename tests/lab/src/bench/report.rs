@@ -7,9 +7,10 @@ use std::fmt::Write as _;
 /// A column or a panel: its heading, its cell, and how its value is shown.
 type Column = (&'static str, Cell, fn(f64) -> String);
 
-const COLUMNS: [Column; 14] = [
+const COLUMNS: [Column; 15] = [
     ("TCP 1 out Gb/s", Cell::Tcp1, short),
     ("TCP 1 back Gb/s", Cell::Tcp1Back, short),
+    ("TCP 1 cubic Gb/s", Cell::Tcp1Cubic, short),
     ("TCP 8 out Gb/s", Cell::Tcp8, short),
     ("TCP 8 back Gb/s", Cell::Tcp8Back, short),
     ("wire off Gb/s", Cell::Tcp1WireOff, short),

@@ -39,13 +39,15 @@ pub enum Way {
 
 /// One TCP cell's wishes.
 #[derive(Clone, Copy, Debug)]
-pub struct TcpPlan {
+pub struct TcpPlan<'a> {
     /// Streams.
     pub streams: usize,
     /// From which client.
     pub way: Way,
     /// Bytes a second of all, 0: as fast as it goes.
     pub rate: u64,
+    /// TCP congestion control, if not the machine's.
+    pub congestion: Option<&'a str>,
     /// Before the measured time.
     pub warm_up: Duration,
     /// The measured time.
@@ -178,7 +180,7 @@ impl<'a> Traffic<'a> {
     }
 
     /// TCP streams.
-    pub fn tcp(&self, plan: &TcpPlan) -> Result<TcpFound> {
+    pub fn tcp(&self, plan: &TcpPlan<'_>) -> Result<TcpFound> {
         let ends: [(&Ns, &str); 2] =
             [(&self.scene.net.lhost, net::LHOST), (&self.scene.net.rhost, net::RHOST)];
         let ((from, _), (to, address)) = match plan.way {
@@ -195,6 +197,8 @@ impl<'a> Traffic<'a> {
         let rate = plan.rate.to_string();
         let source = from.cmd(&self.program).args(["tcp-source", "--to", &at]);
         let source = source.args(["--streams", &streams, "--rate", &rate]);
+        let source =
+            source.args(plan.congestion.map(|name| ["--congestion", name]).iter().flatten());
         let source = source.spawn(&self.log)?;
         sink.expect(BEGIN, plan.warm_up + SLACK)?;
         let workers = Threads::now(&self.scene.gateways, WORKERS)?;

@@ -44,51 +44,61 @@ pub(super) struct Lookout {
     pause: Duration,
     /// When several packets came at once last.
     busy: Option<Duration>,
-    /// The packets since the last wait, and the last one's direction.
-    packets: usize,
-    last: Direction,
-    outbound: Answers,
-    inbound: Answers,
-    /// Whose answer is looked for.
+    /// What was carried since the last wait.
+    outbound: Way,
+    inbound: Way,
+    /// Whose answer is looked for, or was found to be something.
     asked: Option<Direction>,
+}
+
+/// One direction.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    packets: usize,
+    answers: Answers,
 }
 
 impl Default for Lookout {
     fn default() -> Self {
-        let answers = Answers { trust: TRUST, untried: 0 };
-        Self {
-            pause: LONG_PAUSE,
-            busy: None,
-            packets: 0,
-            last: Direction::Outbound,
-            outbound: answers,
-            inbound: answers,
-            asked: None,
-        }
+        let way = Way { packets: 0, answers: Answers { trust: TRUST, untried: 0 } };
+        Self { pause: LONG_PAUSE, busy: None, outbound: way, inbound: way, asked: None }
     }
 }
 
 impl Lookout {
-    /// So many packets were read.
+    /// So many packets were read, and not dropped.
     pub(super) fn carried(&mut self, direction: Direction, packets: usize) {
-        self.packets += packets;
-        self.last = direction;
+        self.way(direction).packets += packets;
     }
 
     /// Before a wait: how long to look first, if at all.
     pub(super) fn look(&mut self, now: Duration) -> Option<Duration> {
-        let packets = std::mem::take(&mut self.packets);
-        self.asked = None;
-        if packets > 1 {
+        let outbound = std::mem::take(&mut self.outbound.packets);
+        let inbound = std::mem::take(&mut self.inbound.packets);
+        // What was found may have been something else.
+        if let Some(asked) = self.asked.take()
+            && outbound + inbound > 0
+        {
+            let answered = match asked {
+                Direction::Outbound => inbound,
+                Direction::Inbound => outbound,
+            };
+            self.way(asked).answers.note(answered > 0);
+        }
+        if outbound + inbound > 1 {
             self.busy = Some(now);
         }
         if self.pause < NEAR {
             return Some(NEAR);
         }
         let calm = self.busy.is_none_or(|busy| busy + CALM <= now);
-        let last = self.last;
-        (packets == 1 && calm && self.answers(last).try_it()).then(|| {
-            self.asked = Some(last);
+        let lone = match (outbound, inbound) {
+            (1, 0) => Direction::Outbound,
+            (0, 1) => Direction::Inbound,
+            _ => return None,
+        };
+        (calm && self.way(lone).answers.try_it()).then(|| {
+            self.asked = Some(lone);
             ANSWER
         })
     }
@@ -96,12 +106,16 @@ impl Lookout {
     /// After the wait, which took as long; `found`: something was there before the look was over.
     pub(super) fn waited(&mut self, time: Duration, found: bool) {
         self.pause = (self.pause * 3 + time.min(LONG_PAUSE)) / 4;
-        if let Some(asked) = self.asked {
-            self.answers(asked).note(found);
+        // One that other work cut short says nothing.
+        if !found
+            && let Some(asked) = self.asked.take()
+            && time >= ANSWER
+        {
+            self.way(asked).answers.note(false);
         }
     }
 
-    fn answers(&mut self, direction: Direction) -> &mut Answers {
+    fn way(&mut self, direction: Direction) -> &mut Way {
         match direction {
             Direction::Outbound => &mut self.outbound,
             Direction::Inbound => &mut self.inbound,
@@ -176,6 +190,22 @@ mod tests {
         }
         let look = after(&mut lookout, us(2_000_000), (Direction::Outbound, 1), 50);
         assert_eq!(look, Some(ANSWER));
+    }
+
+    #[test]
+    fn the_next_of_the_same_direction_is_no_answer_and_a_command_says_nothing() {
+        let mut lookout = Lookout::default();
+        let looks = (0..64 * 4)
+            .filter(|i| after(&mut lookout, us(i * 100), (Direction::Inbound, 1), 100).is_some());
+        assert_eq!(looks.count(), usize::from(TRUST) + 3);
+        let mut lookout = Lookout::default();
+        for i in 0..64 {
+            let now = us(i * 3000);
+            let look = after(&mut lookout, now, (Direction::Outbound, 1), 80);
+            assert_eq!(look, Some(ANSWER));
+            // What woke it was a command; the answer came while that was obeyed.
+            assert_eq!(after(&mut lookout, now + us(80), (Direction::Inbound, 0), 1000), None);
+        }
     }
 
     #[test]

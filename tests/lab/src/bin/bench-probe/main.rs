@@ -38,6 +38,9 @@ enum What {
         /// Bytes a second of all together (0: as fast as it goes)
         #[arg(long, default_value_t = 0)]
         rate: u64,
+        /// TCP congestion control, if not the host's
+        #[arg(long)]
+        congestion: Option<String>,
     },
     /// Counts UDP packets; each line on standard input asks for the count of the latest run.
     UdpSink {
@@ -80,7 +83,9 @@ fn main() -> std::io::Result<()> {
         What::TcpSink { bind, streams, skip_ms, ms } => {
             tcp::sink(bind, streams, Duration::from_millis(skip_ms), Duration::from_millis(ms))
         }
-        What::TcpSource { to, streams, rate } => tcp::source(to, streams, rate),
+        What::TcpSource { to, streams, rate, congestion } => {
+            tcp::source(to, streams, rate, congestion.as_deref())
+        }
         What::UdpSink { bind } => udp::sink(bind),
         What::UdpSource { to, size, rate, ms, run } => {
             udp::source(to, size, rate, Duration::from_millis(ms), run)

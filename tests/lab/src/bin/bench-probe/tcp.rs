@@ -3,6 +3,7 @@
 use crate::say;
 use lab::bench::probe::{BEGIN, READY, TcpCount};
 use lab::clock;
+use socket2::{Domain, Socket, Type};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -39,11 +40,23 @@ pub(crate) fn sink(
     say(&TcpCount { bytes: after - before, nanos: clock::nanos(ended - begun) })
 }
 
-pub(crate) fn source(to: SocketAddr, streams: usize, rate: u64) -> std::io::Result<()> {
+pub(crate) fn source(
+    to: SocketAddr,
+    streams: usize,
+    rate: u64,
+    congestion: Option<&str>,
+) -> std::io::Result<()> {
     let share = rate / streams.max(1) as u64;
     let threads: Vec<_> = (0..streams)
         .map(|_| {
-            let stream = TcpStream::connect(to)?;
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+            if let Some(congestion) = congestion {
+                // By the socket, since a namespace may not name one that the host keeps from it; and before it is one of
+                // the other kind, whose pacing would stay.
+                socket.set_tcp_congestion(congestion.as_bytes())?;
+            }
+            socket.connect(&to.into())?;
+            let stream = TcpStream::from(socket);
             Ok(std::thread::spawn(move || fill(stream, share)))
         })
         .collect::<std::io::Result<_>>()?;

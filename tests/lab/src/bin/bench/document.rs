@@ -2,7 +2,7 @@
 
 use crate::rounds::{Failure, Found, Record, Search};
 use lab::bench::contender::Contender;
-use lab::bench::ratios::{self, KEYS, Ratio, Row};
+use lab::bench::ratios::{self, KEYS, MORE_KEYS, Ratio, Row};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -81,11 +81,8 @@ pub(crate) fn document<'a>(
     congestion: Option<&str>,
 ) -> Document<'a> {
     let ratio = |key: &'static str| (key, ratios::ratio(&found.cells, rounds, key));
-    let ranges: BTreeMap<_, _> = KEYS
-        .iter()
-        .chain(&["cpu_full_vs_wireguard_go"])
-        .filter_map(|key| Some((*key, ratio(key).1?)))
-        .collect();
+    let ranges: BTreeMap<_, _> =
+        KEYS.iter().chain(&MORE_KEYS).filter_map(|key| Some((*key, ratio(key).1?))).collect();
     let entry = |contender: &Contender| Entry {
         name: contender.name(),
         about: contender.about(),

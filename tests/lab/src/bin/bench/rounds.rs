@@ -38,7 +38,7 @@ impl Lengths {
         udp: Duration::from_millis(1000),
         search: Duration::from_millis(500),
         aead: Duration::from_millis(200),
-        requests: 400,
+        requests: 300,
         bound: Duration::from_secs(15 * 60),
         reserve: Duration::from_secs(60),
     };
@@ -74,6 +74,8 @@ pub(crate) enum Group {
     Tcp1,
     /// One stream back, and eight.
     Tcp,
+    /// One stream out with TCP's usual congestion control, whatever the machine's is.
+    Cubic,
     /// CPU time at the fixed rate.
     Fixed,
     /// Packets a second.
@@ -290,14 +292,12 @@ impl Stage<'_> {
     }
 
     fn measure(&self, scene: &Scene, turn: &mut Turn<'_>) -> Result<()> {
-        if let Some(congestion) = self.wishes.congestion {
-            scene.net.congestion_control(congestion)?;
-        }
         let mut traffic = Traffic::start(self.run, &self.probe, scene)?;
         let plan = |streams: usize, way: Way| TcpPlan {
             streams,
             way,
             rate: 0,
+            congestion: self.wishes.congestion,
             warm_up: self.wishes.lengths.warm_up,
             time: self.wishes.lengths.tcp,
         };
@@ -328,6 +328,11 @@ impl Stage<'_> {
                 let found = traffic.tcp(&plan(streams, way))?;
                 turn.note_tcp(cell, found.gbps(), &found);
             }
+        }
+        if self.wants(Group::Cubic) {
+            let cubic = TcpPlan { congestion: Some("cubic"), ..plan(1, Way::Out) };
+            let found = traffic.tcp(&cubic)?;
+            turn.note_tcp(Cell::Tcp1Cubic, found.gbps(), &found);
         }
         if self.wants(Group::Fixed) {
             self.fixed(&mut traffic, &plan(1, Way::Out), turn)?;
@@ -451,7 +456,7 @@ mod tests {
         let overhead = Duration::from_secs(8);
         for (lengths, rounds) in [(Lengths::QUICK, 3), (Lengths::FULL, 7)] {
             let tcp = lengths.warm_up + lengths.tcp;
-            let full = tcp * 5
+            let full = tcp * 6
                 + lengths.fixed
                 + lengths.warm_up
                 + lengths.udp * 4
