@@ -186,7 +186,9 @@ mod tests {
         }
         assert_eq!(looks, u32::from(TRUST) + 3);
         for i in 0..64 {
-            after(&mut lookout, us(900_000 + i * 3000), (Direction::Outbound, 1), 50);
+            let now = us(900_000 + i * 3000);
+            after(&mut lookout, now, (Direction::Outbound, 1), 50);
+            after(&mut lookout, now + us(50), (Direction::Inbound, 1), 2950);
         }
         let look = after(&mut lookout, us(2_000_000), (Direction::Outbound, 1), 50);
         assert_eq!(look, Some(ANSWER));
