@@ -7,12 +7,15 @@
 mod common;
 
 use std::cell::RefCell;
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use common::*;
-use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
+use criterion::measurement::WallTime;
+use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use crypto::aead::AeadAlg;
-use esp::{Batch, SLOT_LEN, Shard};
+use esp::pin::Pin;
+use esp::{Batch, Command, Policy, SLOT_LEN, Shard};
 
 const BATCH: usize = 64;
 
@@ -32,75 +35,35 @@ fn main() {
     let mut group = criterion.benchmark_group("shard");
     for len in [64, 1400] {
         let inner = udp("10.1.0.9:5000", "10.2.0.5:4000", &vec![7; len - 28]);
-        let plain = || std::iter::repeat_n(&inner[..], BATCH);
-        group.throughput(Throughput::Bytes((BATCH * len) as u64));
-
-        let (mut left, ..) = pair(AeadAlg::Aes256Gcm16);
-        let batch = RefCell::new(Batch::new(BATCH, SLOT_LEN));
-        group.bench_function(BenchmarkId::new("seal 64", len), |b| {
-            b.iter_batched(
-                || refill(&mut batch.borrow_mut(), plain()),
-                |()| left.outbound(ms(1), OPEN, &mut batch.borrow_mut()),
-                BatchSize::PerIteration,
-            );
-        });
-        assert_eq!(left.stats().sealed % BATCH as u64, 0);
-
-        let (mut left, mut right, ..) = pair(AeadAlg::Aes256Gcm16);
-        let (batch, mut out) =
-            (RefCell::new(Batch::new(BATCH, SLOT_LEN)), Batch::new(BATCH, SLOT_LEN));
-        group.bench_function(BenchmarkId::new("open 64", len), |b| {
-            b.iter_batched(
-                || {
-                    refill(&mut out, plain());
-                    left.outbound(ms(1), OPEN, &mut out);
-                    refill(&mut batch.borrow_mut(), out.slots().iter().map(|slot| slot.packet()));
-                },
-                |()| right.inbound(ms(1), OPEN, &mut batch.borrow_mut()),
-                BatchSize::PerIteration,
-            );
-        });
-        assert_eq!(left.stats().sealed, right.stats().opened);
+        let one = || {
+            let (left, right, ..) = pair(AeadAlg::Aes256Gcm16);
+            (left, right)
+        };
+        seal_and_open(&mut group, len, one, &[inner]);
     }
     group.finish();
-    by_turns(&mut criterion);
+    let mut group = criterion.benchmark_group("shard, 10,000 SAs");
+    let len = 64;
+    let to = |slot: u16| format!("{}:4000", host(slot));
+    let packets = (0..MANY).map(|slot| udp("10.1.0.9:5000", &to(slot), &vec![7; len - 28]));
+    seal_and_open(&mut group, len, many, &packets.collect::<Vec<_>>());
+    group.finish();
     criterion.final_summary();
 }
 
-const MANY: u16 = 10_000;
-
-/// Two owners with [`MANY`] SA pairs between them, each for a host on the right.
-fn many() -> (Shard, Shard) {
-    let (mut left, mut right) = (owner(2), owner(2));
-    for slot in 0..MANY {
-        let (mut left_sa, mut right_sa) = sas(AeadAlg::Aes256Gcm16, slot);
-        let host = vec![ts(&format!("10.2.{}.{}/32", slot >> 8, slot & 0xff))];
-        left_sa.remote_ts = host.clone();
-        right_sa.local_ts = host;
-        for (shard, sa) in [(&mut left, &mut left_sa), (&mut right, &mut right_sa)] {
-            sa.local_ts.truncate(1);
-            sa.remote_ts.truncate(1);
-            install(shard, sa);
-        }
-    }
-    (left, right)
-}
-
-fn by_turns(criterion: &mut Criterion) {
-    const LEN: usize = 64;
-    let mut group = criterion.benchmark_group("shard, 10,000 SAs");
-    group.throughput(Throughput::Bytes((BATCH * LEN) as u64));
-    let packets: Vec<Vec<u8>> = (0..MANY)
-        .map(|slot| {
-            let to = format!("10.2.{}.{}:4000", slot >> 8, slot & 0xff);
-            udp("10.1.0.9:5000", &to, &[7; LEN - 28])
-        })
-        .collect();
+/// Batches of these packets of `len` bytes, in turn, from the left shard to the right one.
+fn seal_and_open(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    len: usize,
+    shards: impl Fn() -> (Shard, Shard),
+    packets: &[Vec<u8>],
+) {
+    group.throughput(Throughput::Bytes((BATCH * len) as u64));
     let mut turns = packets.iter().map(|packet| &packet[..]).cycle();
 
-    let (mut left, _) = many();
+    let (mut left, _) = shards();
     let batch = RefCell::new(Batch::new(BATCH, SLOT_LEN));
-    group.bench_function(BenchmarkId::new("seal 64", LEN), |b| {
+    group.bench_function(BenchmarkId::new("seal 64", len), |b| {
         b.iter_batched(
             || refill(&mut batch.borrow_mut(), turns.by_ref().take(BATCH)),
             |()| left.outbound(ms(1), OPEN, &mut batch.borrow_mut()),
@@ -109,9 +72,9 @@ fn by_turns(criterion: &mut Criterion) {
     });
     assert_eq!(left.stats().sealed % BATCH as u64, 0);
 
-    let (mut left, mut right) = many();
+    let (mut left, mut right) = shards();
     let (batch, mut out) = (RefCell::new(Batch::new(BATCH, SLOT_LEN)), Batch::new(BATCH, SLOT_LEN));
-    group.bench_function(BenchmarkId::new("open 64", LEN), |b| {
+    group.bench_function(BenchmarkId::new("open 64", len), |b| {
         b.iter_batched(
             || {
                 refill(&mut out, turns.by_ref().take(BATCH));
@@ -123,5 +86,38 @@ fn by_turns(criterion: &mut Criterion) {
         );
     });
     assert_eq!(left.stats().sealed, right.stats().opened);
-    group.finish();
+}
+
+const MANY: u16 = 10_000;
+
+/// What lies behind an SA of [`many`].
+fn host(slot: u16) -> Ipv4Addr {
+    Ipv4Addr::new(10, 2, (slot >> 8) as u8, slot as u8)
+}
+
+/// Two owners with [`MANY`] SA pairs between them, each for a host on the right and with its policy on the left.
+fn many() -> (Shard, Shard) {
+    let (mut left, mut right) = (owner(2), owner(2));
+    let mut policies = Vec::new();
+    for slot in 0..MANY {
+        let (mut left_sa, mut right_sa) = sas(AeadAlg::Aes256Gcm16, slot);
+        let behind = vec![ts(&format!("{}/32", host(slot)))];
+        left_sa.local_ts.truncate(1);
+        right_sa.remote_ts.truncate(1);
+        left_sa.remote_ts = behind.clone();
+        right_sa.local_ts = behind.clone();
+        policies.push(Policy {
+            endpoint: MAIN,
+            connection: left_sa.connection,
+            group: left_sa.connection,
+            child: slot,
+            local_ts: left_sa.local_ts.clone(),
+            remote_ts: behind,
+            pin: Pin { id: 1, weight: 1 },
+        });
+        install(&mut left, &left_sa);
+        install(&mut right, &right_sa);
+    }
+    left.apply(Command::Policies(policies)).unwrap();
+    (left, right)
 }
