@@ -52,15 +52,59 @@ impl std::fmt::Debug for Scenario {
     }
 }
 
+/// The scenarios in three parts, so that a machine of two cores need not wait for them one by one: those of the first two
+/// mostly wait themselves, and count neither milliseconds nor packets that a busy machine loses, so that the two may be
+/// played beside each other. Each by its own process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Lane {
+    /// Single gateways, and what is said of mistakes.
+    First,
+    /// Other kernels, other releases, instances that end at odd moments.
+    Second,
+    /// All others: nothing may run beside them.
+    Alone,
+}
+
+impl Lane {
+    /// Beside [`SINGLE`].
+    const FIRST: [&str; 3] = ["pair-mismatch", "active-refused", "two-hosts"];
+    const SECOND: [&str; 8] = [
+        "kernel-esp-50",
+        "pair-kernel-esp",
+        "esp50-pair",
+        "esp50-pair-kernel",
+        "active-rolling",
+        "pair-rolling",
+        "pair-kill-in-rekey",
+        "pair-cold-restart",
+    ];
+
+    /// Where this scenario belongs.
+    pub fn of(scenario: &Scenario) -> Lane {
+        let single = || SINGLE.iter().copied().flatten().any(|s| s.name == scenario.name);
+        if Self::SECOND.contains(&scenario.name) {
+            Lane::Second
+        } else if Self::FIRST.contains(&scenario.name) || single() {
+            Lane::First
+        } else {
+            Lane::Alone
+        }
+    }
+}
+
+/// Those of a gateway without another instance.
+const SINGLE: [&[Scenario]; 6] = [
+    basic::SCENARIOS,
+    lifecycle::SCENARIOS,
+    nat::SCENARIOS,
+    bad_input::SCENARIOS,
+    operator::SCENARIOS,
+    protection::SCENARIOS,
+];
+
 /// All, in the order in which a new daemon learns them.
 pub fn all() -> Vec<Scenario> {
-    [
-        basic::SCENARIOS,
-        lifecycle::SCENARIOS,
-        nat::SCENARIOS,
-        bad_input::SCENARIOS,
-        operator::SCENARIOS,
-        protection::SCENARIOS,
+    let pairs = [
         pair::SCENARIOS,
         uplink::SCENARIOS,
         active::SCENARIOS,
@@ -72,19 +116,18 @@ pub fn all() -> Vec<Scenario> {
         esp50::SCENARIOS,
         workers::SCENARIOS,
         two_hosts::SCENARIOS,
-    ]
-    .concat()
+    ];
+    [&SINGLE[..], &pairs].concat().concat()
 }
 
-/// Runs the scenarios whose name contains one of `names` (or all). Prints a line for each and the totals.
+/// Runs the scenarios (of the lane) whose name contains one of `names` (or all). Prints a line for each and the totals.
 /// Returns how many failed, or `None` when no scenario has such a name.
-pub fn run(lab: &Lab<'_>, names: &[String]) -> Option<usize> {
-    let chosen: Vec<Scenario> = all()
-        .into_iter()
-        .filter(|scenario| {
-            names.is_empty() || names.iter().any(|name| scenario.name.contains(name.as_str()))
-        })
-        .collect();
+pub fn run(lab: &Lab<'_>, names: &[String], lane: Option<Lane>) -> Option<usize> {
+    let named = |scenario: &Scenario| {
+        names.is_empty() || names.iter().any(|name| scenario.name.contains(name.as_str()))
+    };
+    let mut chosen = all();
+    chosen.retain(|scenario| lane.is_none_or(|lane| Lane::of(scenario) == lane) && named(scenario));
     if chosen.is_empty() {
         return None;
     }
@@ -201,7 +244,18 @@ fn save_logs(run: &Run, name: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::is_final;
+    use super::{Lane, all, is_final};
+
+    #[test]
+    fn lanes_name_scenarios_that_exist() {
+        let scenarios = all();
+        for name in Lane::FIRST.iter().chain(&Lane::SECOND) {
+            assert_eq!(scenarios.iter().filter(|s| s.name == *name).count(), 1, "{name}");
+        }
+        let count = |lane| scenarios.iter().filter(|s| Lane::of(s) == lane).count();
+        assert_eq!(count(Lane::Second), Lane::SECOND.len());
+        assert!(count(Lane::First) > Lane::FIRST.len() && count(Lane::Alone) > 0);
+    }
 
     #[test]
     fn only_lost_time_is_played_again() {

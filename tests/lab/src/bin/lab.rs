@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use lab::Error;
-use lab::interop::{self, Lab};
+use lab::interop::{self, Lab, Lane};
 use lab::run::Run;
 use lab::tandem::Bins;
 use std::path::{Path, PathBuf};
@@ -32,6 +32,9 @@ enum What {
         /// Full counts and lengths, as the bars want them
         #[arg(long)]
         full: bool,
+        /// Only this part of them: the first two may be played side by side
+        #[arg(long)]
+        lane: Option<Lane>,
         /// Where tandemd and tandem are [default: beside this program]
         #[arg(long)]
         bin_dir: Option<PathBuf>,
@@ -51,7 +54,9 @@ fn main() -> ExitCode {
             }
             Ok(())
         }
-        What::Interop { names, full, bin_dir, .. } => play(&names, full, bin_dir.as_deref()),
+        What::Interop { names, full, lane, bin_dir, .. } => {
+            play(&names, full, lane, bin_dir.as_deref())
+        }
         What::Cleanup => {
             lab::run::forget_kept_files();
             lab::run::clean_stale().map(|count| println!("{count} stale namespaces removed"))
@@ -78,11 +83,16 @@ fn prove(what: Proof) -> lab::Result<()> {
     result
 }
 
-fn play(names: &[String], full: bool, bin_dir: Option<&Path>) -> lab::Result<()> {
+fn play(
+    names: &[String],
+    full: bool,
+    lane: Option<Lane>,
+    bin_dir: Option<&Path>,
+) -> lab::Result<()> {
     let bins = Bins::find(bin_dir)?;
     let bound = if full { 3 * 3600 } else { 1800 };
     let run = Run::start(Some(Duration::from_secs(bound)))?;
-    match interop::run(&Lab { run: &run, bins: &bins, full }, names) {
+    match interop::run(&Lab { run: &run, bins: &bins, full }, names, lane) {
         Some(0) => Ok(()),
         Some(failed) => Err(Error::check(format!("{failed} scenarios failed"))),
         None => Err(Error::check("no scenario has such a name (lab interop --list)")),
