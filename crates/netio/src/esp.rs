@@ -115,6 +115,13 @@ impl EspSocket {
     pub fn receive_errors(&self) -> u64 {
         self.receive_errors
     }
+
+    /// Packets that the kernel dropped here, mostly because the receive buffer was full; as of the last receive that
+    /// found more than one call takes.
+    #[must_use]
+    pub fn receive_dropped(&self) -> u64 {
+        self.batcher.receive_dropped
+    }
 }
 
 impl AsFd for EspSocket {

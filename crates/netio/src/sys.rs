@@ -39,6 +39,28 @@ pub(crate) fn set_option_of<T: Copy>(
     Ok(())
 }
 
+/// Packets that the kernel dropped at this socket so far: its receive buffer was full, or what arrived was damaged.
+/// 0 where it does not say (before Linux 4.12).
+pub(crate) fn dropped_at(socket: &impl AsFd) -> u32 {
+    // include/uapi/linux/sock_diag.h: nine numbers, of which this is the last.
+    const COUNT: usize = 9;
+    let mut values = [0_u32; COUNT];
+    let mut length = size_of_val(&values) as libc::socklen_t;
+    // SAFETY: `values` and `length` live through the call, and the length is the array's size. The descriptor is open
+    // because it is borrowed.
+    let read = check(unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    });
+    let [.., drops] = values;
+    if read.is_ok() { drops } else { 0 }
+}
+
 /// Reads one integer socket option.
 pub(crate) fn get_option(
     socket: &impl AsFd,

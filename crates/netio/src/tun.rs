@@ -166,7 +166,8 @@ impl Tun {
     }
 
     /// Reads one packet into `buffer` and gives its length and what is left to do for it; `None` when the queue is
-    /// empty. A packet longer than `buffer` is cut by the kernel: give [`READ_LEN`], or without offloads the MTU.
+    /// empty. A packet longer than `buffer` is cut by the kernel: give [`READ_LEN`], or without offloads the MTU. One that
+    /// the kernel took from the queue and could not describe is of length 0 and [`Offload::Unknown`].
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<Option<(usize, Offload)>> {
         loop {
             let mut header = [0; VNET_HEADER_LEN];
@@ -185,6 +186,10 @@ impl Tun {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 // While the interface is down there is nothing to read.
                 Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(None),
+                // A packet that no vnet header describes: it is gone, and the next may be well.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    return Ok(Some((0, Offload::Unknown)));
+                }
                 Err(error) => return Err(error),
             }
         }

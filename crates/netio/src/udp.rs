@@ -120,12 +120,22 @@ impl Default for Options {
     }
 }
 
+/// What the kernel takes and gives by the run; where it does not, each datagram goes and comes by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// UDP_GRO (Linux 5.0).
+    pub receive: bool,
+    /// UDP_SEGMENT (Linux 4.18). Whether a way out takes it is another matter, see `segmenting.rs`.
+    pub send: bool,
+}
+
 /// A UDP socket that reads and writes in batches; owned by one worker.
 #[derive(Debug)]
 pub struct BatchSocket {
     socket: Arc<Socket>,
     local: SocketAddr,
     recv_tos: bool,
+    offloads: Offloads,
     batcher: Batcher,
     incoming: Incoming,
     /// Receive errors other than "nothing there" (pending ICMP errors, mostly).
@@ -202,16 +212,18 @@ impl BatchSocket {
     /// Opens and binds; see [`Options`] and the module's head.
     pub fn bind(local: SocketAddr, options: Options) -> io::Result<Self> {
         let socket = open(local, options)?;
-        // Kernels before 5.0 refuse; then every datagram comes by itself.
-        let _ = set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 1);
-        // Kernels before 4.18 would send a run as one long datagram: they do not know the option either.
-        let known = set_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0);
-        let segmenting = Segmenting::new(known.is_ok());
+        let offloads = Offloads {
+            receive: set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok(),
+            // Kernels that do not know it would send a run as one long datagram.
+            send: set_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok(),
+        };
+        let segmenting = Segmenting::new(offloads.send);
         let local = socket.local_addr()?.as_socket().unwrap_or(local);
         Ok(Self {
             socket: Arc::new(socket),
             local,
             recv_tos: options.recv_tos,
+            offloads,
             batcher: Batcher::new(segmenting),
             incoming: Incoming::new(),
             receive_errors: 0,
@@ -240,6 +252,19 @@ impl BatchSocket {
     #[must_use]
     pub fn receive_errors(&self) -> u64 {
         self.receive_errors
+    }
+
+    /// Datagrams that the kernel dropped here, mostly because the receive buffer was full; as of the last receive that
+    /// found more than one call takes.
+    #[must_use]
+    pub fn receive_dropped(&self) -> u64 {
+        self.batcher.receive_dropped
+    }
+
+    /// What the kernel does by the run.
+    #[must_use]
+    pub fn offloads(&self) -> Offloads {
+        self.offloads
     }
 }
 

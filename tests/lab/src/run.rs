@@ -56,7 +56,10 @@ impl Run {
         let dir = Path::new(ROOT).join(pid.to_string());
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir).doing(format!("create {}", dir.display()))?;
-        crate::error::write_file(&dir.join("born"), birth_of(pid).unwrap_or_default())?;
+        // Another run that begins now must not find an empty file.
+        let (born, whole) = (dir.join("born.new"), dir.join("born"));
+        crate::error::write_file(&born, birth_of(pid).unwrap_or_default())?;
+        std::fs::rename(&born, &whole).doing(format!("create {}", whole.display()))?;
         {
             let mut state = state();
             state.ending = false;

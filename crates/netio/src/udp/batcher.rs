@@ -8,7 +8,7 @@ use socket2::Socket;
 use super::headers::{CONTROL, Control, address_of, notes_of};
 use super::segmenting::Segmenting;
 use super::{BATCH, RecvMeta, SendCounters};
-use crate::sys::is_transient;
+use crate::sys::{dropped_at, is_transient};
 
 /// One socket's batches: sending is in `send.rs`.
 #[derive(Debug)]
@@ -16,6 +16,8 @@ pub(crate) struct Batcher {
     pub(super) scratch: Box<Scratch>,
     pub(super) segmenting: Segmenting,
     pub(crate) counters: SendCounters,
+    /// What the kernel dropped on its way in, when last looked at.
+    pub(crate) receive_dropped: u64,
 }
 
 /// The headers of a batch. The pointers inside are set and used within one call only.
@@ -54,7 +56,12 @@ impl Scratch {
 
 impl Batcher {
     pub(super) fn new(segmenting: Segmenting) -> Self {
-        Self { scratch: Scratch::new(), segmenting, counters: SendCounters::default() }
+        Self {
+            scratch: Scratch::new(),
+            segmenting,
+            counters: SendCounters::default(),
+            receive_dropped: 0,
+        }
     }
 
     /// For sockets that send no runs.
@@ -117,6 +124,11 @@ impl Batcher {
             let room =
                 unsafe { std::slice::from_raw_parts(vector.iov_base.cast::<u8>(), vector.iov_len) };
             each(i, meta, size, room.get(..meta.len).unwrap_or(room));
+        }
+        // What overflowed did so behind datagrams that filled all rooms.
+        if got == count as usize {
+            let dropped = dropped_at(socket);
+            self.receive_dropped += u64::from(dropped.wrapping_sub(self.receive_dropped as u32));
         }
         Ok(got)
     }

@@ -488,3 +488,27 @@ fn a_group_may_be_of_one_and_before_its_address() {
         assert_eq!(group.sockets.len(), 1);
     });
 }
+
+#[test]
+fn what_found_no_room_is_counted() {
+    in_new_namespace(|| {
+        ip("link set lo up");
+        let options = Options { buffer_bytes: 1 << 16, ..Options::default() };
+        let mut socket = BatchSocket::bind("127.0.0.1:4500".parse().unwrap(), options).unwrap();
+        let far = std::net::UdpSocket::bind("127.0.0.2:4500").unwrap();
+        for _ in 0..1000 {
+            far.send_to(&[7; 100], socket.local_addr()).unwrap();
+        }
+        let mut got = 0;
+        while wait_readable(&socket, 0).unwrap() || socket.has_more() {
+            got += receive(&mut socket).len() as u64;
+        }
+        assert!((32..1000).contains(&got), "{got}");
+        assert_eq!(socket.receive_dropped(), 1000 - got);
+        for _ in 0..10 {
+            far.send_to(&[7; 100], socket.local_addr()).unwrap();
+        }
+        assert_eq!(receive(&mut socket).len(), 10);
+        assert_eq!(socket.receive_dropped(), 1000 - got);
+    });
+}

@@ -169,6 +169,14 @@ pub(super) async fn open(
         if let Some(problem) = unsorted {
             warn!(%problem, "the kernel does not sort ESP by its worker: workers hand most packets to each other");
         }
+        // The kernel is the same for all.
+        if places.is_empty()
+            && let Some(netio::udp::Offloads { receive, send }) =
+                sockets.first().map(BatchSocket::offloads)
+            && !(receive && send)
+        {
+            warn!(receive, send, "the kernel joins no UDP datagrams this way: each goes by itself");
+        }
         let port_4500 = sockets.first().map(BatchSocket::sender);
         let port_4500 = port_4500.ok_or_else(|| format!("UDP {at_4500}: no socket"))?;
         let addresses =
@@ -333,15 +341,33 @@ fn open_raw(
 /// The TUN with vnet headers and a queue for each worker, or where that is switched off or not to be had, the plain one
 /// with its one queue.
 fn open_tun(name: &str, offload: bool, workers: u8) -> io::Result<Vec<Tun>> {
+    open_tun_by(name, offload, workers, Tun::open_queues)
+}
+
+/// The same, by this way to make one with vnet headers.
+fn open_tun_by(
+    name: &str,
+    offload: bool,
+    workers: u8,
+    open_queues: impl Fn(&str, u8) -> io::Result<Vec<Tun>>,
+) -> io::Result<Vec<Tun>> {
     if !offload {
         if workers > 1 {
             info!("without offloads the TUN has one queue: one worker reads it for all");
         }
         return Ok(vec![Tun::open_plain(name)?]);
     }
-    match Tun::open_queues(name, workers) {
+    let mut queues = open_queues(name, workers);
+    if workers > 1
+        && let Err(problem) = &queues
+        && problem.kind() == io::ErrorKind::InvalidInput
+    {
+        warn!(%problem, "the kernel has not so many queues for a TUN: one worker reads it for all");
+        queues = open_queues(name, 1);
+    }
+    match queues {
         Err(problem) if problem.kind() == io::ErrorKind::InvalidInput => {
-            warn!(%problem, "the kernel has no vnet headers, or no such queues, for a TUN: one packet a call");
+            warn!(%problem, "the kernel has no vnet headers for a TUN: one packet a call");
             Ok(vec![Tun::open_plain(name)?])
         }
         Ok(queues) => {
@@ -422,4 +448,35 @@ fn steered_mtu(local: SocketAddr, remote: SocketAddr) -> u32 {
     let mtu = netio::udp::path_mtu(local, remote).unwrap_or(ETHERNET_MTU);
     let headers = if local.is_ipv4() { 20 + 8 } else { 40 + 8 };
     mtu.saturating_sub(headers + STEER_OVERHEAD as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::tests::isolated;
+
+    #[test]
+    fn each_feature_of_the_tun_that_the_kernel_refuses_is_done_without() {
+        isolated(|| {
+            let refused = || io::Error::from(io::ErrorKind::InvalidInput);
+            let one_queue = |name: &str, count| match count {
+                1 => Tun::open_queues(name, 1),
+                _ => Err(refused()),
+            };
+            let queues = open_tun_by("tdm0", true, 3, one_queue).unwrap();
+            assert!(matches!(&queues[..], [Tun::Vnet(_)]), "{queues:?}");
+            let reading: Vec<_> =
+                share_queues(queues, 3).iter().map(|share| share.reads_tun).collect();
+            assert_eq!(reading, [true, false, false]);
+            for workers in [1, 3] {
+                let queues = open_tun_by("tdm1", true, workers, |_, _| Err(refused())).unwrap();
+                assert!(matches!(&queues[..], [Tun::Plain(_)]), "{queues:?}");
+            }
+            let queues = open_tun_by("tdm2", false, 3, |_, _| unreachable!()).unwrap();
+            assert!(matches!(&queues[..], [Tun::Plain(_)]), "{queues:?}");
+            let busy = || io::Error::from(io::ErrorKind::ResourceBusy);
+            let error = open_tun_by("tdm3", true, 3, |_, _| Err(busy())).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ResourceBusy, "what is no refusal stays one");
+        });
+    }
 }

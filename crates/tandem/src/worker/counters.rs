@@ -59,10 +59,22 @@ counters! {
     truncated,
     /// Receive calls that failed.
     receive_errors,
+    /// Datagrams and packets that the kernel dropped before they were read: mostly, the receive buffer was full.
+    receive_dropped,
     /// ESP packets that the kernel took.
     sent,
-    /// ESP packets that it did not take (full buffer, no route, no socket for protocol 50, …).
+    /// ESP packets that it did not take, for these reasons and others (no socket for protocol 50, …).
     unsent,
+    /// The send buffer was full.
+    unsent_full,
+    /// There was no route.
+    unsent_unreachable,
+    /// A firewall of this host refused.
+    unsent_refused,
+    /// The endpoint's address was not here.
+    unsent_not_local,
+    /// They were larger than the kernel takes.
+    unsent_too_large,
     /// Packets judged inside the fence and dropped right before they would have left.
     late,
     /// Batches with such packets.
@@ -96,9 +108,20 @@ impl Snapshot {
     /// What the workers themselves dropped, by reason; reasons that never occurred are left out. The names do not meet the
     /// shard's.
     pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let told = self.unsent_full
+            + self.unsent_unreachable
+            + self.unsent_refused
+            + self.unsent_not_local
+            + self.unsent_too_large;
         [
             ("fenced_late", self.late),
-            ("socket_refused", self.unsent),
+            ("send_buffer_full", self.unsent_full),
+            ("no_route", self.unsent_unreachable),
+            ("firewall", self.unsent_refused),
+            ("address_absent", self.unsent_not_local),
+            ("beyond_mtu", self.unsent_too_large),
+            ("socket_refused", self.unsent.saturating_sub(told)),
+            ("receive_dropped", self.receive_dropped),
             ("tun_refused", self.tun_refused),
             ("tun_malformed", self.tun_malformed),
             ("truncated", self.truncated),
@@ -112,5 +135,18 @@ impl Snapshot {
         ]
         .into_iter()
         .filter(|(_, n)| *n > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_sent_is_told_by_its_reason_and_once() {
+        let snapshot =
+            Snapshot { unsent: 9, unsent_full: 4, unsent_refused: 3, ..Snapshot::default() };
+        let drops: Vec<_> = snapshot.drops().collect();
+        assert_eq!(drops, [("send_buffer_full", 4), ("firewall", 3), ("socket_refused", 2)]);
     }
 }

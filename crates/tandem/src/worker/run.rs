@@ -16,8 +16,9 @@ use std::time::Duration;
 use esp::segment::Segments;
 use esp::{Batch, Direction, Shard, Slot, Verdict};
 use netio::clock::boottime;
+use netio::esp::EspSocket;
 use netio::tun::Tun;
-use netio::udp::{RecvMeta, SendItem};
+use netio::udp::{RecvMeta, SendCounters, SendItem};
 use netio::wake::{Poller, QueueReceiver, Ready};
 use wire::id::EndpointId;
 use wire::ip::Ecn;
@@ -382,7 +383,7 @@ impl State {
             return (0, false);
         };
         let endpoint = *endpoint;
-        let errors = socket.receive_errors();
+        let (errors, dropped) = (socket.receive_errors(), socket.receive_dropped());
         let slots = self.batch.unused();
         let io = &self.io;
         // An IKE message may be longer than any packet (security.md: 64 KB).
@@ -390,6 +391,7 @@ impl State {
         let rooms = slots.iter_mut().map(Slot::room);
         let got = socket.recv_or_give(rooms, &mut self.metas[..], long);
         add(&self.io.counters.receive_errors, socket.receive_errors() - errors);
+        add(&self.io.counters.receive_dropped, socket.receive_dropped() - dropped);
         // ESP packets move to the front; the rest is dealt with on the spot.
         let mut kept = 0;
         for (i, meta) in self.metas.iter().enumerate().take(got) {
@@ -504,10 +506,41 @@ impl Io {
         self.hand_on(batch);
         add(&counters.sent, sent);
         add(&counters.unsent, to_send - sent);
+        if sent < to_send {
+            self.say_why(sockets);
+        }
         add(&counters.tun_written, delivered.written);
         add(&counters.tun_refused, delivered.refused);
         add(&counters.late, late);
         add(&counters.late_batches, u64::from(late > 0));
+    }
+}
+
+impl Io {
+    /// What the sockets refused so far, by reason.
+    #[cold]
+    fn say_why(&self, sockets: &[EndpointSocket]) {
+        let of_all = sockets.iter().flat_map(|EndpointSocket { socket, raw, .. }| {
+            std::iter::once(socket.counters()).chain(raw.as_ref().map(EspSocket::counters))
+        });
+        let mut sums = SendCounters::default();
+        for of in of_all {
+            sums.full += of.full;
+            sums.unreachable += of.unreachable;
+            sums.refused_by_host += of.refused_by_host;
+            sums.not_local += of.not_local;
+            sums.too_large += of.too_large;
+        }
+        let counters = &self.counters;
+        for (counter, sum) in [
+            (&counters.unsent_full, sums.full),
+            (&counters.unsent_unreachable, sums.unreachable),
+            (&counters.unsent_refused, sums.refused_by_host),
+            (&counters.unsent_not_local, sums.not_local),
+            (&counters.unsent_too_large, sums.too_large),
+        ] {
+            counter.store(sum, Ordering::Relaxed);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::bench::contender::Scene;
 use crate::bench::cpu::{Machine, Spent, ThreadTime, Threads};
 use crate::bench::probe::{self, BEGIN, READY, RoundTrips, TcpCount, UdpCount, UdpSent};
+use crate::bench::profile::{Profile, Recording};
 use crate::bench::search::Outcome;
 use crate::error::{Error, IoContext, Result, ensure};
 use crate::net;
@@ -52,6 +53,8 @@ pub struct TcpPlan<'a> {
     pub warm_up: Duration,
     /// The measured time.
     pub time: Duration,
+    /// Whether it is also to be found out where the time goes, which costs some of it.
+    pub profile: bool,
 }
 
 /// What was found.
@@ -63,6 +66,8 @@ pub struct TcpFound {
     pub spent: Spent,
     /// What the gateways' workers spent meanwhile; only Tandem's are known.
     pub workers: ThreadTime,
+    /// Where the time went, if that was asked.
+    pub profile: Option<Profile>,
 }
 
 impl TcpFound {
@@ -152,6 +157,7 @@ impl Talker {
 pub struct Traffic<'a> {
     scene: &'a Scene,
     program: PathBuf,
+    dir: PathBuf,
     log: PathBuf,
     udp: Talker,
     echo: Talker,
@@ -176,7 +182,15 @@ impl<'a> Traffic<'a> {
             Ok(talker)
         };
         let (udp, echo) = (listen("udp-sink", UDP_PORT)?, listen("echo", ECHO_PORT)?);
-        Ok(Traffic { scene, program: program.to_owned(), log, udp, echo, runs: 0 })
+        Ok(Traffic {
+            scene,
+            program: program.to_owned(),
+            dir: run.dir().to_owned(),
+            log,
+            udp,
+            echo,
+            runs: 0,
+        })
     }
 
     /// TCP streams.
@@ -201,6 +215,7 @@ impl<'a> Traffic<'a> {
             source.args(plan.congestion.map(|name| ["--congestion", name]).iter().flatten());
         let source = source.spawn(&self.log)?;
         sink.expect(BEGIN, plan.warm_up + SLACK)?;
+        let recording = plan.profile.then(|| Recording::start(&self.dir, plan.time)).transpose()?;
         let workers = Threads::now(&self.scene.gateways, WORKERS)?;
         let before = Machine::begin()?;
         let line = sink.line(plan.time + SLACK)?;
@@ -209,7 +224,9 @@ impl<'a> Traffic<'a> {
         drop((source, sink));
         let count: TcpCount = probe::parse(&line)?;
         ensure(count.bytes > 0, || "no byte arrived".into())?;
-        Ok(TcpFound { count, spent, workers })
+        let measured = Duration::from_nanos(count.nanos);
+        let profile = recording.map(|it| it.finish(count.bytes, measured)).transpose()?;
+        Ok(TcpFound { count, spent, workers, profile })
     }
 
     /// UDP packets of `size` bytes of payload at `rate` packets a second, from the near client to the far one.
@@ -287,6 +304,7 @@ mod tests {
             count: TcpCount { bytes: 500_000_000, nanos: 2_000_000_000 },
             spent: Spent { busy_s: 3.0, ..Spent::default() },
             workers: ThreadTime::default(),
+            profile: None,
         };
         assert!((found.gbps() - 2.0).abs() < 1e-9);
         assert!((found.cpu_s_per_gb() - 6.0).abs() < 1e-9);

@@ -166,7 +166,7 @@ fn faults(lab: &Lab<'_>) -> Result<String> {
     let six = UdpProbes::on_port(lab.run, (&lhost, net::LHOST6), (&rhost, net::RHOST6), 500, 7006)?;
     six.wait_flowing(PATIENCE)?;
     let mut found = Vec::new();
-    let few = [Kind::Kill, Kind::Switchover, Kind::Rejoin];
+    let few = [Kind::Kill, Kind::Stop, Kind::Switchover, Kind::Rejoin];
     for &kind in if lab.full { &Kind::ALL[..] } else { &few } {
         six.wait_flowing(PATIENCE)?;
         let outcome = run_trial(lab.run, &mut scene, kind, 0.3, &mut |_, _| {})?;

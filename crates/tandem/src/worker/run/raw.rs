@@ -16,7 +16,7 @@ impl State {
         let Some(EndpointSocket { raw: Some(socket), .. }) = self.sockets.get_mut(at) else {
             return 0;
         };
-        let errors = socket.receive_errors();
+        let (errors, dropped) = (socket.receive_errors(), socket.receive_dropped());
         let slots = self.batch.unused();
         let got = socket.recv(slots.iter_mut().map(Slot::room), &mut self.metas[..]);
         let (mut kept, mut truncated) = (0, 0);
@@ -36,6 +36,7 @@ impl State {
         }
         let counters = &self.io.counters;
         add(&counters.receive_errors, socket.receive_errors() - errors);
+        add(&counters.receive_dropped, socket.receive_dropped() - dropped);
         add(&counters.truncated, truncated);
         if kept > 0 {
             self.batch.commit(kept);

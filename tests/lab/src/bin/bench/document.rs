@@ -2,6 +2,7 @@
 
 use crate::rounds::{Failure, Found, Record, Search};
 use lab::bench::contender::Contender;
+use lab::bench::profile::{Line, Profile};
 use lab::bench::ratios::{self, KEYS, MORE_KEYS, Ratio, Row};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -21,6 +22,15 @@ pub(crate) struct Document<'a> {
     ratios: BTreeMap<&'static str, Option<f64>>,
     ranges: BTreeMap<&'static str, Ratio>,
     bars: &'a [Row],
+    profiles: Vec<Profiled>,
+}
+
+/// Where the time went in a contender's cell.
+#[derive(Serialize)]
+struct Profiled {
+    contender: &'static str,
+    cell: ratios::Cell,
+    stages: Vec<Line>,
 }
 
 #[derive(Serialize)]
@@ -89,6 +99,9 @@ pub(crate) fn document<'a>(
         version: found.versions.get(contender).map(String::as_str),
         skipped: found.skipped.get(contender).map(String::as_str),
     };
+    let profiled = |((contender, cell), profile): (&(Contender, ratios::Cell), &Profile)| {
+        Profiled { contender: contender.name(), cell: *cell, stages: profile.lines() }
+    };
     Document {
         machine: Machine::here(congestion),
         quick,
@@ -103,6 +116,7 @@ pub(crate) fn document<'a>(
         ratios: KEYS.iter().map(|key| (*key, ranges.get(key).map(|r: &Ratio| r.median))).collect(),
         ranges,
         bars,
+        profiles: found.profiles.iter().map(profiled).collect(),
     }
 }
 

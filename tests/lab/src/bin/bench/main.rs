@@ -12,7 +12,8 @@
 //!  "failures":[{"round":0,"contender":"…","why":"…"}],
 //!  "ratios":{"tcp1_vs_wireguard_go":2.9},
 //!  "ranges":{"tcp1_vs_wireguard_go":{"median":2.9,"min":2.7,"max":3.0,"rounds":[2.9]}},
-//!  "bars":[{"figure":"…","key":"…","bar":"≥ 2.5","measured":"…","pass":true}]}
+//!  "bars":[{"figure":"…","key":"…","bar":"≥ 2.5","measured":"…","pass":true}],
+//!  "profiles":[{"contender":"tandem","cell":"tcp1","stages":[{"stage":"…","cpu_s_per_gb":0.2,"share":0.1}]}]}
 //! ```
 //! A ratio that was not measured is null. `cells` has the units of `lab::bench::ratios::Cell`. Exit code 0: every turn of
 //! every round was played; with `--check` also every bar passed.
@@ -44,6 +45,9 @@ struct Args {
     /// Only these contenders: names with commas between them
     #[arg(long, value_delimiter = ',', value_parser = Contender::parse)]
     only: Vec<Contender>,
+    /// Tell where the time goes, by perf (some per cent slower): Tandem's `tcp1` and `fixed`, one round, unless said otherwise
+    #[arg(long)]
+    profile: bool,
     /// Only these cells (the bars that need others are missed)
     #[arg(long, value_delimiter = ',', value_enum)]
     cells: Vec<Group>,
@@ -89,21 +93,34 @@ fn measure(args: &Args) -> lab::Result<bool> {
     let programs =
         Programs { bins: Bins::find(args.bin_dir.as_deref())?, tools: args.tools.clone() };
     let lengths = if args.quick { Lengths::QUICK } else { Lengths::FULL };
-    let rounds = args.rounds.unwrap_or(if args.quick { 3 } else { 7 });
+    let rounds = args.rounds.unwrap_or(match (args.profile, args.quick) {
+        (true, _) => 1,
+        (false, true) => 3,
+        (false, false) => 7,
+    });
     let mut contenders = Contender::ALL.to_vec();
     if !args.only.is_empty() {
         contenders.retain(|contender| args.only.contains(contender));
+    } else if args.profile {
+        contenders = vec![Contender::Tandem];
     }
     let run = Run::start(Some(lengths.bound))?;
     if args.keep_files {
         run.keep_files();
     }
     let groups = match args.cells.as_slice() {
+        [] if args.profile => &[Group::Tcp1, Group::Fixed],
         [] => Group::value_variants(),
         some => some,
     };
     let congestion = args.congestion.as_deref();
-    let wishes = Wishes { lengths: &lengths, fixed_mbps: args.fixed_mbps, groups, congestion };
+    let wishes = Wishes {
+        lengths: &lengths,
+        fixed_mbps: args.fixed_mbps,
+        groups,
+        congestion,
+        profile: args.profile,
+    };
     let found = rounds::play(&run, &programs, &contenders, rounds, &wishes)?;
     if !found.failures.is_empty() {
         run.keep_files();
@@ -136,7 +153,12 @@ fn summary(found: &Found, contenders: &[Contender], rows: &[ratios::Row], note: 
     for Failure { round, contender, why } in &found.failures {
         let _ = writeln!(text, "failed  {contender} in round {}: {why}", round + 1);
     }
-    text.push_str(&report::bars(rows));
+    if found.profiles.is_empty() {
+        text.push_str(&report::bars(rows));
+    }
+    for ((contender, cell), profile) in &found.profiles {
+        let _ = writeln!(text, "\n{}, {cell:?}:\n{}", contender.name(), profile.table());
+    }
     let share = found.foreign_share();
     if share > 0.02 {
         let percent = share * 100.0;

@@ -3,6 +3,7 @@
 use crate::document::cores;
 use lab::bench::aead::{self, Aead};
 use lab::bench::contender::{Contender, Programs, Scene, Start, start};
+use lab::bench::profile::Profile;
 use lab::bench::ratios::{Cell, Cells, short};
 use lab::bench::search::{self, Outcome, Range};
 use lab::bench::traffic::{TcpFound, TcpPlan, Traffic, UdpFound, Way};
@@ -123,6 +124,7 @@ pub(crate) struct Found {
     pub(crate) versions: BTreeMap<Contender, String>,
     pub(crate) seconds: f64,
     rates: BTreeMap<(Contender, usize), f64>,
+    pub(crate) profiles: BTreeMap<(Contender, Cell), Profile>,
     /// CPU-seconds of TCP cells, and those of them that other processes took.
     watched_s: f64,
     foreign_s: f64,
@@ -143,6 +145,8 @@ pub(crate) struct Wishes<'a> {
     pub(crate) groups: &'a [Group],
     /// The clients' TCP congestion control, if not the machine's.
     pub(crate) congestion: Option<&'a str>,
+    /// Whether to find out where the time goes.
+    pub(crate) profile: bool,
 }
 
 /// What every turn needs.
@@ -222,6 +226,9 @@ impl Turn<'_> {
     fn note_tcp(&mut self, cell: Cell, value: f64, found: &TcpFound) {
         self.found.watched_s += found.count.nanos as f64 / 1e9 * cores() as f64;
         self.found.foreign_s += found.spent.foreign_s;
+        if let Some(profile) = found.profile {
+            *self.found.profiles.entry((self.contender, cell)).or_default() += profile;
+        }
         let detail = json!({"bytes": found.count.bytes, "nanos": found.count.nanos,
             "machine": found.spent, "workers": found.workers,
             "cpu_s_per_gb": found.cpu_s_per_gb()});
@@ -300,6 +307,7 @@ impl Stage<'_> {
             congestion: self.wishes.congestion,
             warm_up: self.wishes.lengths.warm_up,
             time: self.wishes.lengths.tcp,
+            profile: self.wishes.profile,
         };
         if turn.contender == Contender::LowLatency {
             return if self.wants(Group::Latency) {
@@ -316,9 +324,24 @@ impl Stage<'_> {
                 self.against_aead(scene, &tcp1, turn)?;
             }
         }
-        if !turn.contender.is_full() {
-            return Ok(());
+        if turn.contender.is_full() {
+            self.measure_more(&mut traffic, &plan, turn)?;
         }
+        if self.wants(Group::WireOff) {
+            scene.net.segmentation_on_wire(false)?;
+            let off = traffic.tcp(&plan(1, Way::Out))?;
+            turn.note_tcp(Cell::Tcp1WireOff, off.gbps(), &off);
+        }
+        Ok(())
+    }
+
+    /// What is measured of the full contenders alone.
+    fn measure_more<'a>(
+        &self,
+        traffic: &mut Traffic<'_>,
+        plan: &impl Fn(usize, Way) -> TcpPlan<'a>,
+        turn: &mut Turn<'_>,
+    ) -> Result<()> {
         for (cell, streams, way) in [
             (Cell::Tcp1Back, 1, Way::Back),
             (Cell::Tcp8, 8, Way::Out),
@@ -335,18 +358,13 @@ impl Stage<'_> {
             turn.note_tcp(Cell::Tcp1Cubic, found.gbps(), &found);
         }
         if self.wants(Group::Fixed) {
-            self.fixed(&mut traffic, &plan(1, Way::Out), turn)?;
+            self.fixed(traffic, &plan(1, Way::Out), turn)?;
         }
         if self.wants(Group::Udp) {
-            self.udp(&mut traffic, turn)?;
+            self.udp(traffic, turn)?;
         }
         if self.wants(Group::Latency) {
-            self.latency(&mut traffic, turn)?;
-        }
-        if self.wants(Group::WireOff) {
-            scene.net.segmentation_on_wire(false)?;
-            let off = traffic.tcp(&plan(1, Way::Out))?;
-            turn.note_tcp(Cell::Tcp1WireOff, off.gbps(), &off);
+            self.latency(traffic, turn)?;
         }
         Ok(())
     }
@@ -453,7 +471,7 @@ mod tests {
     #[test]
     fn the_lengths_fit_their_bounds() {
         // Of a contender's turn, what is not measuring: network, start, rates that did not hold, the generator's own.
-        let overhead = Duration::from_secs(8);
+        let overhead = Duration::from_secs(7);
         for (lengths, rounds) in [(Lengths::QUICK, 3), (Lengths::FULL, 7)] {
             let tcp = lengths.warm_up + lengths.tcp;
             let full = tcp * 6
@@ -463,7 +481,7 @@ mod tests {
                 + PAUSE * lengths.requests
                 + lengths.aead * 2
                 + overhead;
-            let brief = tcp + lengths.aead * 2 + overhead / 2;
+            let brief = tcp * 2 + lengths.aead * 2 + overhead / 4;
             let fulls = Contender::ALL.iter().filter(|one| one.is_full()).count() as u32;
             let briefs = Contender::ALL.len() as u32 - fulls;
             let searches = (lengths.search + Duration::from_millis(350)) * 15 * 3 * fulls;
