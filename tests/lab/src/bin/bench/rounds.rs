@@ -45,7 +45,7 @@ impl Lengths {
     };
     pub(crate) const FULL: Lengths = Lengths {
         warm_up: Duration::from_millis(1500),
-        tcp: Duration::from_secs(5),
+        tcp: Duration::from_millis(4500),
         fixed: Duration::from_secs(8),
         udp: Duration::from_secs(3),
         search: Duration::from_secs(1),
