@@ -101,11 +101,11 @@ impl Stage {
             gateway if GATEWAYS.iter().any(|name| gateway.starts_with(name)) => {}
             _ => return Stage::Others,
         }
-        if within(&["sys_write", "sys_pwrite"]) {
+        if within(&["sys_write", "do_writev"]) {
             if within(&["tcp_v4_rcv", "tcp_v6_rcv"]) { Stage::TunTcp } else { Stage::TunWrite }
         } else if within(&["sys_sendm", "sys_sendto"]) {
             if within(&["netif_receive_skb"]) { Stage::SendFar } else { Stage::Send }
-        } else if within(&["sys_read", "sys_pread"]) {
+        } else if within(&["sys_read", "do_readv"]) {
             Stage::TunRead
         } else if within(&["sys_recvm", "sys_recvfrom"]) {
             Stage::Receive
@@ -228,7 +228,7 @@ mod tests {
         let text = "worker-0 \n\tffffffff8205fdcc fib_validate_source\n\tffffffff81e6671f netif_receive_skb\n\
             \tffffffff81e2ffdd __x64_sys_sendmmsg\n\tffffffff821ed511 do_syscall_64\n\t 10b106 __sendmmsg\n\n\
             worker-0 \n\tffffffff81b6a534 _copy_from_iter\n\tffffffff81e2ffdd __x64_sys_sendmmsg\n\n\
-            worker-1 \n\t12 tcp_v4_rcv\n\t13 __x64_sys_writev\n\n\
+            worker-1 \n\t12 tcp_v4_rcv\n\t13 do_writev\n\t14 do_syscall_64\n\n\
             worker-1 \n\t12 aws_lc_0_47_0_aes_gcm_encrypt_avx512\n\t13 esp::shard::Shard::outbound_one\n\n\
             worker-1 \n\t13 <esp::shard::Shard as Foo>::outbound one\n\n\
             worker-1 \n\t12 finish_task_switch.isra.0\n\t13 __x64_sys_epoll_wait\n\t14 do_syscall_64\n\n\
