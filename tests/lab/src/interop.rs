@@ -57,9 +57,9 @@ impl std::fmt::Debug for Scenario {
 /// by its own process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Lane {
-    /// Single gateways, and what is said of mistakes.
+    /// Nearly all of single gateways, and some of pairs.
     First,
-    /// Other kernels, other releases, instances that end at odd moments.
+    /// Pairs with a real kernel for a peer, and others of pairs.
     Second,
     /// All others: nothing may run beside them.
     Alone,
